@@ -1,0 +1,241 @@
+"""The bundle: a folder that describes itself in `bundle.json`.
+
+The exporter writes these dataclasses, the runtime reads them, and nothing else is shared: every name, shape, token id,
+preprocessing constant and file hash that the runtime uses is here, so that it never guesses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from vessel_rt.errors import BundleError
+
+__all__ = [
+    "BUNDLE_FILE",
+    "SCHEMA",
+    "Bundle",
+    "EmbeddingTable",
+    "FileRecord",
+    "LanguageModelSpec",
+    "MaskSpec",
+    "PromptSpec",
+    "Provenance",
+    "StageSpec",
+    "TensorSpec",
+    "TileSpec",
+    "sha256_of",
+]
+
+BUNDLE_FILE = "bundle.json"
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A graph's input or output: `dtype` is a NumPy name, `shape` mixes sizes and the names of dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """One graph of the pipeline, its file relative to the bundle."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TileSpec:
+    """How an image becomes `pixel_values` of vision_encoder: InternVL's dynamic tiling (pixels, ImageNet constants)."""
+
+    size: int
+    min_tiles: int
+    max_tiles: int
+    thumbnail: bool
+    tokens_per_tile: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """How an image becomes `pixel_values` of sam2_image_encoder, and the side of the low-res mask it gives (pixels)."""
+
+    size: int
+    low_res_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSpec:
+    """The text around image and question, as in training, and the ids of the tokens that steer the pipeline.
+
+    The prompt is `prefix + image_start + image_token * N + image_end + "\\n" + question + suffix`.
+    `answers` are the sentences that training taught; the first is the likeliest.
+    """
+
+    tokenizer: str
+    prefix: str
+    image_start: str
+    image_token: str
+    image_end: str
+    suffix: str
+    default_question: str
+    answers: tuple[str, ...]
+    image_token_id: int
+    seg_token_id: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelSpec:
+    """Sizes of the language model; `capacity` is the KV cache's length in tokens, prompt and answer together."""
+
+    layers: int
+    hidden_size: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    capacity: int
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingTable:
+    """Where the rows of embed_tokens lie: tensor `name`, [vocabulary, hidden_size], in a safetensors `file`."""
+
+    file: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """What the bundle was made from; `None` where the checkpoint does not tell."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    iteration: int | None
+    lora_rank: int
+    lora_alpha: float
+    base: str
+    sam2: str
+    recipe: str
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """`bundle.json`, read. `folder` is where it lies; it is not part of the file."""
+
+    folder: Path
+    precision: str
+    tiles: TileSpec
+    mask: MaskSpec
+    prompt: PromptSpec
+    language_model: LanguageModelSpec
+    embed_tokens: EmbeddingTable
+    stages: dict[str, StageSpec]
+    provenance: Provenance
+    files: dict[str, FileRecord]
+
+    @classmethod
+    def load(cls, folder: Path) -> Bundle:
+        """Read `folder/bundle.json`. Hashes are not checked here: see `verify_files`.
+
+        Raises:
+            BundleError: no bundle there, not JSON, a field missing or of the wrong kind, or a schema newer than SCHEMA.
+        """
+        path = folder / BUNDLE_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(f"{folder}: no bundle here ({BUNDLE_FILE} is missing); make one with `make export CKPT=...` or `make demo`") from None
+        try:
+            document = json.loads(text)
+            schema = document.pop("schema")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
+            raise BundleError(f"{path}: not a bundle description ({type(e).__name__}: {e}); export it again") from e
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise BundleError(f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this vessel-rt reads; upgrade vessel-rt")
+        try:
+            bundle: Bundle = _decode(cls, {**document, "folder": folder})
+        except (KeyError, TypeError, ValueError) as e:
+            raise BundleError(f"{path}: damaged ({e}); export it again") from e
+        return bundle
+
+    def to_json(self) -> str:
+        """The text of `bundle.json`."""
+        document = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        del document["folder"]
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    def verify_files(self) -> None:
+        """Compare every file's size and SHA-256 with what was written.
+
+        Raises:
+            BundleError: a file is missing, or its size or hash differs; all such files are named.
+        """
+        faults = []
+        for name, record in self.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                faults.append(f"{name} is missing")
+            elif path.stat().st_size != record.bytes:
+                faults.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
+            elif sha256_of(path) != record.sha256:
+                faults.append(f"{name} was changed (its SHA-256 differs)")
+        if faults:
+            raise BundleError(f"{self.folder}: damaged bundle: {'; '.join(faults)}; copy or export it again")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """`value`, from JSON, as the annotated type `kind`; TypeError or KeyError name what does not fit."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{value!r} is not a {kind.__name__}")  # type: ignore[union-attr]
+        hints = typing.get_type_hints(kind)
+        missing = hints.keys() - value.keys()
+        if missing:
+            raise KeyError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")  # type: ignore[union-attr]
+        return kind(**{name: _decode(hint, value[name]) for name, hint in hints.items()})  # type: ignore[operator]
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if not isinstance(value, list) or len(kinds) != len(value):
+            raise TypeError(f"{value!r} is not a list of {len(kinds)}")
+        return tuple(_decode(k, v) for k, v in zip(kinds, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{value!r} is not a table")
+        return {k: _decode(arguments[1], v) for k, v in value.items()}
+    kinds = arguments if origin in (typing.Union, types.UnionType) else (kind,)
+    if float in kinds and isinstance(value, int):
+        return float(value)
+    if not isinstance(value, kinds):
+        raise TypeError(f"{value!r} is not {kind}")
+    return value

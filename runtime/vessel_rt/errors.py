@@ -1,0 +1,18 @@
+"""The one base class of errors that a user can mend."""
+
+__all__ = ["BundleError", "ImageError", "VesselError"]
+
+
+class VesselError(Exception):
+    """Bad input: the message is one line that names the file and the mend; the command line prints it and exits 1.
+
+    Every other exception is a bug and shows its traceback.
+    """
+
+
+class BundleError(VesselError):
+    """A bundle that is missing, incomplete, damaged, or of a schema this version does not read."""
+
+
+class ImageError(VesselError):
+    """An image that cannot be read: the run goes on and the image's line in results.jsonl says why."""
