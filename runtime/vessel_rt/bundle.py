@@ -11,14 +11,19 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vessel_rt.errors import BundleError
+
+if TYPE_CHECKING:  # the schema itself needs the standard library only
+    import numpy as np
 
 __all__ = [
     "BUNDLE_FILE",
     "SCHEMA",
+    "STAGES",
     "Bundle",
     "EmbeddingTable",
     "FileRecord",
@@ -34,6 +39,9 @@ __all__ = [
 
 BUNDLE_FILE = "bundle.json"
 SCHEMA = 1
+STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder")
+
+_CHUNK = 1 << 20  # bytes hashed between two reports of progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,12 @@ class StageSpec:
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    def input_dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype of an input, for the array that is to be fed to it."""
+        import numpy as np
+
+        return np.dtype(next(spec.dtype for spec in self.inputs if spec.name == name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +176,16 @@ class Bundle:
         """Read `folder/bundle.json`. Hashes are not checked here: see `verify_files`.
 
         Raises:
-            BundleError: no bundle there, not JSON, a field missing or of the wrong kind, or a schema newer than SCHEMA.
+            BundleError: no bundle there, not JSON, a field missing or of the wrong kind, a stage missing, or a schema newer
+                than SCHEMA.
         """
         path = folder / BUNDLE_FILE
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(f"{folder}: no bundle here ({BUNDLE_FILE} is missing); make one with `make export CKPT=...` or `make demo`") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise BundleError(f"{path}: cannot be read ({e}); export it again") from e
         try:
             document = json.loads(text)
             schema = document.pop("schema")
@@ -180,6 +197,9 @@ class Bundle:
             bundle: Bundle = _decode(cls, {**document, "folder": folder})
         except (KeyError, TypeError, ValueError) as e:
             raise BundleError(f"{path}: damaged ({e}); export it again") from e
+        absent = set(STAGES) - bundle.stages.keys()
+        if absent:
+            raise BundleError(f"{path}: damaged (stages lack {', '.join(sorted(absent))}); export it again")
         return bundle
 
     def to_json(self) -> str:
@@ -188,29 +208,38 @@ class Bundle:
         del document["folder"]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
-    def verify_files(self) -> None:
-        """Compare every file's size and SHA-256 with what was written.
+    def used_files(self) -> set[str]:
+        """The files that `bundle.json` itself names, relative to the bundle; graphs name their weights in turn."""
+        return {self.prompt.tokenizer, self.embed_tokens.file, *(stage.file for stage in self.stages.values())}
+
+    def verify_files(self, progress: Callable[[int], object] | None = None) -> None:
+        """Compare every file's size and SHA-256 with what was written; `progress` is told of each bytes read.
 
         Raises:
-            BundleError: a file is missing, or its size or hash differs; all such files are named.
+            BundleError: a file is missing, or its size or hash differs, or was never recorded; all such files are named.
         """
-        faults = []
+        faults = [f"{name} has no recorded SHA-256" for name in sorted(self.used_files() - self.files.keys())]
         for name, record in self.files.items():
             path = self.folder / name
             if not path.is_file():
                 faults.append(f"{name} is missing")
             elif path.stat().st_size != record.bytes:
                 faults.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
-            elif sha256_of(path) != record.sha256:
+            elif sha256_of(path, progress) != record.sha256:
                 faults.append(f"{name} was changed (its SHA-256 differs)")
         if faults:
             raise BundleError(f"{self.folder}: damaged bundle: {'; '.join(faults)}; copy or export it again")
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; `progress` is told how many bytes were read, piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+            if progress:
+                progress(len(piece))
+    return digest.hexdigest()
 
 
 def _decode(kind: Any, value: Any) -> Any:

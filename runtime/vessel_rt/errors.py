@@ -15,4 +15,4 @@ class BundleError(VesselError):
 
 
 class ImageError(VesselError):
-    """An image that cannot be read: the run goes on and the image's line in results.jsonl says why."""
+    """An image that cannot be read or that the model cannot take: a run goes on, and the image's line in results.jsonl says why."""

@@ -1,0 +1,34 @@
+# Every target in one line; `make setup` needs nothing but Python 3.11 to 3.13 and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+RECIPE ?= engines/rtx3090.toml
+TINY := examples/tiny
+TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
+
+.PHONY: setup demo export test lint
+
+setup: .venv/ready
+
+# torch first: sam2 needs it to build. sam2 without its dependencies: it lists torchvision, which its modelling code does not use
+# and which, where it does not match torch, breaks transformers (docs/dependencies.md).
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==2.13.0 'setuptools>=70' wheel
+	$(BIN)/pip install -q -e '.[cpu,export,dev]'
+	SAM2_BUILD_CUDA=0 $(BIN)/pip install -q --no-deps --no-build-isolation sam2==1.1.0
+	touch $@
+
+demo: setup
+	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe engines/cpu.toml --out engines/tiny-fp32 --overwrite
+	$(BIN)/vessel-rt infer $(TINY)/frames --bundle engines/tiny-fp32 -o out/demo --overwrite
+	$(BIN)/vessel-rt evaluate out/demo --gt $(TINY)/annotations.json
+
+export: setup
+	$(if $(CKPT),,$(error say which checkpoint: make export CKPT=work_dirs/iter_12192.pth))
+	$(BIN)/vessel-export export --ckpt '$(CKPT)' --recipe $(RECIPE) $(if $(BASE),--base '$(BASE)') $(if $(SAM2),--sam2 '$(SAM2)') $(if $(OUT),--out '$(OUT)')
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

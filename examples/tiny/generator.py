@@ -1,0 +1,302 @@
+"""Generated coronary angiograms: a vessel tree filled with contrast, a catheter, and an X-ray-like background.
+
+A frame is drawn from one random generator, so a seed names it. Objects are polygons first: a branch is cut into segments and each
+segment is one polygon, in the manner of hand-drawn annotations. Everything about looks (tone, noise, blur, anatomy, digital
+subtraction) is varied far beyond any one machine, because what learns from these frames must also work on real ones.
+Nothing here knows about models or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+__all__ = ["CONCEPTS", "Frame", "Polygon", "generate"]
+
+CONCEPTS = ("vessel", "catheter")
+"""The names of the objects of a frame, in the order of `Frame.polygons`."""
+
+Array = NDArray[np.float32]
+Polygon = list[float]
+"""A closed outline as x0, y0, x1, y1, ... in pixels; pixel centres lie at half integers."""
+
+_UNIT = 300.0
+"""Widths and lengths below are in pixels of a frame whose shorter side is this long."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A generated frame: `image` uint8 [height, width], and the outlines of each concept (none if it is absent)."""
+
+    image: NDArray[np.uint8]
+    polygons: dict[str, list[Polygon]]
+    root: tuple[float, float]
+    subtracted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Branch:
+    """A centre line [points, 2] (x, y), its radius [points] and its relative filling with contrast [points], all in pixels."""
+
+    points: Array
+    radius: Array
+    filling: Array
+    labelled: bool
+
+
+def generate(rng: np.random.Generator, height: int, width: int) -> Frame:
+    """Draw one frame of the given size in pixels."""
+    scale = min(height, width) / _UNIT
+    size = np.array([width, height], dtype=np.float32) / scale
+    root, heading = _root(rng, size)
+    branches = [b for b in _tree(rng, root, heading, size) if len(b.points) > 4]
+    catheter = _catheter(rng, root, heading, size) if rng.random() < 0.7 else None
+    subtracted = bool(rng.random() < 0.35)
+
+    background = _background(rng, height, width, scale, subtracted)
+    depth = _projection(rng, [_scaled(b, scale) for b in branches], height, width)
+    contrast = rng.uniform(0.1, 0.5) * (0.75 if subtracted else 1.0)
+    image = background * np.exp(-contrast * depth)
+    if catheter is not None:
+        image *= _catheter_shadow(rng, _scaled(catheter, scale), height, width, contrast)
+    image = _detector(rng, image, scale, subtracted)
+
+    polygons: dict[str, list[Polygon]] = {name: [] for name in CONCEPTS}
+    polygons["vessel"] = [p for b in branches if b.labelled for p in _outlines(_scaled(b, scale), height, width)]
+    if catheter is not None:
+        polygons["catheter"] = _outlines(_scaled(catheter, scale), height, width)
+    x, y = root / size
+    return Frame(image, polygons, (float(x), float(y)), subtracted)
+
+
+# Anatomy: centre lines and radii, in units.
+
+
+def _root(rng: np.random.Generator, size: Array) -> tuple[Array, float]:
+    """Where the tree begins (mostly in the upper part, sometimes out of view) and the direction it sets out in, in radians."""
+    place = np.array([rng.uniform(-0.02, 0.85), rng.uniform(-0.02, 0.4)], dtype=np.float32) * size
+    towards = size * np.array([rng.uniform(0.3, 0.7), rng.uniform(0.35, 0.8)]) - place
+    return place, float(np.arctan2(towards[1], towards[0]) + rng.normal(0, 0.5))
+
+
+def _path(rng: np.random.Generator, start: Array, heading: float, length: float, bend: float, wiggle: float) -> Array:
+    """A smooth random walk of `length`: a steady `bend` (radians in all), slow drift, and `wiggle` that grows to the far end."""
+    count = max(int(length), 6)
+    along = np.linspace(0, 1, count)
+    drift = ndimage.gaussian_filter1d(rng.normal(0, 1, count), 14, mode="reflect") * 0.16
+    angle = heading + bend * along + np.cumsum(drift)
+    phase = np.cumsum(ndimage.gaussian_filter1d(rng.uniform(0.5, 1.5, count), 6)) * 2 * np.pi / rng.uniform(13, 34)
+    angle = angle + wiggle * along ** rng.uniform(0.3, 2) * np.sin(phase + rng.uniform(0, 6.3))
+    steps = np.stack([np.cos(angle), np.sin(angle)], axis=1) * (length / count)
+    return np.asarray(start + np.cumsum(steps, axis=0), dtype=np.float32)
+
+
+def _radius(rng: np.random.Generator, count: int, first: float, last: float) -> Array:
+    """A taper from `first` to `last` with slight unevenness and, sometimes, stenoses."""
+    along = np.linspace(0, 1, count)
+    radius = first + (last - first) * along ** rng.uniform(0.6, 1.6)
+    radius *= 1 + 0.08 * ndimage.gaussian_filter1d(rng.normal(0, 1, count), 8, mode="reflect") * 4
+    for _ in range(rng.poisson(0.35)):
+        narrowing = rng.uniform(0.3, 0.7) * np.exp(-(((along - rng.uniform(0.1, 0.9)) * count / rng.uniform(3, 9)) ** 2))
+        radius *= 1 - narrowing
+    return np.maximum(radius, 0.35).astype(np.float32)
+
+
+def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) -> list[_Branch]:
+    """One to three main branches from the root, with side branches of side branches; the finest are drawn but not labelled."""
+    branches: list[_Branch] = []
+    trunk = rng.uniform(2.2, 6.5)
+    reach = float(min(size))
+    mains = int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
+    faint = rng.uniform(0.3, 0.9)
+    tortuous = rng.uniform(0.0, 1.0)
+    spread = np.linspace(-0.5, 0.5, mains) * rng.uniform(0.7, 2.0) if mains > 1 else np.zeros(1)
+
+    def grow(start: Array, angle: float, radius: float, length: float, level: int) -> None:
+        labelled = radius >= 1.15
+        bend = rng.normal(0, 0.9 if level else 1.1)
+        if level == 0 and mains == 1:
+            bend = rng.choice([-1, 1]) * rng.uniform(0.8, 3.6)
+        points = _path(rng, start, angle, length, bend, tortuous * rng.uniform(0, 1.3))
+        radii = _radius(rng, len(points), radius, max(radius * rng.uniform(0.3, 0.85), 1.25 if labelled else 0.35))
+        filling = np.linspace(1, rng.uniform(0.55, 1.05), len(points), dtype=np.float32) * (1.0 if labelled else faint)
+        if level:  # a child begins inside its parent: no dark spot where they meet
+            filling *= np.clip(np.arange(len(points)) / (2.5 * radius + 1), 0, 1)
+        branches.append(_Branch(points, radii, filling.astype(np.float32), labelled))
+        if level >= 3:
+            return
+        for _ in range(rng.poisson(max(length / reach, 0.2) * (3.2, 2.6, 1.6)[level])):
+            at = int(rng.uniform(0.12, 0.97) * (len(points) - 2))
+            parent = np.arctan2(*(points[at + 1] - points[at])[::-1])
+            child = min(radii[at] * rng.uniform(0.25, 0.8), radius * 0.85)
+            grow(points[at], float(parent + rng.choice([-1, 1]) * rng.uniform(0.4, 1.4)), float(child),
+                 float(length * rng.uniform(0.2, 0.7)), level + 1)
+
+    for turn in spread:
+        grow(root, heading + float(turn) + float(rng.normal(0, 0.15)), trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.6, 1.5)), 0)
+    return branches
+
+
+def _catheter(rng: np.random.Generator, root: Array, heading: float, size: Array) -> _Branch:
+    """A smooth tube of constant width whose tip lies in the root, traced backwards until it has left the frame."""
+    length = float(np.hypot(*size)) * 1.1
+    back = heading + np.pi + rng.normal(0, 0.5)
+    hook = rng.choice([-1, 1]) * rng.uniform(0.2, 2.6)
+    count = int(length)
+    along = np.arange(count) / count
+    angle = back + hook * (1 - np.exp(-along * rng.uniform(4, 12))) + rng.normal(0, 0.4) * along
+    points = root + np.cumsum(np.stack([np.cos(angle), np.sin(angle)], axis=1), axis=0)
+    inside = ((points > -12) & (points < size + 12)).all(axis=1)
+    points = points[: max(int(np.argmin(inside)) if not inside.all() else count, 6)]
+    ones = np.ones(len(points), dtype=np.float32)
+    return _Branch(points.astype(np.float32), ones * np.float32(rng.uniform(1.5, 3.6)), ones, True)
+
+
+def _scaled(branch: _Branch, scale: float) -> _Branch:
+    """The branch in pixels, with a point every half pixel at most."""
+    dense = np.linspace(0, len(branch.points) - 1, int(len(branch.points) * max(scale, 1.0) * 1.6) + 2)
+    at = np.arange(len(branch.points))
+    points = np.stack([np.interp(dense, at, branch.points[:, i]) for i in range(2)], axis=1) * scale
+    radius, filling = np.interp(dense, at, branch.radius) * scale, np.interp(dense, at, branch.filling)
+    return _Branch(points.astype(np.float32), radius.astype(np.float32), filling.astype(np.float32), branch.labelled)
+
+
+def _outlines(branch: _Branch, height: int, width: int) -> list[Polygon]:
+    """The branch as polygons, one for each piece of some 40 points; pieces overlap by a point, so their union has no gaps."""
+    tangent = np.gradient(ndimage.gaussian_filter1d(branch.points, 1.5, axis=0, mode="nearest"), axis=0)
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6
+    normal = np.stack([-tangent[:, 1], tangent[:, 0]], axis=1) * branch.radius[:, None]
+    step = max(int(branch.radius.mean() / 2), 2)
+    keep = np.unique(np.append(np.arange(0, len(branch.points), step), len(branch.points) - 1))
+    left, right = (branch.points + normal)[keep], (branch.points - normal)[keep]
+    limit = np.array([width, height])
+    outlines = []
+    for first in range(0, len(keep) - 1, 12):
+        part = slice(first, first + 13)
+        ring = np.clip(np.concatenate([left[part], right[part][::-1]]), 0, limit)
+        if np.ptp(ring, axis=0).min() >= 1:  # wholly outside the frame otherwise
+            outlines.append([round(float(v), 1) for v in ring.ravel()])
+    return outlines
+
+
+# Optics: what the detector sees.
+
+
+def _stamp(branch: _Branch, height: int, width: int) -> Array:
+    """The thickness of a filled tube along the beam, in pixels [height, width]: 2 sqrt(r^2 - d^2), times its filling."""
+    reach = int(np.ceil(branch.radius.max())) + 1
+    depth = np.zeros((height + 2 * reach, width + 2 * reach), dtype=np.float32)
+    inside = ((branch.points > -reach + 1) & (branch.points < np.array([width, height]) + reach - 2)).all(axis=1)
+    points, radius, filling = branch.points[inside] + reach, branch.radius[inside], branch.filling[inside]
+    offsets = np.arange(-reach, reach + 1)
+    centre = np.floor(points).astype(int)
+    columns, rows = centre[:, 0, None] + offsets, centre[:, 1, None] + offsets
+    dx, dy = columns + 0.5 - points[:, :1], rows + 0.5 - points[:, 1:]
+    square = radius[:, None, None] ** 2 - dy[:, :, None] ** 2 - dx[:, None, :] ** 2
+    value = 2 * np.sqrt(np.maximum(square, 0)) * filling[:, None, None]
+    hit = value > 0
+    index = rows[:, :, None] * depth.shape[1] + columns[:, None, :]
+    valid = hit & (rows[:, :, None] >= 0) & (rows[:, :, None] < depth.shape[0]) & (columns[:, None, :] >= 0) & (columns[:, None, :] < depth.shape[1])
+    np.maximum.at(depth.reshape(-1), index[valid], value[valid])
+    return depth[reach:-reach, reach:-reach]
+
+
+def _projection(rng: np.random.Generator, branches: list[_Branch], height: int, width: int) -> Array:
+    """All branches summed, as where vessels cross, scaled so that the widest measures about 1; fine ones keep more than their share."""
+    power = rng.uniform(0.4, 0.9)
+    widest = max(float(b.radius.max()) for b in branches) * 2
+    total = np.zeros((height, width), dtype=np.float32)
+    for branch in branches:
+        total += (_stamp(branch, height, width) / widest) ** power
+    return total
+
+
+def _catheter_shadow(rng: np.random.Generator, catheter: _Branch, height: int, width: int, contrast: float) -> Array:
+    """The catheter's transmission [height, width]: filled, or hollow with darker walls."""
+    outer = _stamp(catheter, height, width) / (2 * catheter.radius[0])
+    if rng.random() < 0.5:
+        inner = dataclasses.replace(catheter, radius=catheter.radius * np.float32(0.6))
+        outer = outer - rng.uniform(0.3, 0.6) * _stamp(inner, height, width) / (2 * catheter.radius[0])
+    return np.exp(-outer * rng.uniform(0.5, 1.2) * contrast).astype(np.float32)
+
+
+def _field(rng: np.random.Generator, height: int, width: int, sigma: float) -> Array:
+    """Gaussian random field of unit deviation and a correlation length of `sigma` pixels, made on a coarse grid."""
+    step = max(int(sigma / 3), 1)
+    shape = (height // step + 8, width // step + 8)
+    coarse = ndimage.gaussian_filter(rng.normal(0, 1, shape).astype(np.float32), (sigma / step, sigma / step * rng.uniform(0.7, 1.4)))
+    fine = ndimage.zoom(coarse, step, order=1)[:height, :width] if step > 1 else coarse[:height, :width]
+    return np.asarray((fine - fine.mean()) / (fine.std() + 1e-6), dtype=np.float32)
+
+
+def _edge(rng: np.random.Generator, height: int, width: int, scale: float) -> Array:
+    """A soft step from 0 to 1 across a curved line through the frame: the rim of the heart, the diaphragm, a lung."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle, curve = rng.uniform(0, 2 * np.pi), rng.normal(0, 1.2) / min(height, width)
+    u = (x - rng.uniform(0.1, 0.9) * width) * np.cos(angle) + (y - rng.uniform(0.1, 0.9) * height) * np.sin(angle)
+    v = (y - height / 2) * np.cos(angle) - (x - width / 2) * np.sin(angle)
+    distance = u + curve * v**2 + 3 * scale * _field(rng, height, width, 25 * scale)
+    return np.asarray(1 / (1 + np.exp(-np.clip(distance / (scale * rng.choice([0.8, 3, 12, 30])), -30, 30))), dtype=np.float32)
+
+
+def _lines(rng: np.random.Generator, height: int, width: int, scale: float, count: int, radius: tuple[float, float]) -> Array:
+    """`count` smooth lines across the frame that are no vessels: wires, rib edges, subtraction ghosts."""
+    total = np.zeros((height, width), dtype=np.float32)
+    size = np.array([width, height], dtype=np.float32) / scale
+    for _ in range(count):
+        start = rng.uniform(0, 1, 2).astype(np.float32) * size
+        points = _path(rng, start, rng.uniform(0, 6.3), float(max(size)) * rng.uniform(0.3, 1.3), rng.normal(0, 0.8), 0.0)
+        ones = np.ones(len(points), dtype=np.float32)
+        line = _scaled(_Branch(points, ones * np.float32(rng.uniform(*radius)), ones, False), scale)
+        total = np.maximum(total, _stamp(line, height, width) / (2 * line.radius[0]) * np.float32(rng.uniform(0.3, 1)))
+    return total
+
+
+def _background(rng: np.random.Generator, height: int, width: int, scale: float, subtracted: bool) -> Array:
+    """What the beam meets besides contrast, as positive brightness around 1 [height, width]."""
+    log = np.zeros((height, width), dtype=np.float32)
+    strength = rng.uniform(0.0, 0.2) if subtracted else rng.uniform(0.3, 1.3)
+    for sigma in (70.0, 28.0, 11.0):
+        log += strength * rng.uniform(0.02, 0.16) * (sigma / 70) ** 0.6 * _field(rng, height, width, sigma * scale)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    log += strength * rng.normal(0, 0.3) * ((x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle))
+    for _ in range(rng.poisson(0.3 if subtracted else 2.0)):
+        log += strength * rng.normal(0, 0.35) * _edge(rng, height, width, scale)
+    log += rng.uniform(0, 0.035) * _field(rng, height, width, rng.uniform(1.2, 5) * scale)
+    if rng.random() < 0.4:  # ribs and vertebrae: broad bands
+        log -= rng.normal(0, 0.1) * strength * _lines(rng, height, width, scale, int(rng.integers(1, 5)), (8, 26))
+    if rng.random() < 0.4:  # fine lines, dark as wires or bright as the edges that subtraction leaves
+        sign = rng.choice([-1, 1]) if subtracted else -1
+        log += sign * rng.uniform(0.03, 0.2) * _lines(rng, height, width, scale, int(rng.integers(1, 4)), (0.6, 2.2))
+    return np.exp(log)
+
+
+def _detector(rng: np.random.Generator, transmitted: Array, scale: float, subtracted: bool) -> NDArray[np.uint8]:
+    """Blur, tone curve, quantum noise and the collimator's edge: brightness to 8-bit gray values."""
+    height, width = transmitted.shape
+    image = ndimage.gaussian_filter(transmitted, rng.uniform(0.3, 1.1) * max(scale, 0.7))
+    image = image / np.median(image)
+    level = rng.uniform(85, 205)
+    image = level * np.sign(image) * np.abs(image) ** rng.uniform(0.6, 1.4)
+    grain = rng.normal(0, 1, image.shape).astype(np.float32)
+    grain = ndimage.gaussian_filter(grain, rng.uniform(0.0, 0.9) * max(scale, 0.7))
+    grain /= grain.std()
+    amount = rng.uniform(0.5, 7.0 if subtracted else 5.0)
+    image = image + amount * grain * np.sqrt(np.clip(image, 20, 255) / 128)
+    if rng.random() < 0.2:  # edge enhancement, as many systems apply
+        image = image + rng.uniform(0.3, 1.5) * (image - ndimage.gaussian_filter(image, 1.5 * scale))
+    high = rng.uniform(225, 255)
+    image = np.minimum(image, high - 6 * (1 - np.exp(-np.maximum(image - high, 0) / 20)))
+    if rng.random() < 0.45:
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        shift = rng.uniform(-0.35, 0.35, 2) * (width, height)
+        radius = min(height, width) * rng.uniform(0.55, 0.85)
+        outside = np.hypot(x - width / 2 - shift[0], y - height / 2 - shift[1]) - radius
+        dark = rng.uniform(5, 30) + rng.normal(0, 1, image.shape)
+        blend = np.clip(outside / (scale * rng.uniform(0.7, 2)) + 0.5, 0, 1)
+        image = image * (1 - blend) + dark * blend
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)

@@ -1,0 +1,216 @@
+"""The small Sa2VA: InternViT, projector, Qwen2 with LoRA, and SAM2 with a language prompt, at sizes that two CPU cores can train.
+
+The modules' names are those of the real checkpoints (InternVL3's original layout, Sa2VA's), so that a state dict is a file's content.
+Nothing here reads or writes files, and nothing but `TinyConfig` says how small the model is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+__all__ = ["LORA_TARGETS", "InternViT", "MaskBranch", "TinyConfig", "VisionLanguageModel", "add_lora", "build_sam2", "prompt_head"]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig:
+    """Every size that differs from Sa2VA-InternVL3-8B."""
+
+    image_size: int = 448
+    patch_size: int = 28
+    vision_hidden: int = 80
+    vision_layers: int = 3
+    vision_heads: int = 4
+    vision_intermediate: int = 320
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    intermediate: int = 320
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens of one tile: pixel shuffle 0.5 leaves a quarter of the patches."""
+        return (self.image_size // self.patch_size // 2) ** 2
+
+    def qwen2(self, vocabulary: int) -> dict[str, Any]:
+        """The `llm_config` of an InternVL3 folder, as keywords of Qwen2Config."""
+        return {
+            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.intermediate,
+            "vocab_size": vocabulary, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
+            "hidden_act": "silu", "tie_word_embeddings": False, "attention_dropout": 0.0, "initializer_range": 0.02,
+        }  # fmt: skip
+
+
+class _Embeddings(nn.Module):
+    """Patch, class and position embeddings: [tiles, 3, size, size] -> [tiles, 1 + patches, hidden]."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        patches = (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.randn(1, 1, config.vision_hidden) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, config.vision_hidden, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(torch.randn(1, 1 + patches, config.vision_hidden) * 0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1)
+        return tokens + self.position_embedding
+
+
+class _Attention(nn.Module):
+    """Self-attention with one matrix for Q, K and V."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, count, hidden = x.shape
+        q, k, v = self.qkv(x).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, hidden))  # type: ignore[no-any-return]
+
+
+class _Mlp(nn.Module):
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, intermediate)
+        self.fc2 = nn.Linear(intermediate, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class _Layer(nn.Module):
+    """A pre-norm block with layer scale (`ls1`, `ls2`)."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        hidden = config.vision_hidden
+        self.norm1, self.norm2 = nn.LayerNorm(hidden, eps=1e-6), nn.LayerNorm(hidden, eps=1e-6)
+        self.attn = _Attention(hidden, config.vision_heads)
+        self.mlp = _Mlp(hidden, config.vision_intermediate)
+        self.ls1, self.ls2 = nn.Parameter(torch.full((hidden,), 0.1)), nn.Parameter(torch.full((hidden,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x)) * self.ls1
+        return x + self.mlp(self.norm2(x)) * self.ls2
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.vision_layers))
+
+
+class InternViT(nn.Module):
+    """InternVL's vision model: [tiles, 3, size, size] -> [tiles, 1 + patches, hidden], without a final norm."""
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x: Tensor = self.embeddings(pixels)
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return x
+
+
+class VisionLanguageModel(nn.Module):
+    """`vision_model`, `mlp1` and `language_model`: InternVL3 under the names of its own files."""
+
+    def __init__(self, config: TinyConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.vision_model = InternViT(config)
+        shuffled = 4 * config.vision_hidden
+        self.mlp1 = nn.Sequential(
+            nn.LayerNorm(shuffled), nn.Linear(shuffled, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.hidden)
+        )
+        self.language_model: Any = Qwen2ForCausalLM(Qwen2Config(**config.qwen2(vocabulary), attn_implementation="sdpa"))
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Pixel-shuffled patches (ps_version v2): [tiles, 3, size, size] -> [tiles, tokens, 4 * vision hidden]."""
+        x: Tensor = self.vision_model(pixels)[:, 1:]
+        tiles, count, hidden = x.shape
+        side = int(count**0.5)
+        x = x.view(tiles, side, side // 2, hidden * 2).permute(0, 2, 1, 3)
+        x = x.reshape(tiles, side // 2, side // 2, hidden * 4).permute(0, 2, 1, 3)
+        return x.reshape(tiles, count // 4, hidden * 4)
+
+    def embed(self, ids: Tensor, patches: Tensor, image_token: int) -> Tensor:
+        """Embeddings of `ids` [batch, sequence] with the projected `patches` in the places of `image_token`."""
+        embeds = self.language_model.get_input_embeddings()(ids)
+        image = self.mlp1(patches).to(embeds.dtype).reshape(-1, embeds.shape[-1])
+        return embeds.masked_scatter((ids == image_token)[..., None], image)  # type: ignore[no-any-return]
+
+
+def add_lora(model: VisionLanguageModel, config: TinyConfig, vocabulary: int) -> None:
+    """Grow the vocabulary and wrap the language model in LoRA as Sa2VA does: embed_tokens and lm_head are trained whole."""
+    model.language_model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none", task_type="CAUSAL_LM",
+        target_modules=list(LORA_TARGETS), modules_to_save=["embed_tokens", "lm_head"],
+    )  # fmt: skip
+    model.language_model = get_peft_model(model.language_model, lora)
+
+
+def prompt_head(hidden: int, sam2_hidden: int) -> nn.Sequential:
+    """Sa2VA's text_hidden_fcs: the state that consumes [SEG] -> SAM2's prompt."""
+    return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, sam2_hidden))
+
+
+def build_sam2(yaml: str) -> Any:
+    """A SAM2Base with random weights from the text of a SAM2 configuration."""
+    return instantiate(OmegaConf.create(yaml).model, _recursive_=True)
+
+
+class MaskBranch(nn.Module):
+    """SAM2 on still images with a language prompt, along the path that Sa2VA takes through SAM2Base."""
+
+    def __init__(self, sam2: Any) -> None:
+        super().__init__()
+        self.sam2 = sam2
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[images, 3, size, size] -> FPN features at strides 4 and 8, and at stride 16 with no_mem_embed added; all d_model wide."""
+        fine, middle, coarse = self.sam2.image_encoder(pixels)["backbone_fpn"]
+        return fine, middle, coarse + self.sam2.no_mem_embed.view(1, -1, 1, 1)
+
+    def decode(self, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks of `prompts` [masks, d_model] on the images `image` [masks]: low-res logits [masks, 3, side, side], IoU [masks, 3],
+        object score [masks]."""
+        sam2, decoder = self.sam2, self.sam2.sam_mask_decoder
+        fine, middle, coarse = features
+        high = [decoder.conv_s0(fine)[image], decoder.conv_s1(middle)[image]]
+        count = len(prompts)
+        points = (prompts.new_zeros(count, 1, 2), -torch.ones(count, 1, dtype=torch.int32))
+        sparse, dense = sam2.sam_prompt_encoder(points=points, boxes=None, masks=None)
+        logits, iou, _, score = decoder(
+            image_embeddings=coarse[image],
+            image_pe=sam2.sam_prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=torch.cat([sparse, prompts[:, None]], dim=1),
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+            repeat_image=False,
+            high_res_features=high,
+        )
+        return logits, iou, score[:, 0]

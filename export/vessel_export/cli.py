@@ -1,0 +1,102 @@
+"""`vessel-export`: argument parsing, and one call a command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import vessel_rt
+from vessel_rt.errors import VesselError
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  vessel-export export --ckpt work_dirs/iter_12192.pth
+  vessel-export export --ckpt tiny.pth --base examples/tiny/base --sam2 examples/tiny/sam2_tiny.pt --recipe engines/cpu.toml
+  vessel-export verify --bundle engines/iter_12192-fp16 --ckpt work_dirs/iter_12192.pth --images frames/
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vessel-export`; returns the exit code: 0 done, 1 bad input or parity beyond tolerance, 2 bad usage, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except VesselError as e:
+        print(f"vessel-export: error: {e}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        print(f"vessel-export: error: {e.filename or 'output'}: {e.strerror}; nothing was left behind", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vessel-export: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vessel-export",
+        description="From a fine-tuned Sa2VA checkpoint to a bundle that vessel-rt runs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vessel-export {vessel_rt.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    export = commands.add_parser("export", help="merge the checkpoint into its base model and write a bundle")
+    export.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="the fine-tuned checkpoint, iter_*.pth")
+    export.add_argument("--base", metavar="DIR|ID", help="InternVL3: a folder or a Hugging Face id (default: OpenGVLab/InternVL3-8B)")
+    export.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0: a .pt or a Hugging Face id (default: facebook/sam2-hiera-large)")
+    export.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<precision>)")
+    export.add_argument("--recipe", type=Path, metavar="TOML", help="what to make (default: engines/rtx3090.toml)")
+    export.add_argument("--precision", choices=("fp32", "fp16"), help="instead of the recipe's: fp16 for GPUs, fp32 for CPUs")
+    export.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
+    export.add_argument("--overwrite", action="store_true", help="replace the bundle at --out, once the new one is complete")
+    export.set_defaults(run=_export)
+
+    verify = commands.add_parser("verify", help="compare a bundle with the PyTorch reference, stage by stage and end to end")
+    verify.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle")
+    verify.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="the checkpoint it was made from")
+    verify.add_argument("--base", metavar="DIR|ID", help="InternVL3 (default: what the bundle was made from)")
+    verify.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0 (default: what the bundle was made from)")
+    verify.add_argument("--images", type=Path, metavar="DIR", help="images to compare on (default: one made-up frame)")
+    verify.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vessel_export.verify import run
+
+    return run(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from vessel_export.base_model import DEFAULT_BASE, DEFAULT_SAM2
+    from vessel_export.bundle_writer import ExportRequest, export_bundle
+    from vessel_export.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe or Path("engines/rtx3090.toml"))
+    if arguments.precision:
+        recipe = dataclasses.replace(recipe, precision=arguments.precision)
+    out = arguments.out or Path("engines") / f"{arguments.ckpt.stem}-{recipe.precision}"
+    bundle = export_bundle(
+        ExportRequest(
+            checkpoint=arguments.ckpt,
+            base=arguments.base or DEFAULT_BASE,
+            sam2=arguments.sam2 or DEFAULT_SAM2,
+            out=out,
+            recipe=recipe,
+            lora_alpha=arguments.lora_alpha,
+            overwrite=arguments.overwrite,
+        )
+    )
+    size = sum(record.bytes for record in bundle.files.values())
+    print(f"{out}: {bundle.precision} bundle of {arguments.ckpt.name}, {len(bundle.files)} files, {size / 1e6:.1f} MB")
+    return 0

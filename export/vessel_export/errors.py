@@ -1,0 +1,17 @@
+"""What can be wrong with the inputs of an export; all are VesselErrors, so the command line prints them and exits 1."""
+
+from vessel_rt.errors import VesselError
+
+__all__ = ["BaseModelError", "CheckpointError", "RecipeError"]
+
+
+class CheckpointError(VesselError):
+    """A checkpoint that cannot be read safely, or whose tensors do not fit the base model."""
+
+
+class BaseModelError(VesselError):
+    """A base model or SAM2 that cannot be found or is not what the checkpoint was trained on."""
+
+
+class RecipeError(VesselError):
+    """A recipe (engines/*.toml) that cannot be read."""

@@ -1,0 +1,79 @@
+"""From a module to an ONNX model, and from an ONNX model to a file whose external data point into .safetensors files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import GraphBuilder, nn
+from vessel_rt.bundle import StageSpec, TensorSpec
+
+from vessel_export.safetensors_writer import TensorLocation
+
+__all__ = ["OPSET", "TO_IR", "Graph", "assemble", "save_graph"]
+
+OPSET = 24  # the first with TensorScatter
+_IR_VERSION = 11
+
+TO_IR = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int64: ir.DataType.INT64,
+    torch.bool: ir.DataType.BOOL,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A stage's model. Initializers without a value are weights, to be bound by name when it is saved."""
+
+    name: str
+    model: ir.Model
+
+    @property
+    def weights(self) -> list[ir.Value]:
+        """The initializers that have no value yet."""
+        return [value for value in self.model.graph.initializers.values() if value.const_value is None]
+
+
+def assemble(name: str, module: nn.Module, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> Graph:
+    """Run `module` over `inputs`; `outputs` give the results their names, types and shapes."""
+    graph = ir.Graph(list(inputs), [], nodes=[], name=name, opset_imports={"": OPSET})
+    results = module(GraphBuilder(graph).op, *inputs)
+    for result, declared in zip(results if isinstance(results, list) else [results], outputs, strict=True):
+        result.name, result.type, result.shape = declared.name, declared.type, declared.shape
+        graph.outputs.append(result)
+    return Graph(name, ir.Model(graph, ir_version=_IR_VERSION, producer_name="vessel-rt"))
+
+
+def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocation]) -> StageSpec:
+    """Write `folder/<name>.onnx` with its weights bound to `locations`, check it, and describe it.
+
+    Raises:
+        ValueError: a weight has no location, or one of another shape or dtype (a fault of this program, not of the input).
+    """
+    for value in graph.weights:
+        place = locations.get(value.name or "")
+        if place is None:
+            raise ValueError(f"{graph.name}: no weight for {value.name}")
+        if list(place.shape) != list(value.shape or ()) or TO_IR[place.dtype] != value.dtype:
+            raise ValueError(f"{graph.name}: {value.name} is {value.dtype} {value.shape}, its weight {place.dtype} {place.shape}")
+        value.const_value = ir.ExternalTensor(
+            place.file, place.offset, place.length, TO_IR[place.dtype], shape=ir.Shape(place.shape), name=value.name or "", base_dir=folder
+        )
+    file = f"{graph.name}.onnx"
+    ir.save(graph.model, folder / file)
+    onnx.checker.check_model(str(folder / file), full_check=True)
+    return StageSpec(file, tuple(map(_describe, graph.model.graph.inputs)), tuple(map(_describe, graph.model.graph.outputs)))
+
+
+def _describe(value: ir.Value) -> TensorSpec:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise ValueError(f"{value} lacks a name, type or shape")
+    shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, shape)

@@ -1,0 +1,37 @@
+"""sam2_image_encoder: Hiera and its feature pyramid, traced from sam2's own modules. Only weights that training freezes are in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vessel_export.graphs.assemble import Graph
+from vessel_export.graphs.torch_export import trace
+from vessel_export.safetensors_writer import OutputTensor
+
+__all__ = ["Sam2ImageEncoder", "trace_sam2_image_encoder"]
+
+
+class Sam2ImageEncoder(torch.nn.Module):
+    """`pixel_values` [images, 3, S, S] -> fpn_0, fpn_1 (strides 4 and 8) and image_features (stride 16, `no_mem_embed` added).
+
+    sam2's `forward_image` goes on to apply `conv_s0` and `conv_s1`; they belong to the trained mask decoder and are run there.
+    """
+
+    def __init__(self, sam2_model: Any) -> None:
+        super().__init__()
+        self.image_encoder = sam2_model.image_encoder
+        self.no_mem_embed = sam2_model.no_mem_embed
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        fpn = self.image_encoder(pixel_values)["backbone_fpn"]
+        return fpn[0], fpn[1], fpn[2] + self.no_mem_embed.reshape(1, -1, 1, 1)
+
+
+def trace_sam2_image_encoder(sam2_model: Any, image_size: int, dtype: torch.dtype, *, opset: int) -> tuple[Graph, list[OutputTensor]]:
+    """The stage's graph and weights in `dtype`; the number of images is dynamic."""
+    module = Sam2ImageEncoder(sam2_model).to(dtype)
+    pixel_values = torch.zeros(2, 3, image_size, image_size, dtype=dtype)
+    names = ("fpn_0", "fpn_1", "image_features")
+    return trace("sam2_image_encoder", module, {"pixel_values": pixel_values}, names, {"pixel_values": "images"}, opset=opset)

@@ -1,0 +1,103 @@
+"""Tracing sam2's own modules into a graph: torch.onnx's exporter, its weights moved out into a .safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+
+from vessel_export.graphs.assemble import TO_IR, Graph
+from vessel_export.safetensors_writer import OutputTensor
+
+__all__ = ["trace"]
+
+_FROM_IR = {kind: dtype for dtype, kind in TO_IR.items()}
+_INLINE_BYTES = 1024  # smaller constants (shapes, scalars) stay in the graph
+
+
+def trace(
+    name: str,
+    module: torch.nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    dynamic_axes: Mapping[str, str],
+    *,
+    opset: int,
+) -> tuple[Graph, list[OutputTensor]]:
+    """Trace `module` called with `inputs`, in their order; also returns the weights that its file must hold.
+
+    `dynamic_axes` maps an input's name to the name of its first axis; all other axes are as in `inputs`.
+    Every weight's name is `name` and its parameter's, so that graphs may share one table of locations.
+    """
+    shapes = tuple({0: torch.export.Dim(dynamic_axes[key], min=1, max=4096)} if key in dynamic_axes else None for key in inputs)
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=shapes,
+            opset_version=opset,
+            optimize=True,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError(f"{name}: the exporter returned no program")
+    model = program.model
+    model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
+    _drop_metadata(model)
+    return Graph(name, model), _move_weights_out(name, model)
+
+
+def _move_weights_out(name: str, model: ir.Model) -> list[OutputTensor]:
+    """Take the large initializers' values away, to be bound by name like any graph's weights."""
+    weights = []
+    for value in list(model.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < _INLINE_BYTES:
+            continue
+        weight = f"{name}.{value.name}"
+        model.graph.initializers.pop(str(value.name))
+        value.name, value.const_value = weight, None
+        model.graph.initializers[weight] = value
+        make = functools.partial(_as_torch, tensor)
+        weights.append(OutputTensor(weight, tuple(tensor.shape.numpy()), _FROM_IR[tensor.dtype], make))
+    return weights
+
+
+def _as_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
+    return torch.from_numpy(tensor.numpy())
+
+
+def _drop_metadata(model: ir.Model) -> None:
+    """The exporter notes stack traces on every node: paths of this machine, and most of the file's size."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and logs version-conversion notes; neither is for the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

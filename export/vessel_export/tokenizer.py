@@ -1,0 +1,42 @@
+"""The bundle's tokenizer.json: the base model's tokenizer with the fine-tune's tokens added, as one file for the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer
+
+from vessel_export.errors import BaseModelError
+
+__all__ = ["extend_tokenizer"]
+
+
+def extend_tokenizer(folder: Path, vocabulary: int, new_tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer in `folder` cut to the base model's `vocabulary`, then `new_tokens` with the next ids.
+
+    The transformers-native layout of InternVL3 adds a `<video>` token that the original, which Sa2VA trains on, does not have;
+    added tokens beyond the embedding's rows are therefore left out.
+
+    Raises:
+        BaseModelError: no tokenizer that can be read, or one that does not fill the vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        document = json.loads(loaded.backend_tokenizer.to_str())
+    except Exception as e:  # transformers raises many kinds here, all of which mean: these files are no tokenizer
+        raise BaseModelError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]}); download the base model whole") from e
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < vocabulary]
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise BaseModelError(f"{folder}: its tokenizer has {tokenizer.get_vocab_size()} tokens, its configuration {vocabulary}")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new_tokens])
+    ids = [tokenizer.token_to_id(token) for token in new_tokens]
+    if ids != list(range(vocabulary, vocabulary + len(new_tokens))):
+        raise BaseModelError(
+            f"{folder}: its tokenizer already has one of {', '.join(new_tokens)}; --base takes the model before fine-tuning"
+        )
+    return tokenizer

@@ -1,0 +1,121 @@
+"""How well the masks of a run agree with drawn ones: the mean Dice of each concept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vessel_rt.errors import VesselError
+from vessel_rt.outputs import RESULTS_FILE, RUN_FILE
+
+__all__ = ["ConceptScore", "dice", "evaluate"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptScore:
+    """The Dice coefficients of one concept, one for each image that was both segmented and annotated with it."""
+
+    concept: str
+    dice: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.dice) / len(self.dice)
+
+
+def dice(predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
+    """`2 |A and B| / (|A| + |B|)`, and 1 where both are empty."""
+    total = int(predicted.sum()) + int(truth.sum())
+    return 2 * int((predicted & truth).sum()) / total if total else 1.0
+
+
+def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
+    """Score the run in `output` against annotations in Sa2VA's fine-tuning format.
+
+    That is a list of `{"image": name, "mask": [polygons of an object, ...], "text": [its concept, ...]}`. The concepts are those
+    that the run's question names, in its order: the first mask of a result is the first concept's, and so on; a mask that an
+    answer does not give counts as empty, and an image that failed is left out.
+
+    Raises:
+        VesselError: a file is missing or not what it should be, or the two share no image or no concept.
+    """
+    run, results = _read(output / RUN_FILE, json.loads), _read(output / RESULTS_FILE, _json_lines)
+    try:
+        truth = {item["image"]: _polygons_by_concept(item) for item in _read(annotations, json.loads)}
+        concepts = _concepts_in(run["question"], {concept for item in truth.values() for concept in item})
+        scored = [result for result in results if result["status"] == "ok" and result["image"] in truth]
+        scores = [_score(concept, number, scored, truth) for number, concept in enumerate(concepts)]
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise VesselError(f"{annotations} or {output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
+    if not concepts:
+        raise VesselError(f"{annotations}: annotates no concept that the run's question names ({run['question']!r})")
+    for score in scores:
+        if not score.dice:
+            raise VesselError(f"{annotations}: annotates {score.concept!r} in none of the images of {output}")
+    return scores
+
+
+def _score(concept: str, number: int, results: Sequence[Any], truth: dict[str, dict[str, list[Any]]]) -> ConceptScore:
+    """The score of mask `number` of each result as `concept`."""
+    values = []
+    for result in results:
+        polygons = truth[result["image"]].get(concept)
+        if polygons is None:
+            continue
+        height, width = result["size"]
+        drawn = _union([_rasterized(polygon, height, width) for polygon in polygons], height, width)
+        given = _union([_decoded(mask["rle"]) for mask in result["masks"][number : number + 1]], height, width)
+        values.append(dice(given, drawn))
+    return ConceptScore(concept, tuple(values))
+
+
+def _polygons_by_concept(item: Any) -> dict[str, list[Any]]:
+    """The polygons of one annotated image. A concept is written as training reads it: in lower case, without a final dot."""
+    polygons: dict[str, list[Any]] = {}
+    for concept, of_object in zip(item["text"], item["mask"], strict=True):
+        polygons.setdefault(concept.lower().removesuffix("."), []).extend(of_object)
+    return polygons
+
+
+def _concepts_in(question: str, concepts: set[str]) -> list[str]:
+    """The concepts that occur in `question`, in its order; of two that overlap there, the longer."""
+    longest_first = sorted(concepts, key=len, reverse=True)
+    return list(dict.fromkeys(re.findall("|".join(map(re.escape, longest_first)), question.lower()))) if concepts else []
+
+
+def _rasterized(polygon: list[float], height: int, width: int) -> npt.NDArray[np.bool_]:
+    """A polygon `[x0, y0, x1, y1, ...]` in pixels, filled as Sa2VA's training fills it."""
+    from pycocotools import mask as coco
+
+    return _decoded(coco.frPyObjects([polygon], height, width)[0])
+
+
+def _decoded(run_lengths: Any) -> npt.NDArray[np.bool_]:
+    from pycocotools import mask as coco
+
+    decoded: npt.NDArray[np.bool_] = coco.decode(run_lengths).astype(np.bool_)
+    return decoded
+
+
+def _union(masks: Sequence[npt.NDArray[np.bool_]], height: int, width: int) -> npt.NDArray[np.bool_]:
+    return np.logical_or.reduce([np.zeros((height, width), np.bool_), *masks])
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VesselError(f"{path}: missing; a run that was finished leaves it in its output folder") from None
+    except (OSError, ValueError) as e:
+        raise VesselError(f"{path}: cannot be read ({e})") from e
+
+
+def _json_lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]

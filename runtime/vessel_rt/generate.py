@@ -1,0 +1,151 @@
+"""Greedy decoding with a KV cache, and the hidden states that become masks.
+
+Knows the language_model graph (docs/architecture.md) and token ids; knows nothing of text, images or masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vessel_rt.bundle import Bundle
+from vessel_rt.errors import ImageError
+from vessel_rt.prompt import EmbedTokens
+from vessel_rt.session import Session, Value
+
+__all__ = ["Generation", "LanguageModel"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """One answer: its ids without the stop token, a state [masks, hidden_size] for each [SEG] in it, and the runs after the first."""
+
+    token_ids: tuple[int, ...]
+    seg_states: npt.NDArray[Any]
+    decode_steps: int
+
+
+@dataclasses.dataclass
+class _Row:
+    """One prompt of the batch and what has been generated after it; the last emitted token is not yet consumed."""
+
+    prompt_length: int
+    emitted: list[int] = dataclasses.field(default_factory=list)
+    seg_states: list[npt.NDArray[Any]] = dataclasses.field(default_factory=list)
+    decode_steps: int = 0
+
+    @property
+    def position(self) -> int:
+        """Where the last emitted token stands in the sequence."""
+        return self.prompt_length + len(self.emitted) - 1
+
+
+class LanguageModel:
+    """The language_model graph and its KV cache.
+
+    The cache lies on the device, is written in place, and is used again for every prompt: what an earlier prompt left in it
+    stands beyond the positions of the later one, which the graph masks.
+    """
+
+    def __init__(self, session: Session, bundle: Bundle, embed_tokens: EmbedTokens) -> None:
+        self._session = session
+        self._sizes = bundle.language_model
+        self._seg, self._stops = bundle.prompt.seg_token_id, frozenset(bundle.prompt.stop_token_ids)
+        self._embed_tokens = embed_tokens
+        self._dtype = bundle.stages["language_model"].input_dtype("inputs_embeds")  # the cache's and the states' too
+        self._cache: list[Value] = []
+        self._cache_rows = 0
+
+    def generate(self, prompts: Sequence[npt.NDArray[Any]]) -> list[Generation]:
+        """Answer each prompt, given as embeddings [tokens, hidden_size], until a stop token or `max_new_tokens`.
+
+        A [SEG] that is the last token of the budget is still consumed, since its state is the mask.
+
+        Raises:
+            ImageError: a prompt that leaves no room in the cache for an answer, or states that are not finite.
+        """
+        longest, room = max(map(len, prompts)), self._sizes.capacity - self._sizes.max_new_tokens
+        if longest > room:
+            raise ImageError(
+                f"its prompt has {longest} tokens, of which this bundle takes {room} "
+                f"({self._sizes.capacity} less {self._sizes.max_new_tokens} for the answer); export it with a larger capacity"
+            )
+        rows = [_Row(len(prompt)) for prompt in prompts]
+        next_ids, _ = self._run(prompts, starts=[0] * len(rows), gather=[len(prompt) - 1 for prompt in prompts])
+        for row, token in zip(rows, next_ids, strict=True):
+            row.emitted.append(int(token))
+        while any(map(self._unfinished, rows)):
+            self._step(rows)
+        return [self._generation(row) for row in rows]
+
+    def _step(self, rows: Sequence[_Row]) -> None:
+        """Consume every row's last token. A finished row repeats its own, in place, and what comes of it is dropped."""
+        tokens = self._embed_tokens.rows([row.emitted[-1] for row in rows])
+        next_ids, states = self._run(list(tokens[:, None]), starts=[row.position for row in rows], gather=[0] * len(rows))
+        for row, token, state in zip(rows, next_ids, states, strict=True):
+            if not self._unfinished(row):
+                continue
+            row.decode_steps += 1
+            if row.emitted[-1] == self._seg:
+                row.seg_states.append(state)
+            if len(row.emitted) < self._sizes.max_new_tokens:
+                row.emitted.append(int(token))
+
+    def _unfinished(self, row: _Row) -> bool:
+        last = row.emitted[-1]
+        owed = last == self._seg and len(row.seg_states) < row.emitted.count(self._seg)
+        return last not in self._stops and (owed or len(row.emitted) < self._sizes.max_new_tokens)
+
+    def _generation(self, row: _Row) -> Generation:
+        answer = row.emitted[:-1] if row.emitted[-1] in self._stops else row.emitted
+        states = np.stack(row.seg_states) if row.seg_states else np.empty((0, self._sizes.hidden_size), self._dtype)
+        return Generation(tuple(answer), states, row.decode_steps)
+
+    def _run(
+        self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Run the graph over one chunk of embeddings a row, written to the cache from position `starts[row]` on.
+
+        Returns:
+            For each row, at its chunk's position `gather[row]`: the next token's id [rows], the hidden state [rows, hidden_size].
+        """
+        batch, sequence = len(chunks), max(map(len, chunks))
+        embeds = np.zeros((batch, sequence, self._sizes.hidden_size), self._dtype)
+        for padded, chunk in zip(embeds, chunks, strict=True):
+            padded[: len(chunk)] = chunk
+        first = np.array(starts, np.int64)
+        live = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
+        past, present = self._cache_names("past"), self._cache_names("present")
+        cache = self._cache_for(batch)
+        outputs = self._session.run(
+            {
+                "inputs_embeds": embeds,
+                "position_ids": first[:, None] + np.arange(sequence),
+                "write_indices": first,
+                "kv_positions": np.arange(live),
+                "gather_positions": np.array(gather, np.int64)[:, None],
+                **dict(zip(past, cache, strict=True)),
+            },
+            into=dict(zip(present, cache, strict=True)),
+        )
+        states = outputs["hidden_states"][:, 0]
+        if not np.isfinite(states).all():
+            self._cache_rows = 0  # it holds the same numbers: begin anew with the next prompt
+            raise ImageError(f"the language model's states are not finite in {self._dtype}; export the bundle with --precision fp32")
+        return outputs["next_ids"][:, 0], states
+
+    def _cache_names(self, when: str) -> list[str]:
+        return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]
+
+    def _cache_for(self, batch: int) -> list[Value]:
+        """The cache of `batch` rows, [batch, kv_heads, capacity, head_dim] a tensor, made once and kept while the batch stays the same."""
+        if batch != self._cache_rows:
+            shape = (batch, self._sizes.kv_heads, self._sizes.capacity, self._sizes.head_dim)
+            self._cache = []  # freed before its successor is made
+            self._cache = [self._session.to_device(np.zeros(shape, self._dtype)) for _ in range(2 * self._sizes.layers)]
+            self._cache_rows = batch
+        return self._cache

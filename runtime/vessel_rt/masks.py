@@ -1,0 +1,58 @@
+"""From low-res logits to a mask at the image's size, and what a result says of a mask."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["bounding_box", "run_lengths", "upsample"]
+
+
+def upsample(logits: npt.NDArray[np.float32], middle: int, width: int, height: int) -> npt.NDArray[np.float32]:
+    """Low-res logits [masks, side, side] at the image's size, [masks, height, width].
+
+    Sa2VA resizes twice, bilinearly (torch's `interpolate`, align_corners=False, no antialiasing): to SAM2's square of `middle`
+    pixels, then to the image. Both steps are linear and separable, so each axis is one product with one small matrix.
+    """
+    side = logits.shape[-1]
+    rows, columns = _resize_twice(side, middle, height), _resize_twice(side, middle, width)
+    resized: npt.NDArray[np.float32] = rows @ logits @ columns.T
+    return resized
+
+
+@functools.lru_cache(maxsize=64)
+def _resize_twice(source: int, middle: int, target: int) -> npt.NDArray[np.float32]:
+    """The matrix [target, source] of two bilinear resizes of one axis."""
+    return _resize(middle, target) @ _resize(source, middle)
+
+
+def _resize(source: int, target: int) -> npt.NDArray[np.float32]:
+    """The matrix [target, source] of a bilinear resize of one axis, its weights in float32 as torch computes them."""
+    scale = np.float32(source) / np.float32(target)
+    position = np.maximum((np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), np.float32(0))
+    left = np.minimum(position.astype(np.int64), source - 1)
+    right = np.minimum(left + 1, source - 1)
+    weight = position - left.astype(np.float32)
+    matrix = np.zeros((target, source), np.float32)
+    np.add.at(matrix, (np.arange(target), left), 1 - weight)
+    np.add.at(matrix, (np.arange(target), right), weight)
+    return matrix
+
+
+def bounding_box(mask: npt.NDArray[np.bool_]) -> list[int] | None:
+    """`[x0, y0, x1, y1]` in pixels, the right and lower ends excluded, or None for an empty mask."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return None
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """The mask as COCO's compressed run lengths, `{"size": [height, width], "counts": text}`, as pycocotools reads them."""
+    from pycocotools import mask as coco
+
+    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}

@@ -1,0 +1,214 @@
+"""What a run leaves: masks/, overlays/, results.jsonl and run.json, each file whole or absent.
+
+A file is written under a temporary name beside it and renamed. results.jsonl grows as results.jsonl.partial, a line an image, and
+gets its name when the run ends, however it ends; run.json is written last, so it says that every image was tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vessel_rt.errors import VesselError
+from vessel_rt.masks import bounding_box, run_lengths
+from vessel_rt.segmenter import Mask, Result
+
+__all__ = ["RESULTS_FILE", "RUN_FILE", "OutputFolder", "draw_overlay", "replacing"]
+
+RESULTS_FILE = "results.jsonl"
+RUN_FILE = "run.json"
+
+_PARTIAL_FILE = RESULTS_FILE + ".partial"
+_MASKS, _OVERLAYS = "masks", "overlays"
+# Distinct from each other and from gray, for the eyes of most colour-blind people too.
+_COLOURS = ((255, 82, 82), (64, 196, 255), (255, 214, 64), (105, 240, 174), (224, 130, 255), (255, 158, 64))
+_TINT = 0.45  # the share of the mask's colour inside it; its outline is all colour
+
+
+class OutputFolder:
+    """The folder of one run. A context manager: leaving it gives results.jsonl its name.
+
+    Masks are `masks/<stem>.png`, then `<stem>_1.png`, `<stem>_2.png`; a number that would be another image's name is passed over.
+
+    Args:
+        folder: made if absent.
+        images: the images of the run; their stems name what is written.
+        overwrite: allow a folder that is not empty, and remove from it what an earlier run wrote, and nothing else.
+
+    Raises:
+        VesselError: two images share a stem, the folder is not empty, or holds files that would be overwritten and that no run wrote.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[Path], overwrite: bool = False) -> None:
+        self.folder = folder
+        self._stems = _distinct_stems(images)
+        if folder.exists() and not folder.is_dir():
+            raise VesselError(f"{folder}: is a file; choose another output folder with -o")
+        if folder.exists() and any(folder.iterdir()):
+            if not overwrite:
+                raise VesselError(f"{folder}: not empty; choose another output folder with -o, or replace its results with --overwrite")
+            _remove_earlier_run(folder, self._stems, images)
+        with _writing(folder):
+            for name in (_MASKS, _OVERLAYS):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            self._results = (folder / _PARTIAL_FILE).open("w", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._results.close()
+        os.replace(self.folder / _PARTIAL_FILE, self.folder / RESULTS_FILE)
+
+    def write_result(self, path: Path, image: Image.Image, result: Result) -> None:
+        """Write the masks and the overlay of one image, then its line. `result.ms` may have been added to until here."""
+        records = [
+            self._write_mask(name, mask) for name, mask in zip(self._mask_names(path.stem, len(result.masks)), result.masks, strict=True)
+        ]
+        with replacing(self.folder / _OVERLAYS / f"{path.stem}.jpg") as temporary:
+            draw_overlay(image, [mask.pixels for mask in result.masks]).save(temporary, format="JPEG", quality=92)
+        self._write_line(path, status="ok", answer=result.answer, decode_steps=result.decode_steps, ms=result.ms, masks=records)
+
+    def write_error(self, path: Path, error: str) -> None:
+        """Write the line of an image that failed."""
+        self._write_line(path, status="error", error=error)
+
+    def write_run(self, report: dict[str, Any]) -> None:
+        """Write run.json."""
+        with replacing(self.folder / RUN_FILE) as temporary:
+            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _write_mask(self, name: str, mask: Mask) -> dict[str, Any]:
+        with replacing(self.folder / name) as temporary:
+            Image.fromarray(mask.pixels.astype(np.uint8) * 255).save(temporary, format="PNG")
+        return {
+            "file": name,
+            "iou": round(mask.iou, 6),
+            "object_score": round(mask.object_score, 6),
+            "area": int(mask.pixels.sum()),
+            "box": bounding_box(mask.pixels),
+            "rle": run_lengths(mask.pixels),
+        }
+
+    def _mask_names(self, stem: str, count: int) -> list[str]:
+        numbered = (f"{stem}_{number}" for number in itertools.count(1))
+        free = (name for name in numbered if name.casefold() not in self._stems)
+        return [f"{_MASKS}/{name}.png" for name in itertools.islice(itertools.chain([stem], free), count)]
+
+    def _write_line(
+        self,
+        path: Path,
+        *,
+        status: str,
+        error: str | None = None,
+        answer: str | None = None,
+        decode_steps: int | None = None,
+        ms: dict[str, float] | None = None,
+        masks: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        line = {
+            "image": path.name,
+            "status": status,
+            "error": error,
+            "answer": answer,
+            "decode_steps": decode_steps,
+            "ms": {stage: round(value, 3) for stage, value in (ms or {}).items()},
+            "masks": list(masks),
+        }
+        with _writing(self.folder / _PARTIAL_FILE):
+            self._results.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._results.flush()
+
+
+def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> Image.Image:
+    """The image with each mask [height, width] tinted and outlined in a colour of its own."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
+    for mask, colour in zip(masks, itertools.cycle(_COLOURS), strict=False):
+        inside = np.array(colour, np.float32)
+        pixels[mask] += _TINT * (inside - pixels[mask])
+        pixels[mask & ~_eroded(mask)] = inside
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _eroded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The mask without its outermost pixels (those with one of four neighbours outside)."""
+    padded = np.pad(mask, 1)
+    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to: renamed to it when the block succeeds, removed when it does not.
+
+    Raises:
+        VesselError: the file cannot be written (no space, no permission, too long a name).
+    """
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")  # short: the name itself may be as long as names can be
+    try:
+        with _writing(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise VesselError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+
+def _distinct_stems(images: Sequence[Path]) -> frozenset[str]:
+    """The stems of `images`, caseless, since a folder that is copied to Windows or macOS loses one of `A.png` and `a.png`."""
+    seen: dict[str, Path] = {}
+    for path in images:
+        other = seen.setdefault(path.stem.casefold(), path)
+        if other is not path:
+            raise VesselError(f"{path}: its results would overwrite those of {other}; run them into two output folders, or rename one")
+    return frozenset(seen)
+
+
+def _remove_earlier_run(folder: Path, stems: Collection[str], images: Sequence[Path]) -> None:
+    """Remove what the results.jsonl in `folder` says a run wrote there; first make sure that the new run will overwrite nothing else."""
+    earlier = _earlier_files(folder)
+    for path in [*(folder / _MASKS).glob("*"), *(folder / _OVERLAYS).glob("*")]:
+        stem, _, number = path.stem.casefold().rpartition("_")
+        named = path.stem.casefold() in stems or (number.isdecimal() and stem in stems)
+        if named and path not in earlier:
+            raise VesselError(f"{path}: would be overwritten, and is not a result that {RESULTS_FILE} lists; move it away, or choose another -o")
+    reread = {path.resolve() for path in images} & {path.resolve() for path in earlier}
+    if reread:
+        raise VesselError(f"{min(reread)}: is both an input and a result that would be overwritten; choose another -o")
+    for path in earlier:
+        with _writing(path):
+            path.unlink(missing_ok=True)
+
+
+def _earlier_files(folder: Path) -> set[Path]:
+    """The files of an earlier run in `folder`. Only names right inside masks/ and overlays/ are taken from its results.jsonl."""
+    files = {folder / RUN_FILE} & set(folder.iterdir())
+    files |= set(folder.glob(f"{_MASKS}/.*.tmp")) | set(folder.glob(f"{_OVERLAYS}/.*.tmp")) | set(folder.glob(".*.tmp"))
+    for record in (folder / RESULTS_FILE, folder / _PARTIAL_FILE):
+        if not record.exists():
+            continue
+        files.add(record)
+        try:
+            for line in map(json.loads, record.read_text(encoding="utf-8").splitlines()):
+                files.add(folder / _OVERLAYS / f"{Path(line['image']).stem}.jpg")
+                files |= {folder / _MASKS / Path(mask["file"]).name for mask in line["masks"]}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise VesselError(f"{record}: not written by vessel-rt, or cut short ({e}); choose another output folder with -o") from e
+    return files

@@ -1,0 +1,47 @@
+"""What every test may use: the small trained model of examples/tiny, and the bundles exported from it, once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """The paths of examples/tiny."""
+
+    base: Path
+    sam2: Path
+    checkpoint: Path
+    frames: Path
+    annotations: Path
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    folder = ROOT / "examples" / "tiny"
+    (checkpoint,) = folder.glob("iter_*.pth")
+    return Tiny(folder / "base", folder / "sam2_tiny.pt", checkpoint, folder / "frames", folder / "annotations.json")
+
+
+def _export(tiny: Tiny, out: Path, precision: str) -> Path:
+    from vessel_export.bundle_writer import ExportRequest, export_bundle
+    from vessel_export.recipe import load_recipe
+
+    recipe = dataclasses.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
+    export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), out, recipe))
+    return out
+
+
+@pytest.fixture(scope="session")
+def fp32_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny, tmp_path_factory.mktemp("bundles") / "tiny-fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny, tmp_path_factory.mktemp("bundles") / "tiny-fp16", "fp16")
