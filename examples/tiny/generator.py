@@ -47,6 +47,14 @@ class _Branch:
     labelled: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class _Circle:
+    """The collimator's opening: centre (x, y) and radius in pixels."""
+
+    centre: tuple[float, float]
+    radius: float
+
+
 def generate(rng: np.random.Generator, height: int, width: int) -> Frame:
     """Draw one frame of the given size in pixels."""
     scale = min(height, width) / _UNIT
@@ -56,18 +64,18 @@ def generate(rng: np.random.Generator, height: int, width: int) -> Frame:
     catheter = _catheter(rng, root, heading, size) if rng.random() < 0.7 else None
     subtracted = bool(rng.random() < 0.35)
 
+    collimator = _collimator(rng, height, width) if rng.random() < 0.45 else None
+
     background = _background(rng, height, width, scale, subtracted)
     depth = _projection(rng, [_scaled(b, scale) for b in branches], height, width)
-    contrast = rng.uniform(0.1, 0.5) * (0.75 if subtracted else 1.0)
+    contrast = rng.uniform(0.12, 0.6) * (0.7 if subtracted else 1.0)
     image = background * np.exp(-contrast * depth)
     if catheter is not None:
         image *= _catheter_shadow(rng, _scaled(catheter, scale), height, width, contrast)
-    image = _detector(rng, image, scale, subtracted)
+    image = _detector(rng, image, scale, subtracted, collimator)
 
-    polygons: dict[str, list[Polygon]] = {name: [] for name in CONCEPTS}
-    polygons["vessel"] = [p for b in branches if b.labelled for p in _outlines(_scaled(b, scale), height, width)]
-    if catheter is not None:
-        polygons["catheter"] = _outlines(_scaled(catheter, scale), height, width)
+    objects = {"vessel": [b for b in branches if b.labelled], "catheter": [] if catheter is None else [catheter]}
+    polygons = {name: [p for b in objects[name] for p in _outlines(_scaled(b, scale), height, width, collimator)] for name in CONCEPTS}
     x, y = root / size
     return Frame(image, polygons, (float(x), float(y)), subtracted)
 
@@ -86,7 +94,7 @@ def _path(rng: np.random.Generator, start: Array, heading: float, length: float,
     """A smooth random walk of `length`: a steady `bend` (radians in all), slow drift, and `wiggle` that grows to the far end."""
     count = max(int(length), 6)
     along = np.linspace(0, 1, count)
-    drift = ndimage.gaussian_filter1d(rng.normal(0, 1, count), 14, mode="reflect") * 0.16
+    drift = ndimage.gaussian_filter1d(rng.normal(0, 1, count), 14, mode="reflect") * 0.1
     angle = heading + bend * along + np.cumsum(drift)
     phase = np.cumsum(ndimage.gaussian_filter1d(rng.uniform(0.5, 1.5, count), 6)) * 2 * np.pi / rng.uniform(13, 34)
     angle = angle + wiggle * along ** rng.uniform(0.3, 2) * np.sin(phase + rng.uniform(0, 6.3))
@@ -117,13 +125,13 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
 
     def grow(start: Array, angle: float, radius: float, length: float, level: int) -> None:
         labelled = radius >= 1.15
-        bend = rng.normal(0, 0.9 if level else 1.1)
+        bend = rng.normal(0, 0.8)
         if level == 0 and mains == 1:
-            bend = rng.choice([-1, 1]) * rng.uniform(0.8, 3.6)
+            bend = rng.choice([-1, 1]) * rng.uniform(0.5, 3.6)
         points = _path(rng, start, angle, length, bend, tortuous * rng.uniform(0, 1.3))
         radii = _radius(rng, len(points), radius, max(radius * rng.uniform(0.3, 0.85), 1.25 if labelled else 0.35))
         filling = np.linspace(1, rng.uniform(0.55, 1.05), len(points), dtype=np.float32) * (1.0 if labelled else faint)
-        if level:  # a child begins inside its parent: no dark spot where they meet
+        if branches:  # a branch begins inside another: no dark spot where they meet
             filling *= np.clip(np.arange(len(points)) / (2.5 * radius + 1), 0, 1)
         branches.append(_Branch(points, radii, filling.astype(np.float32), labelled))
         if level >= 3:
@@ -136,7 +144,7 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
                  float(length * rng.uniform(0.2, 0.7)), level + 1)
 
     for turn in spread:
-        grow(root, heading + float(turn) + float(rng.normal(0, 0.15)), trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.6, 1.5)), 0)
+        grow(root, heading + float(turn) + float(rng.normal(0, 0.15)), trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.7, 1.5)), 0)
     return branches
 
 
@@ -164,8 +172,8 @@ def _scaled(branch: _Branch, scale: float) -> _Branch:
     return _Branch(points.astype(np.float32), radius.astype(np.float32), filling.astype(np.float32), branch.labelled)
 
 
-def _outlines(branch: _Branch, height: int, width: int) -> list[Polygon]:
-    """The branch as polygons, one for each piece of some 40 points; pieces overlap by a point, so their union has no gaps."""
+def _outlines(branch: _Branch, height: int, width: int, collimator: _Circle | None) -> list[Polygon]:
+    """The branch as polygons, one for each short piece in view; neighbours share an edge, so their union has no gaps."""
     tangent = np.gradient(ndimage.gaussian_filter1d(branch.points, 1.5, axis=0, mode="nearest"), axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-6
     normal = np.stack([-tangent[:, 1], tangent[:, 0]], axis=1) * branch.radius[:, None]
@@ -174,10 +182,11 @@ def _outlines(branch: _Branch, height: int, width: int) -> list[Polygon]:
     left, right = (branch.points + normal)[keep], (branch.points - normal)[keep]
     limit = np.array([width, height])
     outlines = []
-    for first in range(0, len(keep) - 1, 12):
-        part = slice(first, first + 13)
+    for first in range(0, len(keep) - 1, 8):
+        part = slice(first, first + 9)
         ring = np.clip(np.concatenate([left[part], right[part][::-1]]), 0, limit)
-        if np.ptp(ring, axis=0).min() >= 1:  # wholly outside the frame otherwise
+        seen = collimator is None or np.hypot(*(ring.mean(axis=0) - collimator.centre)) < collimator.radius
+        if seen and np.ptp(ring, axis=0).min() >= 1:  # wholly outside the frame otherwise
             outlines.append([round(float(v), 1) for v in ring.ravel()])
     return outlines
 
@@ -275,7 +284,15 @@ def _background(rng: np.random.Generator, height: int, width: int, scale: float,
     return np.exp(log)
 
 
-def _detector(rng: np.random.Generator, transmitted: Array, scale: float, subtracted: bool) -> NDArray[np.uint8]:
+def _collimator(rng: np.random.Generator, height: int, width: int) -> _Circle:
+    """A round opening, off centre, that leaves one or two corners dark."""
+    x, y = rng.uniform(0.3, 0.7, 2) * (width, height)
+    return _Circle((float(x), float(y)), float(min(height, width) * rng.uniform(0.6, 0.9)))
+
+
+def _detector(
+    rng: np.random.Generator, transmitted: Array, scale: float, subtracted: bool, collimator: _Circle | None
+) -> NDArray[np.uint8]:
     """Blur, tone curve, quantum noise and the collimator's edge: brightness to 8-bit gray values."""
     height, width = transmitted.shape
     image = ndimage.gaussian_filter(transmitted, rng.uniform(0.3, 1.1) * max(scale, 0.7))
@@ -285,17 +302,15 @@ def _detector(rng: np.random.Generator, transmitted: Array, scale: float, subtra
     grain = rng.normal(0, 1, image.shape).astype(np.float32)
     grain = ndimage.gaussian_filter(grain, rng.uniform(0.0, 0.9) * max(scale, 0.7))
     grain /= grain.std()
-    amount = rng.uniform(0.5, 7.0 if subtracted else 5.0)
+    amount = rng.uniform(0.5, 5.0)
     image = image + amount * grain * np.sqrt(np.clip(image, 20, 255) / 128)
     if rng.random() < 0.2:  # edge enhancement, as many systems apply
         image = image + rng.uniform(0.3, 1.5) * (image - ndimage.gaussian_filter(image, 1.5 * scale))
     high = rng.uniform(225, 255)
     image = np.minimum(image, high - 6 * (1 - np.exp(-np.maximum(image - high, 0) / 20)))
-    if rng.random() < 0.45:
+    if collimator is not None:
         y, x = np.mgrid[:height, :width].astype(np.float32)
-        shift = rng.uniform(-0.35, 0.35, 2) * (width, height)
-        radius = min(height, width) * rng.uniform(0.55, 0.85)
-        outside = np.hypot(x - width / 2 - shift[0], y - height / 2 - shift[1]) - radius
+        outside = np.hypot(x - collimator.centre[0], y - collimator.centre[1]) - collimator.radius
         dark = rng.uniform(5, 30) + rng.normal(0, 1, image.shape)
         blend = np.clip(outside / (scale * rng.uniform(0.7, 2)) + 0.5, 0, 1)
         image = image * (1 - blend) + dark * blend

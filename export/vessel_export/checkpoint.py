@@ -124,15 +124,13 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """What the file wanted to call, in a phrase; the unpickler's own first line where torch cannot list it."""
+    """What the file wanted to call, in a phrase. (torch's own message advises to load it unsafely.)"""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the listing reads the same broken file: its failure must not hide the first one
-        names = []
-    foreign = sorted(name for name in names if name not in {reference for _, reference in _inert_globals()})
-    if foreign:
-        return "its pickle calls " + ", ".join(foreign)
-    return str(error).splitlines()[0]
+    except Exception:  # the listing reads only zip files, and this one may be broken: its failure must not hide the first one
+        names = re.findall(r"GLOBAL (\S+)", str(error))
+    foreign = sorted(set(names) - {reference for _, reference in _inert_globals()})
+    return "its pickle calls " + ", ".join(foreign) if foreign else "its pickle holds more than tensors and plain values"
 
 
 class _Inert:

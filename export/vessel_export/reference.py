@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vessel_export.checkpoint import Checkpoint, open_checkpoint
@@ -157,7 +158,7 @@ class Reference:
         trained = open_checkpoint(checkpoint)
         config, parts = _read_base(base)
         vision_config, text_config, downsample_ratio = _configs(base, config)
-        tokenizer = _load_tokenizer(base)
+        tokenizer = _load_tokenizer(base, text_config)
         language_model = _language_model(text_config, parts["language"], trained, lora_alpha, len(tokenizer), dtype)
         vision_model = _load_strictly(_new_vision_model(vision_config), parts["vision"], f"{base}: vision_model")
         projector = _new_projector(vision_config.hidden_size, text_config.hidden_size, downsample_ratio)
@@ -247,7 +248,7 @@ class Reference:
         """
         from transformers import DynamicCache
 
-        stops = {self.tokenizer.convert_tokens_to_ids(token) for token in (*STOP_TOKENS, self.tokenizer.eos_token)}
+        stops = {self.tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS}
         seg_id = self.tokenizer.convert_tokens_to_ids("[SEG]")
         cache = DynamicCache()
         ids: list[int] = []
@@ -278,6 +279,8 @@ class Reference:
         sparse token, three masks, and no gating by the object score.
         """
         count, decoder, prompt_encoder = len(seg_states), self.sam2.sam_mask_decoder, self.sam2.sam_prompt_encoder
+        if count == 0:  # SAM2's decoder takes no empty batch
+            return MaskPrediction(torch.empty(0, *features.fpn_0.shape[2:]), torch.empty(0), torch.empty(0))
         no_point = torch.zeros(count, 1, 2, device=self.device), -torch.ones(count, 1, dtype=torch.int32, device=self.device)
         sparse, dense = prompt_encoder(points=no_point, boxes=None, masks=None)
         prompts = self.text_hidden_fcs(seg_states)[:, None]  # [masks, 1, 256]
@@ -396,14 +399,21 @@ def _configs(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any, float]:
     return vision_config, Qwen2Config.from_dict(config["llm_config"]), config["downsample_ratio"]
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    """The base model's tokenizer with Sa2VA's special tokens added, in the order of its training configuration."""
-    from transformers import AutoTokenizer
+def _load_tokenizer(folder: Path, config: Any) -> Any:
+    """The base model's tokenizer with Sa2VA's special tokens added, in the order of its training configuration.
+
+    The `-hf` layout of InternVL3 has a `<video>` token with an id past the embedding's rows; it goes, or it would shift [SEG]'s.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     except (OSError, ValueError) as e:
         raise BaseModelError(f"{folder}: no tokenizer here ({str(e).splitlines()[0]}); copy the whole model folder") from e
+    if len(tokenizer) > config.vocab_size:
+        document = json.loads(tokenizer.backend_tokenizer.to_str())
+        document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < config.vocab_size]
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)))
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     return tokenizer
 
@@ -441,15 +451,14 @@ def _language_model(
         if table is None or len(table) != vocabulary:
             found = "is missing" if table is None else f"has {len(table)} rows"
             raise CheckpointError(f"{trained.path}: {name}.weight {found}; the base model's tokenizer has {vocabulary} with Sa2VA's tokens")
-    # Both tables come from the checkpoint, so the base model's own, of another vocabulary, are never used.
+    # The base model's own tables, of another vocabulary, are never used: training replaced both whole.
     config.vocab_size, config.tie_word_embeddings = vocabulary, False
-    kept = {name: tensor for name, tensor in base.items() if name.removesuffix(".weight") not in tables}
+    state_dict = {**base, **{f"{name}.weight": table for name, table in tables.items()}}
     qwen2: Any = Qwen2ForCausalLM
     model, report = qwen2.from_pretrained(
-        None, config=config, state_dict=kept, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        None, config=config, state_dict=state_dict, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
-    missing = set(report["missing_keys"]) - {f"{name}.weight" for name in tables}
-    _refuse_gaps("base model: language_model", missing, report["unexpected_keys"])
+    _refuse_gaps("base model: language_model", report["missing_keys"], report["unexpected_keys"])
     lora: Any = peft.LoraConfig(
         r=trained.lora_rank,
         target_modules=sorted({match[1] for name in adapter if (match := re.search(r"\.(\w+)\.lora_A\.weight$", name))}),

@@ -22,12 +22,9 @@ def extend_tokenizer(folder: Path, vocabulary: int, new_tokens: Sequence[str]) -
     Raises:
         BaseModelError: no tokenizer that can be read, or one that does not fill the vocabulary.
     """
-    from transformers import AutoTokenizer
-
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        document = json.loads(loaded.backend_tokenizer.to_str())
-    except Exception as e:  # transformers raises many kinds here, all of which mean: these files are no tokenizer
+        document = json.loads(_load(folder).to_str())
+    except Exception as e:  # both libraries raise bare Exceptions here, all of which mean: these files are no tokenizer
         raise BaseModelError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]}); download the base model whole") from e
     document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < vocabulary]
     tokenizer = Tokenizer.from_str(json.dumps(document))
@@ -40,3 +37,13 @@ def extend_tokenizer(folder: Path, vocabulary: int, new_tokens: Sequence[str]) -
             f"{folder}: its tokenizer already has one of {', '.join(new_tokens)}; --base takes the model before fine-tuning"
         )
     return tokenizer
+
+
+def _load(folder: Path) -> Tokenizer:
+    """The original layout ships vocab.json and merges.txt, which transformers turns into a tokenizer; the native one tokenizer.json."""
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    from transformers import Qwen2Tokenizer
+
+    loaded: Tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    return loaded

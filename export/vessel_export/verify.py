@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-
 from vessel_rt.bundle import Bundle, sha256_of
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.image import SUFFIXES, mask_pixels, read_image, tile_pixels
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["TOLERANCES", "Check", "Report", "Sample", "Tolerances", "add_arguments", "drawn_samples", "read_samples", "run", "verify"]
 
 Array = npt.NDArray[Any]
+
+_CPU = Device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +47,9 @@ class Tolerances:
 
 # Reasons: docs/numerics.md. Pixels, prompt ids, answer ids and the number of masks must be equal at every precision.
 TOLERANCES = {
-    "fp32": Tolerances(
-        vision_encoder=1e-4, language_model=1e-4, sam2_image_encoder=1e-4, sam2_mask_decoder=1e-4, mask_iou=0.9999
-    ),
-    "fp16": Tolerances(
-        vision_encoder=2e-2, language_model=2e-2, sam2_image_encoder=2e-2, sam2_mask_decoder=2e-2, mask_iou=0.995
-    ),
-}  # fmt: skip
+    "fp32": Tolerances(vision_encoder=1e-4, language_model=1e-4, sam2_image_encoder=1e-4, sam2_mask_decoder=1e-4, mask_iou=0.9999),
+    "fp16": Tolerances(vision_encoder=2e-2, language_model=2e-2, sam2_image_encoder=2e-2, sam2_mask_decoder=2e-2, mask_iou=0.995),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +150,8 @@ class _Expected:
 
 
 def verify(
-    bundle: Bundle, reference: Reference, samples: Sequence[Sample], questions: Sequence[str], *, device: Device = Device("cpu"), threads: int = 0
-) -> Report:  # fmt: skip
+    bundle: Bundle, reference: Reference, samples: Sequence[Sample], questions: Sequence[str], *, device: Device = _CPU, threads: int = 0
+) -> Report:
     """Compare `bundle` with `reference` (FP32) on every sample and question, with `bundle`'s graphs on `device`.
 
     Raises:
@@ -301,7 +298,13 @@ def read_samples(paths: Sequence[Path]) -> list[Sample]:
         if not found:
             raise VesselError(f"{path}: no images in this folder ({', '.join(SUFFIXES)}); give another to --images")
         files += found
-    return [Sample(file.name, Image.open(file) if file.is_file() else read_image(file), read_image(file)) for file in files]
+    return [_read_sample(file) for file in files]
+
+
+def _read_sample(file: Path) -> Sample:
+    runtime = read_image(file)  # first, because it says what is wrong with a file
+    with Image.open(file) as image:
+        return Sample(file.name, image.convert("RGB"), runtime)
 
 
 def drawn_samples() -> list[Sample]:
@@ -326,9 +329,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="DIR|ID", help="InternVL3 (default: the one named in the bundle)")
     parser.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0 (default: the one named in the bundle)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images and folders (default: three drawn frames)")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="the question; may be given several times (default: the bundle's)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question; may be repeated (default: the bundle's)")
     parser.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
-    parser.add_argument("--device", type=Device.parse, default=Device("cpu"), metavar="DEVICE", help="where the bundle runs (default: cpu)")
+    parser.add_argument("--device", type=Device.parse, default=_CPU, metavar="DEVICE", help="where the bundle runs (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads for one operator (default: all cores)")
     parser.set_defaults(run=run)
 
@@ -348,7 +351,8 @@ def run(arguments: argparse.Namespace) -> int:
     base, sam2 = arguments.base or bundle.provenance.base, arguments.sam2 or bundle.provenance.sam2
     reference = Reference.load(arguments.ckpt, open_base(base).folder, open_sam2(sam2).path, lora_alpha=arguments.lora_alpha)
     if sha256_of(arguments.ckpt) != bundle.provenance.checkpoint_sha256:
-        raise BundleError(f"{bundle.folder}: was not made from {arguments.ckpt} but from another {bundle.provenance.checkpoint}; give that to --ckpt")
+        made_from = f"{bundle.provenance.checkpoint} of SHA-256 {bundle.provenance.checkpoint_sha256[:12]}..."
+        raise BundleError(f"{bundle.folder}: not made from {arguments.ckpt}; give --ckpt the {made_from}")
     questions = arguments.prompt or [bundle.prompt.default_question]
     report = verify(bundle, reference, samples, questions, device=arguments.device, threads=arguments.threads)
     print(report.table())

@@ -183,7 +183,9 @@ class Bundle:
         try:
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(f"{folder}: no bundle here ({BUNDLE_FILE} is missing); make one with `make export CKPT=...` or `make demo`") from None
+            raise BundleError(
+                f"{folder}: no bundle here ({BUNDLE_FILE} is missing); make one with `make export CKPT=...` or `make demo`"
+            ) from None
         except (OSError, UnicodeDecodeError) as e:
             raise BundleError(f"{path}: cannot be read ({e}); export it again") from e
         try:

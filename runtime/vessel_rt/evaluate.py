@@ -52,7 +52,7 @@ def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
         concepts = _concepts_in(run["question"], {concept for item in truth.values() for concept in item})
         scored = [result for result in results if result["status"] == "ok" and result["image"] in truth]
         scores = [_score(concept, number, scored, truth) for number, concept in enumerate(concepts)]
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise VesselError(f"{annotations} or {output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
     if not concepts:
         raise VesselError(f"{annotations}: annotates no concept that the run's question names ({run['question']!r})")
@@ -64,16 +64,16 @@ def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
 
 def _score(concept: str, number: int, results: Sequence[Any], truth: dict[str, dict[str, list[Any]]]) -> ConceptScore:
     """The score of mask `number` of each result as `concept`."""
-    values = []
-    for result in results:
-        polygons = truth[result["image"]].get(concept)
-        if polygons is None:
-            continue
-        height, width = result["size"]
-        drawn = _union([_rasterized(polygon, height, width) for polygon in polygons], height, width)
-        given = _union([_decoded(mask["rle"]) for mask in result["masks"][number : number + 1]], height, width)
-        values.append(dice(given, drawn))
-    return ConceptScore(concept, tuple(values))
+    annotated = [(result["masks"], truth[result["image"]][concept]) for result in results if concept in truth[result["image"]]]
+    return ConceptScore(concept, tuple(_dice_of(masks, number, polygons) for masks, polygons in annotated))
+
+
+def _dice_of(masks: Sequence[Any], number: int, polygons: Sequence[Any]) -> float:
+    if number >= len(masks):  # the answer gave none: an empty mask
+        return 0.0 if polygons else 1.0
+    predicted = _decoded(masks[number]["rle"])
+    drawn = [_rasterized(polygon, *predicted.shape) for polygon in polygons]
+    return dice(predicted, np.logical_or.reduce([np.zeros_like(predicted), *drawn]))
 
 
 def _polygons_by_concept(item: Any) -> dict[str, list[Any]]:
@@ -102,10 +102,6 @@ def _decoded(run_lengths: Any) -> npt.NDArray[np.bool_]:
 
     decoded: npt.NDArray[np.bool_] = coco.decode(run_lengths).astype(np.bool_)
     return decoded
-
-
-def _union(masks: Sequence[npt.NDArray[np.bool_]], height: int, width: int) -> npt.NDArray[np.bool_]:
-    return np.logical_or.reduce([np.zeros((height, width), np.bool_), *masks])
 
 
 def _read(path: Path, parse: Any) -> Any:

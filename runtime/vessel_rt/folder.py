@@ -9,10 +9,11 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 import vessel_rt
@@ -30,7 +31,7 @@ _LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
 
 @dataclasses.dataclass(frozen=True)
 class InferOptions:
-    """What `infer` is asked to do. `inputs` are files, folders and globs; `num_images` None takes all; `threads` 0 lets ONNX Runtime choose."""
+    """What `infer` is asked to do: `inputs` are files, folders and globs, of which None takes all; 0 `threads` is ONNX Runtime's choice."""
 
     inputs: tuple[str, ...]
     output: Path
@@ -94,24 +95,26 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
     Raises:
         VesselError: nothing could be begun (inputs, output folder, question, device, bundle), or a result could not be written.
     """
-    began, images = time.perf_counter(), find_images(options.inputs, options.num_images)
-    started = datetime.datetime.now(datetime.UTC)
-    summary = Summary()
+    began, started, summary = time.perf_counter(), datetime.datetime.now(datetime.UTC), Summary()
+    images = find_images(options.inputs, options.num_images)
+    outputs = OutputFolder(options.output, images, options.overwrite)
+    _verify(bundle)
     with Segmenter(bundle, device=options.device, threads=options.threads) as segmenter:
         segmenter.check_question(options.question)
         summary.load_seconds = time.perf_counter() - began
-        with OutputFolder(options.output, images, options.overwrite) as outputs:
-            ready = time.perf_counter()
-            for path in _with_progress(images):
+        with outputs:
+            for path in tqdm(images, unit="image", disable=None, dynamic_ncols=True):  # None: a bar on terminals only
                 _infer_one(path, options.question, segmenter, outputs, summary)
-            summary.seconds = time.perf_counter() - ready
+        summary.seconds = time.perf_counter() - began - summary.load_seconds
         outputs.write_run(_report(bundle, options, segmenter.device, started, summary))
     return summary
 
 
-def _with_progress(images: Sequence[Path]) -> Iterator[Path]:
-    """The images, with a bar of rate and time left where standard error is a terminal."""
-    yield from tqdm(images, unit="image", disable=None, dynamic_ncols=True)
+def _verify(bundle: Bundle) -> None:
+    """`Bundle.verify_files`, with a bar if it takes more than two seconds."""
+    total = sum(record.bytes for record in bundle.files.values())
+    with tqdm(total=total, desc="checking the bundle", unit="B", unit_scale=True, disable=None, delay=2, leave=False) as bar:
+        bundle.verify_files(progress=bar.update)
 
 
 def _infer_one(path: Path, question: str, segmenter: Segmenter, outputs: OutputFolder, summary: Summary) -> None:
@@ -131,7 +134,7 @@ def _infer_one(path: Path, question: str, segmenter: Segmenter, outputs: OutputF
     outputs.write_result(path, image, dataclasses.replace(result, ms={"read": read_ms, **result.ms}))
 
 
-def _named(path: Path, segmenter: Segmenter, image: Any, question: str) -> Result:
+def _named(path: Path, segmenter: Segmenter, image: Image.Image, question: str) -> Result:
     """`Segmenter.segment`, which does not know the image's name, with the name put before its errors."""
     try:
         return segmenter.segment(image, question)

@@ -90,9 +90,7 @@ def _resized(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _normalized(
-    pixels: npt.NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...], dtype: npt.DTypeLike
-) -> npt.NDArray[Any]:
+def _normalized(pixels: npt.NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Bytes [n, height, width, 3] to `(byte / 255 - mean) / std`, [n, 3, height, width]: float32 arithmetic, rounded once to `dtype`.
 
     A channel has 256 values only, so they are computed once and looked up.

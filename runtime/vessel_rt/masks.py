@@ -19,8 +19,7 @@ def upsample(logits: npt.NDArray[np.float32], middle: int, width: int, height: i
     """
     side = logits.shape[-1]
     rows, columns = _resize_twice(side, middle, height), _resize_twice(side, middle, width)
-    resized: npt.NDArray[np.float32] = rows @ logits @ columns.T
-    return resized
+    return (rows @ logits @ columns.T).astype(np.float32, copy=False)
 
 
 @functools.lru_cache(maxsize=64)

@@ -37,14 +37,14 @@ _TINT = 0.45  # the share of the mask's colour inside it; its outline is all col
 
 
 class OutputFolder:
-    """The folder of one run. A context manager: leaving it gives results.jsonl its name.
+    """The folder of one run. Making the object checks it; entering it as a context begins the run, leaving ends it.
 
     Masks are `masks/<stem>.png`, then `<stem>_1.png`, `<stem>_2.png`; a number that would be another image's name is passed over.
 
     Args:
-        folder: made if absent.
+        folder: made if absent, on entering.
         images: the images of the run; their stems name what is written.
-        overwrite: allow a folder that is not empty, and remove from it what an earlier run wrote, and nothing else.
+        overwrite: allow a folder that is not empty; entering removes from it what an earlier run wrote, and nothing else.
 
     Raises:
         VesselError: two images share a stem, the folder is not empty, or holds files that would be overwritten and that no run wrote.
@@ -53,18 +53,22 @@ class OutputFolder:
     def __init__(self, folder: Path, images: Sequence[Path], overwrite: bool = False) -> None:
         self.folder = folder
         self._stems = _distinct_stems(images)
+        self._earlier: set[Path] = set()
         if folder.exists() and not folder.is_dir():
             raise VesselError(f"{folder}: is a file; choose another output folder with -o")
         if folder.exists() and any(folder.iterdir()):
             if not overwrite:
                 raise VesselError(f"{folder}: not empty; choose another output folder with -o, or replace its results with --overwrite")
-            _remove_earlier_run(folder, self._stems, images)
-        with _writing(folder):
-            for name in (_MASKS, _OVERLAYS):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            self._results = (folder / _PARTIAL_FILE).open("w", encoding="utf-8")
+            self._earlier = _earlier_files(folder)
+            _check_overwriting(folder, self._earlier, self._stems, images)
 
     def __enter__(self) -> Self:
+        with _writing(self.folder):
+            for path in self._earlier:
+                path.unlink(missing_ok=True)
+            for name in (_MASKS, _OVERLAYS):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self._results = (self.folder / _PARTIAL_FILE).open("w", encoding="utf-8")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -181,20 +185,18 @@ def _distinct_stems(images: Sequence[Path]) -> frozenset[str]:
     return frozenset(seen)
 
 
-def _remove_earlier_run(folder: Path, stems: Collection[str], images: Sequence[Path]) -> None:
-    """Remove what the results.jsonl in `folder` says a run wrote there; first make sure that the new run will overwrite nothing else."""
-    earlier = _earlier_files(folder)
+def _check_overwriting(folder: Path, earlier: Collection[Path], stems: Collection[str], images: Sequence[Path]) -> None:
+    """Make sure that nothing is overwritten but what an earlier run wrote, and that nothing of that is an input now."""
     for path in [*(folder / _MASKS).glob("*"), *(folder / _OVERLAYS).glob("*")]:
         stem, _, number = path.stem.casefold().rpartition("_")
         named = path.stem.casefold() in stems or (number.isdecimal() and stem in stems)
         if named and path not in earlier:
-            raise VesselError(f"{path}: would be overwritten, and is not a result that {RESULTS_FILE} lists; move it away, or choose another -o")
+            raise VesselError(
+                f"{path}: would be overwritten, and is not a result that {RESULTS_FILE} lists; move it away, or choose another -o"
+            )
     reread = {path.resolve() for path in images} & {path.resolve() for path in earlier}
     if reread:
         raise VesselError(f"{min(reread)}: is both an input and a result that would be overwritten; choose another -o")
-    for path in earlier:
-        with _writing(path):
-            path.unlink(missing_ok=True)
 
 
 def _earlier_files(folder: Path) -> set[Path]:

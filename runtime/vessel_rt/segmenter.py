@@ -66,7 +66,8 @@ class Segmenter:
             self._tokenizer = PromptTokenizer(bundle)
             self._embed_tokens = stack.enter_context(EmbedTokens(bundle))
             self._sessions = {
-                name: stack.enter_context(Session(bundle.folder / stage.file, self.device, threads)) for name, stage in bundle.stages.items()
+                name: stack.enter_context(Session(bundle.folder / stage.file, self.device, threads))
+                for name, stage in bundle.stages.items()
             }
             self._language_model = LanguageModel(self._sessions["language_model"], bundle, self._embed_tokens)
             self._stack = stack.pop_all()
@@ -76,6 +77,10 @@ class Segmenter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()
+
+    def check_question(self, question: str) -> None:
+        """Raise the VesselError that `segment` would raise for `question`."""
+        self._tokenizer.encode(question)
 
     def segment(self, image: Image.Image, question: str) -> Result:
         """Answer `question` about `image` (RGB, as `read_image` gives it), and draw a mask for each [SEG] of the answer.

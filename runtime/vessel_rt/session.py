@@ -68,7 +68,9 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
-        raise VesselError("onnxruntime is not installed: choose one of pip install 'vessel-rt[cpu]', 'vessel-rt[gpu]', 'vessel-rt[rtx]'") from e
+        raise VesselError(
+            "onnxruntime is not installed: choose one of pip install 'vessel-rt[cpu]', 'vessel-rt[gpu]', 'vessel-rt[rtx]'"
+        ) from e
     return onnxruntime
 
 
@@ -90,7 +92,7 @@ def _fault(device: Device) -> str | None:
     """Why `device` cannot be used, or None. A provider that is compiled in may still lack its driver, so it is given a value to hold."""
     ort, provider = onnxruntime(), PROVIDERS[device.kind]
     if provider.name not in ort.get_available_providers():
-        return f"the installed onnxruntime lacks {provider.name}; replace it: pip uninstall onnxruntime, pip install 'vessel-rt[{provider.extra}]'"
+        return f"this onnxruntime lacks {provider.name}: pip uninstall onnxruntime, then pip install 'vessel-rt[{provider.extra}]'"
     if device.kind == "cuda":
         ort.preload_dlls()  # finds CUDA's libraries where pip puts them
     try:
@@ -123,7 +125,9 @@ class Session:
         except Exception as e:  # ONNX Runtime's errors share no base class
             raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {_first_line(e)}") from e
         if session.get_providers()[0] != provider.name:
-            raise VesselError(f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}")
+            raise VesselError(
+                f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
+            )
         self._session: Any = session
         self._device = device
         self._outputs = tuple(output.name for output in session.get_outputs())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration
 from vessel_export.checkpoint import open_checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.reference import Reference, tile_image, to_pixel_values
@@ -109,8 +110,9 @@ def test_lora_is_added_as_published(reference: Reference) -> None:
     checkpoint = open_checkpoint(next(TINY.glob("iter_*.pth")))
     base = load_file(TINY / "base" / "model.safetensors")
     layers = dict(reference.language_model.get_base_model().named_modules())  # type: ignore[operator]
-    for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-        name = f"model.layers.1.{module}"
+    attention, mlp = (("self_attn", projection) for projection in "qkvo"), (("mlp", projection) for projection in ("gate", "up", "down"))
+    for module, projection in (*attention, *mlp):
+        name = f"model.layers.1.{module}.{projection}_proj"
         prefix = f"mllm.model.language_model.base_model.model.{name}."
         a, b = (checkpoint.tensors[f"{prefix}lora_{letter}.weight"].float() for letter in "AB")
         assert checkpoint.lora_alpha is not None
@@ -164,6 +166,9 @@ def to_hf_layout(original: Path, folder: Path, *, spelling: str) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(document))
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    tokenizer.add_tokens(["<video>"], special_tokens=True)  # as the published -hf models have it, past the embedding's rows
+    tokenizer.save_pretrained(folder)
     rules = [
         (r"^vision_model\.", "model.vision_tower."),
         (r"\.encoder\.layers\.", ".encoder.layer."),
@@ -207,8 +212,6 @@ def test_hf_layout_is_the_same_model(reference: Reference, frame: Image.Image, t
 
 
 def test_hf_layout_of_this_test_is_transformers_own(tmp_path: Path) -> None:
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
-
     to_hf_layout(TINY / "base", tmp_path / "base-hf", spelling="5")
     model = InternVLForConditionalGeneration(InternVLConfig.from_pretrained(tmp_path / "base-hf"))
     written = {name: tensor.shape for name, tensor in load_file(tmp_path / "base-hf" / "model.safetensors").items()}

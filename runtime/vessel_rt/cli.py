@@ -1,0 +1,136 @@
+"""`vessel-rt`: argument parsing, and one call a command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import vessel_rt
+from vessel_rt.errors import VesselError
+
+if TYPE_CHECKING:
+    from vessel_rt.bundle import Bundle
+    from vessel_rt.session import Device
+
+__all__ = ["main"]
+
+_ENGINES = Path("engines")
+
+_EXAMPLES = """examples:
+  vessel-rt infer frames/                                 every image of a folder, to out/<bundle>
+  vessel-rt infer a.png b.png 'more/*.jpg' -o results     files and globs
+  vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
+  vessel-rt evaluate out/demo --gt frames/annotations.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vessel-rt`; returns the exit code: 0 done, 1 bad input (nothing was begun, or some images failed), 130 interrupted.
+
+    Bad usage leaves by argparse's SystemExit(2).
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except VesselError as e:
+        print(f"vessel-rt: error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vessel-rt: interrupted; the results of the images that were finished are kept", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vessel-rt",
+        description="Segments vessels in X-ray angiograms: a bundle and images in, masks out.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vessel-rt {vessel_rt.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    infer = commands.add_parser("infer", help="segment images: masks, overlays, results.jsonl and run.json")
+    infer.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders or globs (JPG, PNG, TIFF, BMP)")
+    infer.add_argument("-o", "--output", type=Path, metavar="DIR", help="where results go (default: out/<bundle name>)")
+    infer.add_argument("--bundle", type=Path, metavar="DIR", help="what to run (default: $VESSEL_BUNDLE, else the newest under ./engines)")
+    infer.add_argument("--prompt", metavar="TEXT", help="the question (default: the bundle's, 'Please segment vessel in this image.')")
+    infer.add_argument("--num-images", type=_positive, metavar="N", help="only the first N images")
+    infer.add_argument("--device", type=_device, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
+    infer.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads (default: all physical cores)")
+    infer.add_argument("--overwrite", action="store_true", help="replace an earlier run's results in DIR; other files there are kept")
+    infer.set_defaults(run=_infer)
+
+    evaluate = commands.add_parser("evaluate", help="compare a run's masks with drawn ones: the mean Dice of each concept")
+    evaluate.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
+    evaluate.add_argument("--gt", type=Path, required=True, metavar="JSON", help="annotations in Sa2VA's fine-tuning format")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _infer(arguments: argparse.Namespace) -> int:
+    from vessel_rt.folder import InferOptions, infer  # here, so that --help does not wait for the libraries
+
+    warnings.filterwarnings("ignore", module="PIL")  # what matters in a file raises; the rest would tear the progress bar
+    bundle = _find_bundle(arguments.bundle)
+    options = InferOptions(
+        inputs=tuple(arguments.inputs),
+        output=arguments.output or Path("out") / bundle.folder.resolve().name,
+        question=bundle.prompt.default_question if arguments.prompt is None else arguments.prompt,
+        num_images=arguments.num_images,
+        device=arguments.device,
+        threads=arguments.threads,
+        overwrite=arguments.overwrite,
+    )
+    summary = infer(bundle, options)
+    print(f"{summary.images} images, {summary.failed} failed, {summary.masks} masks", end=" ")
+    print(f"in {summary.seconds:.1f} s ({summary.images_per_second:.2f} images/s, after {summary.load_seconds:.1f} s of loading)")
+    if summary.without_mask:
+        print(f"{summary.without_mask} images have no mask: the answer held no [SEG]")
+    print(f"results in {options.output}")
+    return 1 if summary.failed else 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from vessel_rt.evaluate import evaluate
+
+    for score in evaluate(arguments.output, arguments.gt):
+        print(f"mean Dice {score.concept}: {score.mean:.3f} over {len(score.dice)} images")
+    return 0
+
+
+def _find_bundle(folder: Path | None) -> Bundle:
+    """The bundle to run: the one asked for, else $VESSEL_BUNDLE's, else the newest complete one under ./engines; named unless asked for."""
+    from vessel_rt.bundle import BUNDLE_FILE, Bundle
+
+    if folder:
+        return Bundle.load(folder)
+    if os.environ.get("VESSEL_BUNDLE"):
+        found = Path(os.environ["VESSEL_BUNDLE"])
+    else:
+        complete = [path for path in _ENGINES.glob(f"*/{BUNDLE_FILE}") if not path.parent.name.startswith(".")]
+        if not complete:
+            raise VesselError(f"no bundle: name one with --bundle or VESSEL_BUNDLE; none is in ./{_ENGINES} (`make export` puts one there)")
+        found = max(complete, key=lambda path: path.stat().st_mtime).parent
+    print(f"bundle {found}", file=sys.stderr)
+    return Bundle.load(found)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _device(text: str) -> Device:
+    from vessel_rt.session import Device
+
+    try:
+        return Device.parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e

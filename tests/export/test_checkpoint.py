@@ -1,0 +1,172 @@
+"""Reading checkpoints: every spelling of a name, nothing in a pickle ever run, one clear line for what cannot be read."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Tiny
+from vessel_export.checkpoint import LORA_PREFIX, canonical_name, faults_in, open_checkpoint
+from vessel_export.errors import CheckpointError
+
+A = LORA_PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
+STATE = {A: torch.ones(4, 8, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("module.module.mllm.model.mlp1.0.weight", "mllm.model.mlp1.0.weight"),
+        (A.replace("lora_A", "lora_A.default"), A),
+        (LORA_PREFIX + "lm_head.modules_to_save.default.weight", LORA_PREFIX + "lm_head.weight"),
+        (LORA_PREFIX + "model.embed_tokens.modules_to_save.weight", LORA_PREFIX + "model.embed_tokens.weight"),
+    ],
+)
+def test_every_spelling_has_one_name(key: str, name: str) -> None:
+    assert canonical_name(key) == name
+
+
+def test_reads_the_tiny_checkpoint_as_mmengine_saved_it(tiny: Tiny) -> None:
+    checkpoint = open_checkpoint(tiny.checkpoint)
+    assert (checkpoint.lora_rank, checkpoint.lora_alpha) == (8, 16.0)
+    assert checkpoint.iteration is not None
+    assert checkpoint.iteration > 0
+    assert all(tensor.dtype is torch.bfloat16 for tensor in checkpoint.tensors.values())
+    assert "mmengine" not in sys.modules
+
+
+def test_a_plain_state_dict_tells_no_alpha(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "plain.pth")
+    checkpoint = open_checkpoint(tmp_path / "plain.pth")
+    assert checkpoint.lora_alpha is None
+    assert checkpoint.iteration is None
+    assert list(checkpoint.tensors) == [A]
+
+
+def test_copies_that_peft_leaves_behind_are_explained(tmp_path: Path) -> None:
+    copy = LORA_PREFIX + "lm_head.original_module.weight"
+    torch.save({"state_dict": STATE | {copy: torch.ones(2, 2)}}, tmp_path / "c.pth")
+    assert list(open_checkpoint(tmp_path / "c.pth").skipped) == [copy]
+
+
+@pytest.fixture
+def mmengine() -> Iterator[type]:
+    """A module of mmengine's name whose log buffer pickles a bound method and NumPy arrays, as the real one does."""
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self.history = np.arange(3.0)
+            self.last = np.float64(3)
+            self.methods = {"mean": self.mean}
+
+        def mean(self) -> float:
+            return float(self.history.mean())
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+    modules = {name: types.ModuleType(name) for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")}
+    modules["mmengine.logging.history_buffer"].HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    sys.modules.update(modules)
+    yield HistoryBuffer
+    for name in modules:
+        del sys.modules[name]
+
+
+def test_log_buffers_are_read_as_nothing(tmp_path: Path, mmengine: type) -> None:
+    document = {"state_dict": STATE, "message_hub": {"log_scalars": {"loss": mmengine()}}, "meta": {"cfg": "lora_alpha=8", "iter": 7}}
+    torch.save(document, tmp_path / "c.pth")
+    checkpoint = open_checkpoint(tmp_path / "c.pth")
+    assert (checkpoint.lora_alpha, checkpoint.iteration) == (8.0, 7)
+
+
+class _RunsCode:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, legacy: bool) -> None:
+    trace = tmp_path / "was_run"
+    torch.save({"state_dict": STATE, "meta": _RunsCode(trace)}, tmp_path / "evil.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"evil\.pth: refused: .*system"):
+        open_checkpoint(tmp_path / "evil.pth")
+    assert not trace.exists()
+
+
+def test_getattr_is_not_given_out(tmp_path: Path) -> None:
+    """Allowing builtins.getattr would let a pickle walk from any allowed class to code."""
+
+    class Walks:
+        def __reduce__(self) -> tuple[object, tuple[object, str]]:
+            return getattr, (np.ndarray, "__subclasses__")
+
+    torch.save({"state_dict": STATE, "meta": {"iter": Walks()}}, tmp_path / "c.pth")
+    assert open_checkpoint(tmp_path / "c.pth").iteration is None
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint there"):
+        open_checkpoint(tmp_path / "iter_1.pth")
+
+
+def test_a_deepspeed_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="zero_to_fp32"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -1])
+def test_truncated(tmp_path: Path, tiny: Tiny, keep: int) -> None:
+    data = tiny.checkpoint.read_bytes()
+    (tmp_path / "half.pth").write_bytes(data[:keep] if keep >= 0 else data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"half\.pth: .*(copy it again|are read)"):
+        open_checkpoint(tmp_path / "half.pth")
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "c.pth").write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "c.pth")
+    torch.save({"meta": {}}, tmp_path / "d.pth")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        open_checkpoint(tmp_path / "d.pth")
+
+
+def test_two_adapters_clash(tmp_path: Path) -> None:
+    torch.save(STATE | {A.replace("lora_A", "lora_A.default"): torch.ones(4, 8)}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="is there twice"):
+        open_checkpoint(tmp_path / "c.pth")
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    torch.save(STATE | {A.replace("q_proj", "k_proj"): torch.ones(2, 8)}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=r"ranks \[2, 4\]"):
+        open_checkpoint(tmp_path / "c.pth")
+
+
+def test_another_kind_of_lora(tmp_path: Path) -> None:
+    torch.save({"state_dict": STATE, "meta": {"cfg": "llm_lora=dict(use_rslora=True, lora_alpha=8)"}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="rsLoRA"):
+        open_checkpoint(tmp_path / "c.pth")
+
+
+def test_faults() -> None:
+    tensors = {"fine": torch.ones(3), "empty": torch.ones(0), "nan": torch.tensor([1.0, float("nan")]), "inf": torch.tensor([float("inf")])}
+    assert faults_in(tensors) == ["empty is empty", "nan holds NaN or infinity", "inf holds NaN or infinity"]
+
+
+def test_a_copied_name_with_spaces_and_brackets(tmp_path: Path, tiny: Tiny) -> None:
+    path = tmp_path / "iter 12192 (1).pth"
+    shutil.copy(tiny.checkpoint, path)
+    assert open_checkpoint(path).lora_rank == 8
