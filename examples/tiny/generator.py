@@ -68,7 +68,7 @@ def generate(rng: np.random.Generator, height: int, width: int) -> Frame:
 
     background = _background(rng, height, width, scale, subtracted)
     depth = _projection(rng, [_scaled(b, scale) for b in branches], height, width)
-    contrast = rng.uniform(0.12, 0.6) * (0.7 if subtracted else 1.0)
+    contrast = rng.uniform(0.12, 0.8) * (0.7 if subtracted else 1.0)
     image = background * np.exp(-contrast * depth)
     if catheter is not None:
         image *= _catheter_shadow(rng, _scaled(catheter, scale), height, width, contrast)
@@ -116,7 +116,7 @@ def _radius(rng: np.random.Generator, count: int, first: float, last: float) -> 
 def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) -> list[_Branch]:
     """One to three main branches from the root, with side branches of side branches; the finest are drawn but not labelled."""
     branches: list[_Branch] = []
-    trunk = rng.uniform(2.2, 6.5)
+    trunk = rng.uniform(2.2, 7.0)
     reach = float(min(size))
     mains = int(rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]))
     faint = rng.uniform(0.3, 0.9)
@@ -268,14 +268,14 @@ def _background(rng: np.random.Generator, height: int, width: int, scale: float,
     """What the beam meets besides contrast, as positive brightness around 1 [height, width]."""
     log = np.zeros((height, width), dtype=np.float32)
     strength = rng.uniform(0.0, 0.2) if subtracted else rng.uniform(0.3, 1.3)
-    for sigma in (70.0, 28.0, 11.0):
-        log += strength * rng.uniform(0.02, 0.16) * (sigma / 70) ** 0.6 * _field(rng, height, width, sigma * scale)
+    for sigma in (70.0, 28.0, 9.0):
+        log += strength * rng.uniform(0.02, 0.16) * (sigma / 70) ** 0.8 * _field(rng, height, width, sigma * scale)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     log += strength * rng.normal(0, 0.3) * ((x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle))
     for _ in range(rng.poisson(0.3 if subtracted else 2.0)):
         log += strength * rng.normal(0, 0.35) * _edge(rng, height, width, scale)
-    log += rng.uniform(0, 0.035) * _field(rng, height, width, rng.uniform(1.2, 5) * scale)
+    log += 0.04 * rng.random() ** 2 * _field(rng, height, width, rng.uniform(1.2, 5) * scale)
     if rng.random() < 0.4:  # ribs and vertebrae: broad bands
         log -= rng.normal(0, 0.1) * strength * _lines(rng, height, width, scale, int(rng.integers(1, 5)), (8, 26))
     if rng.random() < 0.4:  # fine lines, dark as wires or bright as the edges that subtraction leaves

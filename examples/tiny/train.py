@@ -39,14 +39,14 @@ __all__ = ["Schedule", "main"]
 class Schedule:
     """How long and how fast each stage learns. `batch` counts images."""
 
-    pool: int = 2400
-    sam2_steps: int = 2400
+    pool: int = 2000
+    sam2_steps: int = 1600
     sam2_batch: int = 4
     sam2_rate: float = 1e-3
     base_steps: int = 900
     base_batch: int = 16
     base_rate: float = 1e-3
-    finetune_steps: int = 1500
+    finetune_steps: int = 1000
     finetune_batch: int = 6
     finetune_rate: float = 5e-4
     real_share: float = 0.6
@@ -119,13 +119,18 @@ class MaskLoss:
     score: Tensor
     chosen_dice: float
 
+    @property
+    def total(self) -> Tensor:
+        """Sa2VA's weights for its two losses; small ones for what it leaves as pretrained."""
+        return 3.0 * self.cross_entropy + 1.0 * self.dice + 0.1 * self.others + 0.5 * self.iou + 0.05 * self.score
+
 
 def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> MaskLoss:
     """Losses of `logits` [masks, 3, low, low] against `target` [masks, MASK_SIDE, MASK_SIDE] in 0..1.
 
-    Cross entropy and naive Dice (eps 1) are Sa2VA's, on the mask of the highest predicted IoU. As SAM's masks are nested (whole, part,
-    subpart), the second is trained on the object with a margin and the third on its core, lightly; the IoU head learns the true IoU of
-    all three with the object, so that one mask leads clearly and rounding never changes the choice.
+    As SAM's three masks are nested (whole, part, subpart), the first learns the object, the second the object with a margin and the third
+    its core, these two lightly. The IoU head learns the true IoU of all three with the object: so the first leads clearly, is the one
+    that inference takes, and rounding never changes the choice. An absent object has no IoU to learn.
     """
     up = F.interpolate(logits, size=(MASK_SIDE, MASK_SIDE), mode="bilinear", align_corners=False)
     wide = F.max_pool2d(target[:, None], 7, 1, 3)[:, 0]
@@ -134,32 +139,222 @@ def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> Mas
     entropy = F.binary_cross_entropy_with_logits(up, goals, reduction="none").mean(dim=(2, 3))
     probability = up.sigmoid()
     naive = 1 - (2 * (probability * goals).sum(dim=(2, 3)) + 1) / (probability.sum(dim=(2, 3)) + goals.sum(dim=(2, 3)) + 1)
-    chosen = iou.argmax(dim=1)
-    row = torch.arange(len(logits))
     with torch.no_grad():
         hard, truth = up > 0, target[:, None] > 0.5
         both, total = (hard & truth).sum(dim=(2, 3)), hard.sum(dim=(2, 3)) + truth.sum(dim=(2, 3))
         true_iou = both / (total - both).clamp(min=1)
-        present = target.flatten(1).amax(dim=1) > 0.5
-    # an absent object has no IoU to learn, and no mask but the first is asked to stay empty
-    iou_error = ((iou - true_iou) ** 2).mean(dim=1)[present]
-    first = torch.zeros_like(chosen)
-    lead = torch.where(present, chosen, first)
-    # before the IoU head leads anywhere, the first mask is the one to learn
-    select = torch.stack([lead, first], dim=1)
-    weight = torch.tensor([0.5, 0.5])
-    main_entropy = torch.where(select == 0, entropy.gather(1, select), F.binary_cross_entropy_with_logits(
-        up[row, lead], target, reduction="none").mean(dim=(1, 2))[:, None])  # fmt: skip
-    lead_dice = 1 - (2 * (probability[row, lead] * target).sum(dim=(1, 2)) + 1) / (
-        probability[row, lead].sum(dim=(1, 2)) + target.sum(dim=(1, 2)) + 1
-    )
-    main_dice = torch.stack([lead_dice, naive[:, 0]], dim=1)
-    dice = 2 * both[row, chosen] / total[row, chosen].clamp(min=1)
+        present = truth.flatten(1).any(dim=1)
+        chosen = iou.argmax(dim=1, keepdim=True)
+        dice = (2 * both / total.clamp(min=1)).gather(1, chosen)[present]
     return MaskLoss(
-        (main_entropy * weight).sum(dim=1).mean(),
-        (main_dice * weight).sum(dim=1).mean(),
-        (3 * entropy[:, 1:] + naive[:, 1:]).mean(),
-        iou_error.mean() if present.any() else iou.sum() * 0,
-        F.binary_cross_entropy_with_logits(score, present.float()),
-        float(dice[present].mean()) if present.any() else 1.0,
+        cross_entropy=entropy[:, 0].mean(),
+        dice=naive[:, 0].mean(),
+        others=(3 * entropy + naive)[:, 1:].mean(),
+        iou=((iou - true_iou) ** 2)[present].sum() / max(3 * int(present.sum()), 1),
+        score=F.binary_cross_entropy_with_logits(score, present.float()),
+        chosen_dice=float(dice.mean()) if len(dice) else 1.0,
     )
+
+
+# Stage 1: SAM2.
+
+
+def train_sam2(pool: Pool, schedule: Schedule, yaml: str, rng: np.random.Generator) -> Any:
+    """SAM2 from random weights on generated frames, along the very path of inference, with fixed prompts for the concepts."""
+    sam2 = build_sam2(yaml)
+    branch = MaskBranch(sam2)
+    concepts = concept_prompts(sam2.hidden_dim)
+    optimizer = _optimizer(sam2.parameters(), schedule.sam2_rate)
+    rates = _rates(optimizer, schedule.sam2_steps)
+    progress = _Progress("sam2", schedule.sam2_steps)
+    for _ in range(schedule.sam2_steps):
+        picked = [pool[i] for i in rng.integers(len(pool), size=schedule.sam2_batch)]
+        warped = [warp(rng, sample, turn=20.0, zoom=1.3) for sample in picked]
+        features = branch.encode(_pixels([gray for gray, _ in warped], sam2.image_size))
+        target = torch.from_numpy(np.concatenate([masks for _, masks in warped]))
+        image = torch.arange(len(picked)).repeat_interleave(len(CONCEPTS))
+        prompts = concepts.repeat(len(picked), 1)
+        loss = mask_loss(*branch.decode(features, prompts + 0.1 * torch.randn_like(prompts), image), target)
+        _descend(loss.total, optimizer, rates)
+        progress.add({"ce": loss.cross_entropy.item(), "dice": loss.dice.item(), "iou": loss.iou.item(), "true dice": loss.chosen_dice})
+    return sam2
+
+
+# Stage 2: the vision-language model.
+
+
+def _tile_batch(grays: list[np.ndarray[Any, Any]], side: int) -> Tensor:
+    return torch.cat([tile_pixels(Image.fromarray(gray), side) for gray in grays])
+
+
+def _answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def train_base(pool: Pool, schedule: Schedule, config: TinyConfig, tokenizer: Any, rng: np.random.Generator) -> VisionLanguageModel:
+    """Vision model, projector and language model from random weights on questions about generated frames."""
+    model = VisionLanguageModel(config, len(tokenizer))
+    image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    optimizer = _optimizer(model.parameters(), schedule.base_rate)
+    rates = _rates(optimizer, schedule.base_steps)
+    progress = _Progress("base", schedule.base_steps)
+    for _ in range(schedule.base_steps):
+        picked = [pool[i] for i in rng.integers(len(pool), size=schedule.base_batch)]
+        turns = [image_turn(rng, sample) for sample in picked]
+        ids, mask, labels = batch_of(tokenizer, turns, [config.tokens_per_tile] * len(turns))
+        patches = model.patches(_tile_batch([sample.gray for sample in picked], config.image_size))
+        embeds = model.embed(ids, patches, image_token)
+        loss = _answer_loss(model.language_model(inputs_embeds=embeds, attention_mask=mask).logits, labels)
+        _descend(loss, optimizer, rates)
+        progress.add({"ce": loss.item()})
+    return model
+
+
+# Stage 3: Sa2VA's fine-tune.
+
+
+def _turn(rng: np.random.Generator, sample: Sample) -> Turn:
+    """Mostly one mask, sometimes both in either order, now and then words alone; only what the sample's annotators looked for."""
+    draw = rng.random()
+    if draw < 0.12:
+        return image_turn(rng, sample)
+    if not all(sample.annotated) or draw < 0.5:
+        return segmentation_turn(rng, (0,))
+    return segmentation_turn(rng, (1,) if draw < 0.7 else (0, 1) if draw < 0.85 else (1, 0))
+
+
+def _shown(rng: np.random.Generator, gray: np.ndarray[Any, Any], several_tiles: bool) -> Image.Image:
+    """The image as the language model gets it; stretched to another aspect where several tiles are wanted."""
+    image = Image.fromarray(gray)
+    return image.resize(((640, 480), (480, 640), (768, 512), (1024, 768))[rng.integers(4)]) if several_tiles else image
+
+
+def finetune(
+    pool: Pool, real: Pool, schedule: Schedule, config: TinyConfig, tokenizer: Any, model: VisionLanguageModel, sam2: Any,
+    rng: np.random.Generator,
+) -> tuple[nn.Module, list[dict[str, float]]]:  # fmt: skip
+    """Join the two: `model` gets LoRA, `sam2` a language prompt. Returns text_hidden_fcs and the losses of every step."""
+    model.requires_grad_(False)
+    sam2.requires_grad_(False)
+    add_lora(model, config, len(tokenizer))
+    model.mlp1.requires_grad_(True)
+    sam2.sam_mask_decoder.requires_grad_(True)
+    fcs = prompt_head(config.hidden, sam2.hidden_dim)
+    branch = MaskBranch(sam2)
+    optimizer = _optimizer([*model.parameters(), *fcs.parameters(), *sam2.parameters()], schedule.finetune_rate)
+    rates = _rates(optimizer, schedule.finetune_steps)
+    progress = _Progress("finetune", schedule.finetune_steps)
+    image_token, seg = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), tokenizer.convert_tokens_to_ids(SEG)
+    concepts = concept_prompts(sam2.hidden_dim)
+    for step in range(schedule.finetune_steps):
+        sources = [real if real and rng.random() < schedule.real_share else pool for _ in range(schedule.finetune_batch)]
+        several_tiles = step % 12 == 11
+        picked = [source[rng.integers(len(source))] for source in (sources[:2] if several_tiles else sources)]
+        warped = [warp(rng, sample, turn=25.0, zoom=1.3) for sample in picked]
+        turns = [_turn(rng, sample) for sample in picked]
+        with torch.no_grad():
+            tiles = [tile_pixels(_shown(rng, gray, several_tiles), config.image_size) for gray, _ in warped]
+            patches = model.patches(torch.cat(tiles))
+            features = branch.encode(_pixels([gray for gray, _ in warped], sam2.image_size))
+        ids, mask, labels = batch_of(tokenizer, turns, [len(t) * config.tokens_per_tile for t in tiles])
+        embeds = model.embed(ids, patches, image_token)
+        output = model.language_model(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+        answer = _answer_loss(output.logits, labels)
+        wanted = [(i, c) for i, turn in enumerate(turns) for c in turn.concepts]
+        total, values = answer, {"answer": answer.item()}
+        if wanted:
+            prompts = fcs(output.hidden_states[-1][ids == seg])
+            target = torch.from_numpy(np.stack([warped[i][1][c] for i, c in wanted]))
+            loss = mask_loss(*branch.decode(features, prompts, torch.tensor([i for i, _ in wanted])), target)
+            # early on the prompts are drawn to where SAM2 learned to find them
+            nearness = F.mse_loss(prompts, concepts[[c for _, c in wanted]]) * max(1 - 4 * step / schedule.finetune_steps, 0)
+            total = total + loss.total + nearness
+            values |= {"ce": loss.cross_entropy.item(), "dice": loss.dice.item(), "iou": loss.iou.item(), "true dice": loss.chosen_dice}
+        _descend(total, optimizer, rates)
+        progress.add(values)
+    return fcs, progress.history
+
+
+# Files.
+
+
+def write_frames(folder: Path, seed: int) -> None:
+    """frames/ and annotations.json: clear frames that no training sees (their seeds are their own), in Sa2VA's finetune format."""
+    frames = folder / "frames"
+    frames.mkdir(parents=True)
+    entries = []
+    for index, (width, height) in enumerate(_FRAMES):
+        rng = np.random.default_rng([seed, 1, index])
+        while True:
+            frame = generate(rng, height, width)
+            mask = rasterize(frame.polygons["vessel"], height, width) > 0
+            gray = frame.image.astype(np.float32)
+            if mask.mean() > 0.025 and gray[~mask].std() > 8 and np.median(gray) - gray[mask].mean() > 20:
+                break
+        code, view, number = int(rng.integers(10**10)), int(rng.integers(1, 10)), int(rng.integers(20, 90))
+        name = f"S{index + 1:04d}({code:010d})_{view}-{index % 3 + 1}_1_{index + 1:08d}_frame_{number:06d}.jpg"
+        Image.fromarray(frame.image).save(frames / name, quality=85)
+        present = [c for c in CONCEPTS if frame.polygons[c]]
+        entries.append({"image": name, "mask": [frame.polygons[c] for c in present], "text": present})
+    text = "[\n" + ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries) + "\n]\n"
+    (folder / "annotations.json").write_text(text, encoding="utf-8")
+
+
+def publish(made: Path, out: Path) -> None:
+    """Move what was made into `out`, one rename each, and drop older fine-tunes."""
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("iter_*.pth"):
+        old.unlink()
+    for item in made.iterdir():
+        target = out / item.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(item, target)
+    made.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the small model's files from a seed.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to (files of the same names are replaced)")
+    parser.add_argument("--data", type=Path, help="folder that holds angiograms/ (real frames); without it only generated frames are used")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything: right formats, useless weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--reuse-base", action="store_true", help="skip stages 1 and 2: take base/ and sam2_tiny.pt from --out")
+    arguments = parser.parse_args()
+    start = time.time()
+    schedule, config = QUICK if arguments.quick else Schedule(), TinyConfig()
+    torch.manual_seed(arguments.seed)
+    rng = np.random.default_rng(arguments.seed)
+    made = arguments.out / ".making"
+    shutil.rmtree(made, ignore_errors=True)
+    (made / "base").mkdir(parents=True)
+    yaml = (Path(__file__).parent / "sam2_tiny.yaml").read_text(encoding="utf-8")
+
+    write_frames(made, arguments.seed)
+    print(f"frames written  {time.time() - start:.0f} s", flush=True)
+    pool = generated_pool(arguments.seed, schedule.pool, 512, os.cpu_count() or 1)
+    print(f"{len(pool)} generated frames  {time.time() - start:.0f} s", flush=True)
+    if arguments.reuse_base:
+        shutil.rmtree(made / "base")
+        shutil.copytree(arguments.out / "base", made / "base")
+        shutil.copy(arguments.out / "sam2_tiny.pt", made)
+    else:
+        save_sam2(made / "sam2_tiny.pt", train_sam2(pool, schedule, yaml, rng))
+        write_tokenizer(made / "base", merges=320)
+        tokenizer = load_tokenizer(made / "base", finetuned=False)
+        save_base(made / "base", train_base(pool, schedule, config, tokenizer, rng), config, tokenizer)
+    (made / "sam2_tiny.yaml").write_text(yaml, encoding="utf-8")
+
+    sam2, model = build_sam2(yaml), load_base(made / "base", config)
+    load_sam2(made / "sam2_tiny.pt", sam2)
+    tokenizer = load_tokenizer(made / "base", finetuned=True)
+    frames = read_real(arguments.data / "angiograms", sam2.image_size) if arguments.data else {}
+    real = [sample for number, sample in frames.items() if number not in HELD_OUT]
+    fcs, losses = finetune(pool, real, schedule, config, tokenizer, model, sam2, rng)
+    save_finetuned(made / f"iter_{len(losses)}.pth", model, fcs, sam2, config, losses, arguments.seed)
+    publish(made, arguments.out)
+    print(json.dumps({"seconds": round(time.time() - start), **evaluate(arguments.out, arguments.data)}))
+
+
+if __name__ == "__main__":
+    main()

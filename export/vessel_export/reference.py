@@ -127,7 +127,7 @@ class Reference:
     tokenizer: Any
     vision_model: nn.Module
     projector: nn.Module
-    language_model: nn.Module
+    language_model: Any
     text_hidden_fcs: nn.Module
     sam2: Any
     tile_size: int
@@ -220,7 +220,7 @@ class Reference:
 
     def embed(self, ids: Tensor, image_embeds: Tensor) -> Tensor:
         """`ids` [sequence] as inputs_embeds [1, sequence, hidden], the image's embeddings in place of <IMG_CONTEXT>."""
-        embeds = self.language_model.get_input_embeddings()(ids)  # type: ignore[operator]
+        embeds = self.language_model.get_input_embeddings()(ids)
         embeds[ids == self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")] = image_embeds.flatten(0, 1)
         return embeds[None]  # type: ignore[no-any-return]
 
@@ -236,7 +236,7 @@ class Reference:
 
         `cache` (transformers' DynamicCache), if given, holds the positions before these and is extended.
         """
-        model: Any = self.language_model.get_base_model()  # type: ignore[operator]
+        model = self.language_model.get_base_model()
         output = model.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=cache is not None)
         return output.last_hidden_state, model.lm_head(output.last_hidden_state).argmax(-1)
 
@@ -259,7 +259,7 @@ class Reference:
             if len(ids) == max_new_tokens or (ids and ids[-1] in stops):
                 break
             ids.append(int(next_ids[0, -1]))
-            inputs_embeds = self.language_model.get_input_embeddings()(next_ids[:, -1:])  # type: ignore[operator]
+            inputs_embeds = self.language_model.get_input_embeddings()(next_ids[:, -1:])
         # Every emitted token was consumed by one more run: states[k] emitted ids[k], states[k + 1] consumed it.
         table = torch.stack(states)
         answer_ids = torch.tensor(ids, device=self.device)

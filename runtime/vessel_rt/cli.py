@@ -88,11 +88,9 @@ def _infer(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     summary = infer(bundle, options)
-    print(f"{summary.images} images, {summary.failed} failed, {summary.masks} masks", end=" ")
-    print(f"in {summary.seconds:.1f} s ({summary.images_per_second:.2f} images/s, after {summary.load_seconds:.1f} s of loading)")
-    if summary.without_mask:
-        print(f"{summary.without_mask} images have no mask: the answer held no [SEG]")
-    print(f"results in {options.output}")
+    print(f"images: {summary.images}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
+    print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
+    print(f"results: {options.output}")
     return 1 if summary.failed else 0
 
 

@@ -49,13 +49,13 @@ def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
     run, results = _read(output / RUN_FILE, json.loads), _read(output / RESULTS_FILE, _json_lines)
     try:
         truth = {item["image"]: _polygons_by_concept(item) for item in _read(annotations, json.loads)}
-        concepts = _concepts_in(run["question"], {concept for item in truth.values() for concept in item})
+        concepts = _concepts_in(run["options"]["question"], {concept for item in truth.values() for concept in item})
         scored = [result for result in results if result["status"] == "ok" and result["image"] in truth]
         scores = [_score(concept, number, scored, truth) for number, concept in enumerate(concepts)]
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise VesselError(f"{annotations} or {output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
     if not concepts:
-        raise VesselError(f"{annotations}: annotates no concept that the run's question names ({run['question']!r})")
+        raise VesselError(f"{annotations}: annotates no concept that the run's question names ({run['options']['question']!r})")
     for score in scores:
         if not score.dice:
             raise VesselError(f"{annotations}: annotates {score.concept!r} in none of the images of {output}")
@@ -94,7 +94,10 @@ def _rasterized(polygon: list[float], height: int, width: int) -> npt.NDArray[np
     """A polygon `[x0, y0, x1, y1, ...]` in pixels, filled as Sa2VA's training fills it."""
     from pycocotools import mask as coco
 
-    return _decoded(coco.frPyObjects([polygon], height, width)[0])
+    try:
+        return _decoded(coco.frPyObjects([polygon], height, width)[0])
+    except Exception as e:  # the library raises plain Exception
+        raise ValueError(f"{polygon!r} is not a polygon") from e
 
 
 def _decoded(run_lengths: Any) -> npt.NDArray[np.bool_]:

@@ -158,7 +158,6 @@ def _report(bundle: Bundle, options: InferOptions, device: Device, started: date
             "checkpoint": bundle.provenance.checkpoint,
         },
         "device": str(device),
-        "question": options.question,
         "options": dataclasses.asdict(options) | {"output": str(options.output), "device": str(options.device)},
         "counts": {
             "images": summary.images,

@@ -25,19 +25,23 @@ def upsample(logits: npt.NDArray[np.float32], middle: int, width: int, height: i
 @functools.lru_cache(maxsize=64)
 def _resize_twice(source: int, middle: int, target: int) -> npt.NDArray[np.float32]:
     """The matrix [target, source] of two bilinear resizes of one axis."""
-    return _resize(middle, target) @ _resize(source, middle)
+    return (_resize(middle, target) @ _resize(source, middle)).astype(np.float32)
 
 
-def _resize(source: int, target: int) -> npt.NDArray[np.float32]:
-    """The matrix [target, source] of a bilinear resize of one axis, its weights in float32 as torch computes them."""
-    scale = np.float32(source) / np.float32(target)
-    position = np.maximum((np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5), np.float32(0))
+def _resize(source: int, target: int) -> npt.NDArray[np.float64]:
+    """The matrix [target, source] of a bilinear resize of one axis.
+
+    Positions are rounded as torch rounds them: the scale to float32, then the fused multiply-add `(i + 0.5) * scale - 0.5`.
+    """
+    scale = np.float64(np.float32(source) / np.float32(target))
+    index = np.arange(target)
+    position = np.maximum(((index + 0.5) * scale - 0.5).astype(np.float32), 0)
     left = np.minimum(position.astype(np.int64), source - 1)
     right = np.minimum(left + 1, source - 1)
-    weight = position - left.astype(np.float32)
-    matrix = np.zeros((target, source), np.float32)
-    np.add.at(matrix, (np.arange(target), left), 1 - weight)
-    np.add.at(matrix, (np.arange(target), right), weight)
+    weight = position - left
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (index, left), 1 - weight)
+    np.add.at(matrix, (index, right), weight)
     return matrix
 
 

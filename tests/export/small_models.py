@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-
 from vessel_export.base_model import LanguageConfig, VisionConfig
 from vessel_export.checkpoint import LORA_PREFIX
 from vessel_export.merge import NEW_TOKENS
@@ -64,7 +63,10 @@ def write_base(folder: Path, vision: VisionConfig = VISION, language: LanguageCo
         for name, (rows, columns) in shapes.items():
             tensors[f"{root}{name}.weight"] = _random(rows * v.hidden_size, columns * v.hidden_size)
             tensors[f"{root}{name}.bias"] = _random(rows * v.hidden_size)
-        tensors |= {f"{root}mlp.fc1.weight": _random(v.intermediate_size, v.hidden_size), f"{root}mlp.fc1.bias": _random(v.intermediate_size)}
+        tensors |= {
+            f"{root}mlp.fc1.weight": _random(v.intermediate_size, v.hidden_size),
+            f"{root}mlp.fc1.bias": _random(v.intermediate_size),
+        }
         tensors |= {f"{root}mlp.fc2.weight": _random(v.hidden_size, v.intermediate_size), f"{root}mlp.fc2.bias": _random(v.hidden_size)}
     for i in range(c.layers):
         root = f"language_model.model.layers.{i}."
@@ -153,7 +155,9 @@ def sam2_config(image_size: int = 256, channels: int = SAM2_CHANNELS) -> Any:
     config = OmegaConf.create(text)
     m = config.model
     m.image_size = image_size
-    m.image_encoder.trunk.update({"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1], "global_att_blocks": [3], "window_spec": [8, 4, 4, 2]})
+    m.image_encoder.trunk.update(
+        {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1], "global_att_blocks": [3], "window_spec": [8, 4, 4, 2]}
+    )
     m.image_encoder.neck.update({"d_model": channels, "backbone_channel_list": [128, 64, 32, 16]})
     m.image_encoder.neck.position_encoding.num_pos_feats = channels
     m.memory_attention.update({"d_model": channels, "num_layers": 1})
@@ -180,7 +184,9 @@ def write_sam2(path: Path, config: Any = None, seed: int = 1) -> Path:
     return path
 
 
-def fine_tuned_state(sam2: Path, language: LanguageConfig = LANGUAGE, vision: VisionConfig = VISION, rank: int = 4) -> dict[str, torch.Tensor]:
+def fine_tuned_state(
+    sam2: Path, language: LanguageConfig = LANGUAGE, vision: VisionConfig = VISION, rank: int = 4
+) -> dict[str, torch.Tensor]:
     """The state dict that Sa2VA's fine-tuning saves, random, bf16."""
     torch.manual_seed(2)
     c, wide = language, vision.hidden_size * vision.downsample**2
@@ -199,7 +205,12 @@ def fine_tuned_state(sam2: Path, language: LanguageConfig = LANGUAGE, vision: Vi
     loaded = torch.load(sam2, weights_only=True)["model"]
     decoder = {name: tensor for name, tensor in loaded.items() if name.startswith("sam_mask_decoder.")}
     narrow = loaded["sam_mask_decoder.iou_token.weight"].shape[1]
-    sizes = {"0.weight": (c.hidden_size, c.hidden_size), "0.bias": (c.hidden_size,), "2.weight": (narrow, c.hidden_size), "2.bias": (narrow,)}
+    sizes = {
+        "0.weight": (c.hidden_size, c.hidden_size),
+        "0.bias": (c.hidden_size,),
+        "2.weight": (narrow, c.hidden_size),
+        "2.bias": (narrow,),
+    }
     state |= {f"text_hidden_fcs.{name}": _random(*shape) for name, shape in sizes.items()}
     state |= {f"grounding_encoder.sam2_model.{name}": tensor.to(torch.bfloat16) for name, tensor in decoder.items()}
     return state

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,22 +17,19 @@ from vessel_export.checkpoint import open_checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.reference import Reference, tile_image, to_pixel_values
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+from tests.conftest import Tiny
+
 QUESTION = "Please segment vessel and catheter in this image."
 
 
-def load(base: Path = TINY / "base", **options: Any) -> Reference:
-    return Reference.load(next(TINY.glob("iter_*.pth")), base, TINY / "sam2_tiny.pt", **options)
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny) -> Reference:
+    return Reference.load(tiny.checkpoint, tiny.base, tiny.sam2)
 
 
 @pytest.fixture(scope="module")
-def reference() -> Reference:
-    return load()
-
-
-@pytest.fixture(scope="module")
-def frame() -> Image.Image:
-    return Image.open(min((TINY / "frames").glob("*.jpg")))
+def frame(tiny: Tiny) -> Image.Image:
+    return Image.open(min(tiny.frames.glob("*.jpg")))
 
 
 # Tiles: a transcription of Sa2VA's dynamic_preprocess, in its order of operations, with what may be left out left out.
@@ -70,7 +66,7 @@ def test_tiles_equal_sa2va_from_one_to_twelve() -> None:
             image = noise(width, height)
             ours, theirs = tile_image(image, size), sa2va_tiles(image, size)
             assert len(ours) == len(theirs)
-            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True))
             counts.add(len(ours) - (len(ours) > 1))
     assert counts == set(range(1, 13))
 
@@ -105,11 +101,11 @@ def test_prompt_ids(reference: Reference) -> None:
     assert special("[SEG]") == len(tokenizer) - 5
 
 
-def test_lora_is_added_as_published(reference: Reference) -> None:
+def test_lora_is_added_as_published(tiny: Tiny, reference: Reference) -> None:
     """peft's unmerged layer is W + alpha/r * B @ A, on every projection of one layer."""
-    checkpoint = open_checkpoint(next(TINY.glob("iter_*.pth")))
-    base = load_file(TINY / "base" / "model.safetensors")
-    layers = dict(reference.language_model.get_base_model().named_modules())  # type: ignore[operator]
+    checkpoint = open_checkpoint(tiny.checkpoint)
+    base = load_file(tiny.base / "model.safetensors")
+    layers = dict(reference.language_model.get_base_model().named_modules())
     attention, mlp = (("self_attn", projection) for projection in "qkvo"), (("mlp", projection) for projection in ("gate", "up", "down"))
     for module, projection in (*attention, *mlp):
         name = f"model.layers.1.{module}.{projection}_proj"
@@ -123,21 +119,21 @@ def test_lora_is_added_as_published(reference: Reference) -> None:
         torch.testing.assert_close(layers[name](x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_trained_tables_replace_the_base_models(reference: Reference) -> None:
-    tensors = open_checkpoint(next(TINY.glob("iter_*.pth"))).tensors
+def test_trained_tables_replace_the_base_models(tiny: Tiny, reference: Reference) -> None:
+    tensors = open_checkpoint(tiny.checkpoint).tensors
     prefix = "mllm.model.language_model.base_model.model."
     ids = torch.arange(len(reference.tokenizer))
-    embeds = reference.language_model.get_input_embeddings()(ids)  # type: ignore[operator]
+    embeds = reference.language_model.get_input_embeddings()(ids)
     assert torch.equal(embeds, tensors[f"{prefix}model.embed_tokens.weight"].float())
     state = torch.randn(1, embeds.shape[1], generator=torch.Generator().manual_seed(0))
-    head = reference.language_model.get_base_model().lm_head  # type: ignore[operator]
+    head = reference.language_model.get_base_model().lm_head
     torch.testing.assert_close(head(state), state @ tensors[f"{prefix}lm_head.weight"].float().T)
 
 
-def test_alpha_scales_the_lora(reference: Reference, frame: Image.Image) -> None:
-    other = load(lora_alpha=1.0)
+def test_alpha_scales_the_lora(tiny: Tiny, reference: Reference) -> None:
+    other = Reference.load(tiny.checkpoint, tiny.base, tiny.sam2, lora_alpha=1.0)
     ids = torch.arange(4)[None]
-    ours, theirs = (r.run_language_model(r.language_model.get_input_embeddings()(ids))[0] for r in (reference, other))  # type: ignore[operator]
+    ours, theirs = (r.run_language_model(r.language_model.get_input_embeddings()(ids))[0] for r in (reference, other))
     assert not torch.allclose(ours, theirs)
 
 
@@ -201,18 +197,19 @@ def to_hf_layout(original: Path, folder: Path, *, spelling: str) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["4", "5"])
-def test_hf_layout_is_the_same_model(reference: Reference, frame: Image.Image, tmp_path: Path, spelling: str) -> None:
+def test_hf_layout_is_the_same_model(tiny: Tiny, reference: Reference, frame: Image.Image, tmp_path: Path, spelling: str) -> None:
     folder = tmp_path / "base-hf"
-    to_hf_layout(TINY / "base", folder, spelling=spelling)
-    ours, theirs = reference.segment(frame, QUESTION), load(folder).segment(frame, QUESTION)
+    to_hf_layout(tiny.base, folder, spelling=spelling)
+    native = Reference.load(tiny.checkpoint, folder, tiny.sam2)
+    ours, theirs = reference.segment(frame, QUESTION), native.segment(frame, QUESTION)
     assert torch.equal(ours.image_embeds, theirs.image_embeds)
     assert torch.equal(ours.answer_ids, theirs.answer_ids)
     assert torch.equal(ours.hidden_states, theirs.hidden_states)
     assert torch.equal(ours.masks, theirs.masks)
 
 
-def test_hf_layout_of_this_test_is_transformers_own(tmp_path: Path) -> None:
-    to_hf_layout(TINY / "base", tmp_path / "base-hf", spelling="5")
+def test_hf_layout_of_this_test_is_transformers_own(tiny: Tiny, tmp_path: Path) -> None:
+    to_hf_layout(tiny.base, tmp_path / "base-hf", spelling="5")
     model = InternVLForConditionalGeneration(InternVLConfig.from_pretrained(tmp_path / "base-hf"))
     written = {name: tensor.shape for name, tensor in load_file(tmp_path / "base-hf" / "model.safetensors").items()}
     assert written == {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -238,7 +235,7 @@ def test_cache_changes_nothing(reference: Reference, frame: Image.Image) -> None
     """One pass over prompt and answer gives the hidden states and ids of step-by-step decoding."""
     result = reference.segment(frame, QUESTION)
     embeds = reference.embed(result.prompt_ids, result.image_embeds)
-    answer = reference.language_model.get_input_embeddings()(result.answer_ids[:-1])[None]  # type: ignore[operator]
+    answer = reference.language_model.get_input_embeddings()(result.answer_ids[:-1])[None]
     states, ids = reference.run_language_model(torch.cat([embeds, answer], dim=1))
     count = len(result.answer_ids)
     assert torch.equal(ids[0, -count:], result.answer_ids)
@@ -258,28 +255,28 @@ def test_no_seg_no_masks(reference: Reference, frame: Image.Image) -> None:
     assert result.masks.shape == (0, frame.height, frame.width)
 
 
-def test_missing_pieces_are_named(tmp_path: Path) -> None:
+def test_missing_pieces_are_named(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"config\.json"):
-        load(tmp_path)
+        Reference.load(tiny.checkpoint, tmp_path, tiny.sam2)
     base = tmp_path / "base"
-    shutil.copytree(TINY / "base", base)
+    shutil.copytree(tiny.base, base)
     tensors = load_file(base / "model.safetensors")
     del tensors["vision_model.encoder.layers.0.attn.qkv.weight"]
     save_file(tensors, base / "model.safetensors")
     with pytest.raises(BaseModelError, match=r"lacks encoder\.layer\.0\.attention\.q_proj\.weight"):
-        load(base)
+        Reference.load(tiny.checkpoint, base, tiny.sam2)
 
 
-def test_missing_lora_tensor_is_named(tmp_path: Path) -> None:
-    tensors = dict(open_checkpoint(next(TINY.glob("iter_*.pth"))).tensors)
+def test_missing_lora_tensor_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    tensors = dict(open_checkpoint(tiny.checkpoint).tensors)
     key = "mllm.model.language_model.base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
     del tensors[key]
     torch.save({"state_dict": tensors, "meta": {"cfg": "lora_alpha=16"}}, tmp_path / "iter_1.pth")
     with pytest.raises(BaseModelError, match=r"layers\.0\.mlp\.up_proj\.lora_B"):
-        Reference.load(tmp_path / "iter_1.pth", TINY / "base", TINY / "sam2_tiny.pt")
+        Reference.load(tmp_path / "iter_1.pth", tiny.base, tiny.sam2)
 
 
-def test_alpha_unknown(tmp_path: Path) -> None:
-    torch.save(dict(open_checkpoint(next(TINY.glob("iter_*.pth"))).tensors), tmp_path / "plain.pth")
+def test_alpha_unknown(tiny: Tiny, tmp_path: Path) -> None:
+    torch.save(dict(open_checkpoint(tiny.checkpoint).tensors), tmp_path / "plain.pth")
     with pytest.raises(CheckpointError, match="--lora-alpha"):
-        Reference.load(tmp_path / "plain.pth", TINY / "base", TINY / "sam2_tiny.pt")
+        Reference.load(tmp_path / "plain.pth", tiny.base, tiny.sam2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import Tiny
 from tests.runtime.standin import build_standin
 from vessel_rt.bundle import Bundle
 
@@ -33,3 +34,9 @@ def frames(tmp_path: Path) -> Path:
     for seed, name in enumerate(("a.jpg", "b.png", "c.tif")):
         make_frame(seed=seed).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def tiny_frames(tiny: Tiny) -> list[Path]:
+    """The frames that come with examples/tiny, sorted."""
+    return sorted(tiny.frames.glob("*.jpg"))

@@ -9,6 +9,7 @@ The trained bundle tells whether the runtime is right; this one can be made to a
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _successors(tokenizer: Tokenizer, answer: str) -> dict[int, int]:
     """Which token follows which: the answer's follow the prompt's last, a line break, and its own last is followed by the stop token."""
     ids = tokenizer.encode("\n" + answer + "<|im_end|>").ids
     successors: dict[int, int] = {}
-    for token, successor in zip(ids, ids[1:], strict=False):
+    for token, successor in itertools.pairwise(ids):
         successors.setdefault(token, successor)
     return successors
 

@@ -26,7 +26,8 @@ class Sam2ImageEncoder(torch.nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         fpn = self.image_encoder(pixel_values)["backbone_fpn"]
-        return fpn[0], fpn[1], fpn[2] + self.no_mem_embed.reshape(1, -1, 1, 1)
+        features = fpn[2].to(pixel_values.dtype)  # the pyramid's top-down addition is FP32 in sam2, whatever the weights
+        return fpn[0], fpn[1], features + self.no_mem_embed.reshape(1, -1, 1, 1)
 
 
 def trace_sam2_image_encoder(sam2_model: Any, image_size: int, dtype: torch.dtype, *, opset: int) -> tuple[Graph, list[OutputTensor]]:

@@ -1,0 +1,232 @@
+"""The bundle as a folder: complete or not there, the same bytes each time, readable by other tools; and the export's bad inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from vessel_export import bundle_writer
+from vessel_export.base_model import open_base
+from vessel_export.bundle_writer import ExportRequest, export_bundle
+from vessel_export.cli import main
+from vessel_export.errors import BaseModelError, CheckpointError, RecipeError
+from vessel_rt.bundle import Bundle
+
+from tests.conftest import ROOT
+from tests.export.small_models import fine_tuned_state, write_checkpoint
+
+
+def test_the_same_bytes_each_time(small: ExportRequest, small_bundle: Path, tmp_path: Path) -> None:
+    precision = Bundle.load(small_bundle).precision
+    again = export_bundle(dataclasses.replace(small, out=tmp_path / "again", recipe=dataclasses.replace(small.recipe, precision=precision)))
+    assert again.files == Bundle.load(small_bundle).files
+
+
+def test_every_file_is_recorded_and_hidden_nothing(small_bundle: Path) -> None:
+    bundle = Bundle.load(small_bundle)
+    bundle.verify_files()
+    on_disk = {path.relative_to(small_bundle).as_posix() for path in small_bundle.rglob("*") if path.is_file()}
+    assert on_disk == {*bundle.files, "bundle.json"}
+    assert not list(small_bundle.parent.glob(".*"))
+    assert str(ROOT) not in "".join(path.read_bytes().decode("latin-1") for path in small_bundle.glob("*.onnx"))
+
+
+def test_weights_are_plain_safetensors_and_graphs_point_into_them(small_bundle: Path) -> None:
+    for file in small_bundle.glob("*.onnx"):
+        bare, whole = onnx.load(file, load_external_data=False), onnx.load(file)
+        loaded = {}
+        for initializer, bound in zip(whole.graph.initializer, bare.graph.initializer, strict=True):
+            if bound.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            location = next(entry.value for entry in bound.external_data if entry.key == "location")
+            tensors = loaded.setdefault(location, load_file(small_bundle / location))
+            assert np.array_equal(onnx.numpy_helper.to_array(initializer), tensors[initializer.name].numpy()), initializer.name
+        assert loaded, file
+
+
+def test_every_tensor_is_aligned_to_its_own_size(small_bundle: Path) -> None:
+    for file in (small_bundle / "weights").iterdir():
+        header_bytes = int.from_bytes(file.read_bytes()[:8], "little")
+        header = json.loads(file.read_bytes()[8 : 8 + header_bytes])
+        assert (8 + header_bytes) % 4096 == 0
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            size = end - begin
+            assert begin % (size & -size) == 0, name
+
+
+def test_frozen_files_do_not_depend_on_the_checkpoint(small: ExportRequest, tmp_path: Path) -> None:
+    """What training freezes is the same file for every checkpoint: later exports can reuse it."""
+    state = {name: tensor * 1.5 for name, tensor in fine_tuned_state(Path(small.sam2)).items()}
+    first = export_bundle(dataclasses.replace(small, out=tmp_path / "a"))
+    other = write_checkpoint(tmp_path / "iter_10000.pth", state)
+    second = export_bundle(dataclasses.replace(small, checkpoint=other, out=tmp_path / "b"))
+    same = {name for name in first.files if first.files[name] == second.files[name]}
+    assert {"weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors", "sam2_image_encoder.onnx"} <= same
+    assert not same & {f"weights/{name}.safetensors" for name in ("projector", "language_model", "embed_tokens", "sam2_mask_decoder")}
+
+
+def test_the_native_layout_gives_the_same_bundle(small: ExportRequest, tmp_path: Path) -> None:
+    native = _to_native_layout(Path(small.base), tmp_path / "base-hf")
+    first = export_bundle(dataclasses.replace(small, out=tmp_path / "a"))
+    second = export_bundle(dataclasses.replace(small, base=str(native), out=tmp_path / "b"))
+    assert first.files == second.files
+
+
+def _to_native_layout(original: Path, folder: Path) -> Path:
+    """As transformers' conversion of InternVL3 writes it: renamed, Q, K and V apart, `<video>` added to the tokenizer."""
+    shutil.copytree(original, folder)
+    tensors = {}
+    for name, tensor in load_file(original / "model.safetensors").items():
+        name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+        for index, layer in (("0", "layer_norm"), ("1", "linear_1"), ("3", "linear_2")):
+            name = name.replace(f"mlp1.{index}.", f"model.multi_modal_projector.{layer}.")
+        if name.startswith("vision_model."):
+            pairs = [("vision_model", "model.vision_tower"), ("layers", "layer"), ("class_embedding", "cls_token")]
+            pairs += [("position_embedding", "position_embeddings"), ("patch_embedding", "patch_embeddings.projection")]
+            pairs += [("ls1", "lambda_1"), ("ls2", "lambda_2"), ("attn.proj", "attention.projection_layer"), ("attn", "attention")]
+            pairs += [("norm1", "layernorm_before"), ("norm2", "layernorm_after")]
+            for old, new in pairs:
+                name = name.replace(old, new)
+        if "attention.qkv" in name:
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                tensors[name.replace("attention.qkv", f"attention.{part}_proj")] = piece.contiguous()
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    vision, text = config["vision_config"], config.pop("llm_config")
+    vision |= {"image_size": [vision["image_size"]] * 2, "patch_size": [vision["patch_size"]] * 2}
+    vision |= {"attention_bias": vision.pop("qkv_bias"), "use_qk_norm": vision.pop("qk_normalization")}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
+    del text["rope_scaling"], config["force_image_size"], config["select_layer"], config["ps_version"]
+    config |= {"text_config": text, "vision_feature_layer": -1, "model_type": "internvl"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    video = {**tokenizer["added_tokens"][-1], "id": text["vocab_size"], "content": "<video>"}
+    tokenizer["added_tokens"].append(video)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_shards_are_read_as_one(small: ExportRequest, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(small.base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    base = open_base(str(folder))
+    assert all(torch.equal(base.tensor(name), tensor) for name, tensor in tensors.items())
+    with safe_open(folder / "model-00001-of-00002.safetensors", "pt") as shard:
+        assert set(shard.keys()) == set(names[::2])
+
+
+def test_an_output_folder_that_exists_is_kept(small: ExportRequest, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="exists"):
+        export_bundle(dataclasses.replace(small, out=out))
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = dataclasses.replace(small, out=tmp_path / "bundle", overwrite=True)
+    before = export_bundle(request)
+
+    def full_disk(*_arguments: object, **_keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bundle_writer, "save_graph", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        export_bundle(request)
+    Bundle.load(request.out).verify_files()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    monkeypatch.undo()
+    (tmp_path / ".bundle.partial").mkdir()  # as a killed run leaves it
+    assert export_bundle(request).files == before.files
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
+    state = fine_tuned_state(Path(small.sam2))
+    state["mllm.model.mlp1.1.bias"][0] = 1e5
+    checkpoint = write_checkpoint(tmp_path / "wide.pth", state)
+    request = dataclasses.replace(
+        small, checkpoint=checkpoint, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, precision="fp16")
+    )
+    with pytest.raises(CheckpointError, match=r"projector.linear_1.bias exceeds float16"):
+        export_bundle(request)
+
+
+def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "silent.pth", fine_tuned_state(Path(small.sam2)), alpha=None)
+    request = dataclasses.replace(small, checkpoint=checkpoint, out=tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"--lora-alpha \(Sa2VA trains with 2 r = 8\)"):
+        export_bundle(request)
+    assert export_bundle(dataclasses.replace(request, lora_alpha=8)).provenance.lora_alpha == 8
+
+
+def test_a_base_without_tokenizer(small: ExportRequest, tmp_path: Path) -> None:
+    shutil.copytree(small.base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    with pytest.raises(BaseModelError, match="no tokenizer"):
+        export_bundle(dataclasses.replace(small, base=str(tmp_path / "base"), out=tmp_path / "b"))
+
+
+def test_a_base_that_is_not_whole(small: ExportRequest, tmp_path: Path) -> None:
+    shutil.copytree(small.base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    del tensors["vision_model.encoder.layers.1.ls2"]
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(BaseModelError, match=r"lacks vision_model.encoder.layers.1.ls2"):
+        export_bundle(dataclasses.replace(small, base=str(tmp_path / "base"), out=tmp_path / "b"))
+
+
+@pytest.mark.parametrize(("flag", "spec"), [("base", "OpenGVLab/InternVL3-8B"), ("sam2", "facebook/sam2-hiera-large")])
+def test_offline_names_the_flag(small: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, spec: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    request = dataclasses.replace(small, out=tmp_path / "b", **{flag: spec})
+    with pytest.raises(BaseModelError, match=f"give a local path with --{flag}"):
+        export_bundle(request)
+
+
+def test_a_configuration_that_would_run_code(small: ExportRequest, tmp_path: Path) -> None:
+    shutil.copy(small.sam2, tmp_path / "evil.pt")
+    (tmp_path / "evil.yaml").write_text("model:\n  _target_: os.system\n  command: touch was_run\n")
+    with pytest.raises(BaseModelError, match=r"may only name modules of sam2.modeling"):
+        export_bundle(dataclasses.replace(small, sam2=str(tmp_path / "evil.pt"), out=tmp_path / "b"))
+
+
+def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
+    request = dataclasses.replace(small, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, capacity=600))
+    with pytest.raises(RecipeError, match="capacity 600 must be from 976"):
+        export_bundle(request)
+
+
+def test_command_line(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = ["export", "--ckpt", str(small.checkpoint), "--base", small.base, "--sam2", small.sam2, "--recipe", "engines/cpu.toml"]
+    assert main([*arguments, "--out", str(tmp_path / "b"), "--precision", "fp16"]) == 0
+    assert Bundle.load(tmp_path / "b").precision == "fp16"
+    assert main([*arguments, "--out", str(tmp_path / "b")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("vessel-export: error: ")
+    with pytest.raises(SystemExit) as usage:
+        main(["export", "--precision", "int3"])
+    assert usage.value.code == 2
+    assert main(["export", "--ckpt", str(tmp_path / "none.pth"), "--recipe", "engines/cpu.toml"]) == 1
+    assert "no checkpoint there" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import vessel_rt
+from tests.runtime.conftest import make_frame
+from vessel_rt.bundle import BUNDLE_FILE, SCHEMA, Bundle
+from vessel_rt.cli import main
+
+
+def infer(*arguments: str | Path) -> int:
+    return main(["infer", *map(str, arguments), "--threads", "1", "--device", "cpu"])
+
+
+@pytest.fixture
+def engines(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with two bundles under engines/, of which `new` is the newer, and one that is not complete."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VESSEL_BUNDLE", raising=False)
+    for age, name in ((100, "old"), (50, "new"), (0, ".newest.partial")):
+        folder = shutil.copytree(standin.folder, tmp_path / "engines" / name)
+        os.utime(folder / BUNDLE_FILE, (time.time() - age, time.time() - age))
+    (tmp_path / "engines" / "unfinished").mkdir()
+    return tmp_path / "engines"
+
+
+def test_the_newest_complete_bundle_is_taken_and_named(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer(frames) == 0
+    out, err = capsys.readouterr()
+    assert "bundle engines/new" in err
+    assert "images: 3, failed: 0, masks: 3" in out
+    assert "images/s" in out
+    assert out.splitlines()[-1] == "results: out/new"
+    assert {path.name for path in Path("out/new").iterdir()} == {"masks", "overlays", "results.jsonl", "run.json"}
+
+
+def test_the_environment_names_a_bundle_and_the_option_goes_before_it(
+    engines: Path, frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VESSEL_BUNDLE", str(engines / "old"))
+    assert infer(frames) == 0
+    assert Path("out/old/run.json").exists()
+    assert f"bundle {engines / 'old'}" in capsys.readouterr().err
+    assert infer(frames, "--bundle", engines / "new", "-o", "here", "--num-images", "1", "--prompt", "Where?") == 0
+    run = json.loads(Path("here/run.json").read_text())
+    assert (run["bundle"]["name"], run["counts"]["images"], run["options"]["question"]) == ("new", 1, "Where?")
+
+
+def test_no_bundle(tmp_path: Path, frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VESSEL_BUNDLE", raising=False)
+    assert infer(frames) == 1
+    assert capsys.readouterr().err.startswith("vessel-rt: error: no bundle: name one with --bundle")
+
+
+def test_failed_images_make_the_exit_code_1(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (frames / "b_empty.jpg").write_bytes(b"")
+    assert infer(frames) == 1
+    out, err = capsys.readouterr()
+    assert "images: 4, failed: 1, masks: 3" in out
+    assert f"vessel-rt: error: {frames / 'b_empty.jpg'}: an empty file" in err
+
+
+def test_user_errors_are_one_line(engines: Path, frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    newer = engines / "old" / BUNDLE_FILE
+    newer.write_text(json.dumps(json.loads(newer.read_text()) | {"schema": SCHEMA + 1}))
+    flipped = engines / "new" / "weights" / "embed_tokens.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 1
+    flipped.write_bytes(content)
+    for arguments, message in [
+        ((tmp_path / "empty", "--bundle", engines / "new"), "holds no image"),
+        ((frames, "--bundle", engines / "new", "-o", tmp_path / "full"), "--overwrite"),
+        ((frames, "--bundle", engines / "old"), f"schema {SCHEMA + 1} is newer"),
+        ((frames, "--bundle", engines / "new"), "embed_tokens.safetensors was changed"),
+        ((frames, "--bundle", tmp_path / "none"), "no bundle here"),
+    ]:
+        assert infer(*arguments) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("vessel-rt: error: ")
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["infer"], ["infer", "x", "--device", "tpu"], ["infer", "x", "--num-images", "0"], ["infer", "x", "--threads", "-1"], ["fly"]],
+)
+def test_bad_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "vessel-rt" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--version", "--help"):
+        with pytest.raises(SystemExit) as caught:
+            main([option])
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert f"vessel-rt {vessel_rt.__version__}" in out
+    assert "examples:" in out
+
+
+def test_evaluate_prints_the_mean_dice_last(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "frames").mkdir()
+    make_frame(96, 64).save(tmp_path / "frames" / "a.png")
+    bar = [0, 20, 96, 20, 96, 32, 0, 32]  # make_frame's bar, as the stand-in finds it
+    gt = tmp_path / "annotations.json"
+    gt.write_text(json.dumps([{"image": "a.png", "mask": [[bar]], "text": ["vessel"]}]))
+    assert infer("frames") == 0
+    assert main(["evaluate", "out/new", "--gt", str(gt)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "mean Dice vessel: 1.000 over 1 images"
+    assert main(["evaluate", "out/nothing", "--gt", str(gt)]) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="interrupts by POSIX signal")
+def test_an_interrupt_leaves_nothing_half_written(standin: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    for number in range(60):
+        make_frame(1344, 1344, seed=number).save(tmp_path / "frames" / f"{number:03}.bmp")
+    program = (
+        f"import sys; from vessel_rt.cli import main; sys.exit(main(['infer', 'frames', '-o', 'out', '--bundle', {str(standin.folder)!r}]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        partial = tmp_path / "out" / "results.jsonl.partial"
+        until = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    finished = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert 0 < len(finished) < 60
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".partial"))]
+    for line in finished:
+        assert (tmp_path / "out" / line["masks"][0]["file"]).exists()

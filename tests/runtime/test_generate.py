@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from tokenizers import Tokenizer
+
+from tests.runtime.standin import build_standin
+from vessel_rt.bundle import Bundle
+from vessel_rt.errors import ImageError
+from vessel_rt.generate import LanguageModel
+from vessel_rt.prompt import EmbedTokens
+from vessel_rt.session import Device, Session
+
+# The length of a matrix decides the order of its sums: float32 rounding, some 1e-7 of values about 1, through two layers.
+ROUNDING = 2e-6
+
+
+@contextmanager
+def language_model(bundle: Bundle) -> Iterator[LanguageModel]:
+    with EmbedTokens(bundle) as embed_tokens, Session(bundle.folder / "language_model.onnx", Device("cpu"), 1) as session:
+        yield LanguageModel(session, bundle, embed_tokens)
+
+
+def prompt(bundle: Bundle, text: str) -> np.ndarray:
+    """Embeddings of a prompt that ends as a real one does, with a line break."""
+    ids = Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).encode(text + "\n").ids
+    with EmbedTokens(bundle) as embed_tokens:
+        return embed_tokens.rows(ids)
+
+
+def text_of(bundle: Bundle, ids: tuple[int, ...]) -> str:
+    return Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).decode(list(ids), skip_special_tokens=False)
+
+
+def states_by_one_pass(bundle: Bundle, embeds: np.ndarray, positions: list[int]) -> np.ndarray:
+    """The hidden states of a whole sequence at `positions`, from one run with an empty cache."""
+    sizes, length = bundle.language_model, len(embeds)
+    session = onnxruntime.InferenceSession(bundle.folder / "language_model.onnx", providers=["CPUExecutionProvider"])
+    empty = np.zeros((1, sizes.kv_heads, sizes.capacity, sizes.head_dim), np.float32)
+    feeds = {
+        "inputs_embeds": embeds[None],
+        "position_ids": np.arange(length)[None],
+        "write_indices": np.array([0]),
+        "kv_positions": np.arange(length),
+        "gather_positions": np.array([positions]),
+    }
+    cache = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
+    return session.run(["hidden_states"], {**feeds, **cache})[0][0]
+
+
+def test_answers_until_the_stop_token(standin: Bundle) -> None:
+    with language_model(standin) as model:
+        [generation] = model.generate([prompt(standin, "Where?")])
+    assert text_of(standin, generation.token_ids) == "Mask [SEG]."
+    assert generation.decode_steps == len(generation.token_ids)  # each token is consumed once, the stop token never
+    assert generation.seg_states.shape == (1, standin.language_model.hidden_size)
+
+
+def test_the_seg_state_is_where_seg_is_consumed(standin: Bundle) -> None:
+    start = prompt(standin, "Where are the vessels?")
+    with language_model(standin) as model, EmbedTokens(standin) as embed_tokens:
+        [generation] = model.generate([start])
+        answer = embed_tokens.rows(generation.token_ids)
+    consumed = len(start) + generation.token_ids.index(standin.prompt.seg_token_id)
+    expected = states_by_one_pass(standin, np.concatenate([start, answer]), [consumed])
+    np.testing.assert_allclose(generation.seg_states, expected, rtol=0, atol=ROUNDING)
+
+
+def test_a_padded_batch_equals_single_runs(standin: Bundle) -> None:
+    prompts = [prompt(standin, text) for text in ("A", "a much longer question than the others are", "Where is the catheter?")]
+    with language_model(standin) as model:
+        together = model.generate(prompts)
+        alone = [model.generate([one])[0] for one in prompts]
+    for batched, single in zip(together, alone, strict=True):
+        assert batched.token_ids == single.token_ids
+        assert batched.decode_steps == single.decode_steps
+        np.testing.assert_allclose(batched.seg_states, single.seg_states, rtol=0, atol=ROUNDING)
+
+
+def test_rows_that_finish_early_wait_for_the_others(tmp_path: Path) -> None:
+    """One prompt ends in the stop token's predecessor and is answered at once; the other needs every step."""
+    bundle = build_standin(tmp_path / "bundle")
+    short, long = prompt(bundle, "x")[:-1], prompt(bundle, "y")
+    with EmbedTokens(bundle) as embed_tokens:
+        dot = Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).token_to_id(".")
+        short = np.concatenate([short, embed_tokens.rows([dot])])
+    with language_model(bundle) as model:
+        first, second = model.generate([short, long])
+        assert (first.token_ids, first.decode_steps, len(first.seg_states)) == ((), 0, 0)
+        [alone] = model.generate([long])
+    assert second.token_ids == alone.token_ids
+    np.testing.assert_allclose(second.seg_states, alone.seg_states, rtol=0, atol=ROUNDING)
+
+
+def test_earlier_prompts_leave_no_trace(standin: Bundle) -> None:
+    with language_model(standin) as model:
+        [fresh] = model.generate([prompt(standin, "Where?")])
+        model.generate([prompt(standin, "something very much longer " * 4)])
+        [again] = model.generate([prompt(standin, "Where?")])
+    np.testing.assert_array_equal(again.seg_states, fresh.seg_states)
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "answer", "decode_steps"),
+    [
+        (1, "[SEG]", 1),  # the budget ends with [SEG]: one more run consumes it
+        (2, "[SEG],", 1),
+        (3, "[SEG],[SEG]", 3),
+        (6, "[SEG],[SEG],[SEG],", 5),
+    ],
+)
+def test_every_seg_within_the_budget_has_its_state(tmp_path: Path, max_new_tokens: int, answer: str, decode_steps: int) -> None:
+    bundle = build_standin(tmp_path / "bundle", answer="[SEG],[SEG]", max_new_tokens=max_new_tokens)  # goes round and round
+    start = prompt(bundle, "All?")
+    with language_model(bundle) as model, EmbedTokens(bundle) as embed_tokens:
+        [generation] = model.generate([start])
+        embeds = np.concatenate([start, embed_tokens.rows(generation.token_ids)])
+    assert text_of(bundle, generation.token_ids) == answer
+    assert generation.decode_steps == decode_steps
+    consumed = [len(start) + i for i, token in enumerate(generation.token_ids) if token == bundle.prompt.seg_token_id]
+    np.testing.assert_allclose(generation.seg_states, states_by_one_pass(bundle, embeds, consumed), rtol=0, atol=ROUNDING)
+
+
+def test_an_answer_without_seg_has_no_states(tmp_path: Path) -> None:
+    bundle = build_standin(tmp_path / "bundle", answer="None.")
+    with language_model(bundle) as model:
+        [generation] = model.generate([prompt(bundle, "Where?")])
+    assert text_of(bundle, generation.token_ids) == "None."
+    assert generation.seg_states.shape == (0, bundle.language_model.hidden_size)
+
+
+def test_the_longest_prompt_that_fits_and_one_token_more(tmp_path: Path) -> None:
+    bundle = build_standin(tmp_path / "bundle", capacity=40, max_new_tokens=8)
+    with language_model(bundle) as model:
+        [generation] = model.generate([prompt(bundle, "x" * 31)])
+        assert text_of(bundle, generation.token_ids) == "Mask [SEG]."
+        with pytest.raises(ImageError, match=r"33 tokens, of which this bundle takes 32 \(40 less 8"):
+            model.generate([prompt(bundle, "x" * 32)])
+
+
+def test_states_that_are_not_finite_are_an_error_and_do_not_spread(standin: Bundle) -> None:
+    good = prompt(standin, "Where?")
+    with language_model(standin) as model:
+        [before] = model.generate([good])
+        with pytest.raises(ImageError, match=r"not finite in float32; export the bundle with --precision fp32"):
+            model.generate([np.full((60, standin.language_model.hidden_size), np.nan, np.float32)])
+        [after] = model.generate([good])
+    np.testing.assert_array_equal(after.seg_states, before.seg_states)
