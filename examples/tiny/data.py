@@ -17,7 +17,7 @@ from generator import CONCEPTS, Frame, generate
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor
 
 __all__ = ["HELD_OUT", "MASK_SIDE", "Pool", "Sample", "generated_pool", "mask_pixels", "rasterize", "read_real", "tile_pixels", "warp"]

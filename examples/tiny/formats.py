@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from conversation import SPECIAL_TOKENS, corpus
-from model import LORA_TARGETS, InternViT, TinyConfig, VisionLanguageModel
+from model import TinyConfig, VisionLanguageModel
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -151,7 +151,7 @@ def load_sam2(path: Path, sam2: nn.Module) -> None:
 
 def _training_config(config: TinyConfig, iterations: int, seed: int) -> Any:
     """The fine-tune as mmengine would describe it, in the manner of Sa2VA's projects/sa2va/configs/sa2va_finetune.py."""
-    from mmengine.config import Config
+    from mmengine.config import Config  # type: ignore[import-untyped]
 
     base, template = "base", "qwen_chat"
     tokenizer = {
@@ -202,7 +202,6 @@ def _training_config(config: TinyConfig, iterations: int, seed: int) -> Any:
             },
         },
         "randomness": {"seed": seed, "deterministic": False},
-        "lora_targets": list(LORA_TARGETS),
     })  # fmt: skip
 
 
@@ -210,9 +209,9 @@ def save_finetuned(
     path: Path, model: VisionLanguageModel, fcs: nn.Module, sam2: Any, config: TinyConfig, losses: list[dict[str, float]], seed: int
 ) -> None:
     """What training changed, as mmengine saves it after a Sa2VA fine-tune: bf16 `state_dict`, `meta` and `message_hub`, no optimizer."""
-    import mmengine
-    from mmengine.logging import MessageHub
-    from mmengine.runner import save_checkpoint
+    import mmengine  # type: ignore[import-untyped]
+    from mmengine.logging import MessageHub  # type: ignore[import-untyped]
+    from mmengine.runner import save_checkpoint  # type: ignore[import-untyped]
 
     state = {f"mllm.model.language_model.{n}": t for n, t in get_peft_model_state_dict(model.language_model).items()}
     state |= {f"mllm.model.mlp1.{n}": t for n, t in model.mlp1.state_dict().items()}
@@ -251,7 +250,7 @@ def load_finetuned(path: Path, model: VisionLanguageModel, fcs: nn.Module, sam2:
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
-    problems = set_peft_model_state_dict(model.language_model, under("mllm.model.language_model."))
+    problems: Any = set_peft_model_state_dict(model.language_model, under("mllm.model.language_model."))
     if problems.unexpected_keys:
         raise ValueError(f"{path}: unexpected {problems.unexpected_keys}")
     model.mlp1.load_state_dict(under("mllm.model.mlp1."))

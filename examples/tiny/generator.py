@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage  # type: ignore[import-untyped]
 
 __all__ = ["CONCEPTS", "Frame", "Polygon", "generate"]
 
@@ -144,7 +144,8 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
                  float(length * rng.uniform(0.2, 0.7)), level + 1)
 
     for turn in spread:
-        grow(root, heading + float(turn) + float(rng.normal(0, 0.15)), trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.7, 1.5)), 0)
+        angle = heading + float(turn) + float(rng.normal(0, 0.15))
+        grow(root, angle, trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.7, 1.5)), 0)
     return branches
 
 
@@ -206,10 +207,10 @@ def _stamp(branch: _Branch, height: int, width: int) -> Array:
     dx, dy = columns + 0.5 - points[:, :1], rows + 0.5 - points[:, 1:]
     square = radius[:, None, None] ** 2 - dy[:, :, None] ** 2 - dx[:, None, :] ** 2
     value = 2 * np.sqrt(np.maximum(square, 0)) * filling[:, None, None]
-    hit = value > 0
+    seen = ((rows >= 0) & (rows < depth.shape[0]))[:, :, None] & ((columns >= 0) & (columns < depth.shape[1]))[:, None, :]
+    hit = (value > 0) & seen
     index = rows[:, :, None] * depth.shape[1] + columns[:, None, :]
-    valid = hit & (rows[:, :, None] >= 0) & (rows[:, :, None] < depth.shape[0]) & (columns[:, None, :] >= 0) & (columns[:, None, :] < depth.shape[1])
-    np.maximum.at(depth.reshape(-1), index[valid], value[valid])
+    np.maximum.at(depth.reshape(-1), index[hit], value[hit])
     return depth[reach:-reach, reach:-reach]
 
 
@@ -229,7 +230,7 @@ def _catheter_shadow(rng: np.random.Generator, catheter: _Branch, height: int, w
     if rng.random() < 0.5:
         inner = dataclasses.replace(catheter, radius=catheter.radius * np.float32(0.6))
         outer = outer - rng.uniform(0.3, 0.6) * _stamp(inner, height, width) / (2 * catheter.radius[0])
-    return np.exp(-outer * rng.uniform(0.5, 1.2) * contrast).astype(np.float32)
+    return np.asarray(np.exp(-outer * rng.uniform(0.5, 1.2) * contrast), dtype=np.float32)
 
 
 def _field(rng: np.random.Generator, height: int, width: int, sigma: float) -> Array:
@@ -314,4 +315,4 @@ def _detector(
         dark = rng.uniform(5, 30) + rng.normal(0, 1, image.shape)
         blend = np.clip(outside / (scale * rng.uniform(0.7, 2)) + 0.5, 0, 1)
         image = image * (1 - blend) + dark * blend
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(image), 0, 255), dtype=np.uint8)

@@ -69,7 +69,7 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1)
+        tokens: Tensor = torch.cat([self.class_embedding.expand(len(pixels), -1, -1), patches], dim=1)
         return tokens + self.position_embedding
 
 
@@ -145,7 +145,7 @@ class VisionLanguageModel(nn.Module):
         self.mlp1 = nn.Sequential(
             nn.LayerNorm(shuffled), nn.Linear(shuffled, config.hidden), nn.GELU(), nn.Linear(config.hidden, config.hidden)
         )
-        self.language_model: Any = Qwen2ForCausalLM(Qwen2Config(**config.qwen2(vocabulary), attn_implementation="sdpa"))
+        self.language_model: Any = Qwen2ForCausalLM(Qwen2Config(**config.qwen2(vocabulary)))
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixel-shuffled patches (ps_version v2): [tiles, 3, size, size] -> [tiles, tokens, 4 * vision hidden]."""

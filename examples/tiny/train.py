@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,14 @@ def _rates(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sched
 
 def _optimizer(parameters: Iterable[Tensor], rate: float) -> torch.optim.AdamW:
     trained = [p for p in parameters if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}, {"params": [p for p in trained if p.ndim <= 1]}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999))
 
 
 def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, rates: torch.optim.lr_scheduler.LambdaLR) -> None:
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
@@ -249,7 +250,7 @@ def finetune(
     for step in range(schedule.finetune_steps):
         sources = [real if real and rng.random() < schedule.real_share else pool for _ in range(schedule.finetune_batch)]
         several_tiles = step % 12 == 11
-        picked = [source[rng.integers(len(source))] for source in (sources[:2] if several_tiles else sources)]
+        picked = [source[int(rng.integers(len(source)))] for source in (sources[:2] if several_tiles else sources)]
         warped = [warp(rng, sample, turn=25.0, zoom=1.3) for sample in picked]
         turns = [_turn(rng, sample) for sample in picked]
         with torch.no_grad():
