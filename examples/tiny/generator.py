@@ -140,8 +140,13 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
             at = int(rng.uniform(0.12, 0.97) * (len(points) - 2))
             parent = np.arctan2(*(points[at + 1] - points[at])[::-1])
             child = min(radii[at] * rng.uniform(0.25, 0.8), radius * 0.85)
-            grow(points[at], float(parent + rng.choice([-1, 1]) * rng.uniform(0.4, 1.4)), float(child),
-                 float(length * rng.uniform(0.2, 0.7)), level + 1)
+            grow(
+                points[at],
+                float(parent + rng.choice([-1, 1]) * rng.uniform(0.4, 1.4)),
+                float(child),
+                float(length * rng.uniform(0.2, 0.7)),
+                level + 1,
+            )
 
     for turn in spread:
         angle = heading + float(turn) + float(rng.normal(0, 0.15))

@@ -111,7 +111,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x)) * self.ls1
-        return x + self.mlp(self.norm2(x)) * self.ls2
+        return x + self.mlp(self.norm2(x)) * self.ls2  # type: ignore[no-any-return]
 
 
 class _Encoder(nn.Module):

@@ -61,6 +61,20 @@ _FRAMES = ((512, 512),) * 9 + ((640, 480), (480, 640), (768, 512), (1024, 768), 
 # What the stages share.
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What every stage needs: sizes, lengths, where randomness comes from, and the generated frames."""
+
+    config: TinyConfig
+    schedule: Schedule
+    rng: np.random.Generator
+    pool: Pool
+
+    def pick(self, pool: Pool, count: int) -> list[Sample]:
+        """`count` samples, drawn with replacement."""
+        return [pool[int(i)] for i in self.rng.integers(len(pool), size=count)]
+
+
 def _rates(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """A short warm-up, then a cosine to nothing."""
     warm = max(steps // 25, 1)
@@ -160,8 +174,9 @@ def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> Mas
 # Stage 1: SAM2.
 
 
-def train_sam2(pool: Pool, schedule: Schedule, yaml: str, rng: np.random.Generator) -> Any:
+def train_sam2(setup: Setup, yaml: str) -> Any:
     """SAM2 from random weights on generated frames, along the very path of inference, with fixed prompts for the concepts."""
+    schedule, rng = setup.schedule, setup.rng
     sam2 = build_sam2(yaml)
     branch = MaskBranch(sam2)
     concepts = concept_prompts(sam2.hidden_dim)
@@ -169,7 +184,7 @@ def train_sam2(pool: Pool, schedule: Schedule, yaml: str, rng: np.random.Generat
     rates = _rates(optimizer, schedule.sam2_steps)
     progress = _Progress("sam2", schedule.sam2_steps)
     for _ in range(schedule.sam2_steps):
-        picked = [pool[i] for i in rng.integers(len(pool), size=schedule.sam2_batch)]
+        picked = setup.pick(setup.pool, schedule.sam2_batch)
         warped = [warp(rng, sample, turn=20.0, zoom=1.3) for sample in picked]
         features = branch.encode(_pixels([gray for gray, _ in warped], sam2.image_size))
         target = torch.from_numpy(np.concatenate([masks for _, masks in warped]))
@@ -192,16 +207,17 @@ def _answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
-def train_base(pool: Pool, schedule: Schedule, config: TinyConfig, tokenizer: Any, rng: np.random.Generator) -> VisionLanguageModel:
+def train_base(setup: Setup, tokenizer: Any) -> VisionLanguageModel:
     """Vision model, projector and language model from random weights on questions about generated frames."""
+    config, schedule = setup.config, setup.schedule
     model = VisionLanguageModel(config, len(tokenizer))
     image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     optimizer = _optimizer(model.parameters(), schedule.base_rate)
     rates = _rates(optimizer, schedule.base_steps)
     progress = _Progress("base", schedule.base_steps)
     for _ in range(schedule.base_steps):
-        picked = [pool[i] for i in rng.integers(len(pool), size=schedule.base_batch)]
-        turns = [image_turn(rng, sample) for sample in picked]
+        picked = setup.pick(setup.pool, schedule.base_batch)
+        turns = [image_turn(setup.rng, sample) for sample in picked]
         ids, mask, labels = batch_of(tokenizer, turns, [config.tokens_per_tile] * len(turns))
         patches = model.patches(_tile_batch([sample.gray for sample in picked], config.image_size))
         embeds = model.embed(ids, patches, image_token)
@@ -230,11 +246,9 @@ def _shown(rng: np.random.Generator, gray: np.ndarray[Any, Any], several_tiles: 
     return image.resize(((640, 480), (480, 640), (768, 512), (1024, 768))[rng.integers(4)]) if several_tiles else image
 
 
-def finetune(
-    pool: Pool, real: Pool, schedule: Schedule, config: TinyConfig, tokenizer: Any, model: VisionLanguageModel, sam2: Any,
-    rng: np.random.Generator,
-) -> tuple[nn.Module, list[dict[str, float]]]:  # fmt: skip
+def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageModel, sam2: Any) -> tuple[nn.Module, list[dict[str, float]]]:
     """Join the two: `model` gets LoRA, `sam2` a language prompt. Returns text_hidden_fcs and the losses of every step."""
+    config, schedule, rng = setup.config, setup.schedule, setup.rng
     model.requires_grad_(False)
     sam2.requires_grad_(False)
     add_lora(model, config, len(tokenizer))
@@ -248,9 +262,10 @@ def finetune(
     image_token, seg = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), tokenizer.convert_tokens_to_ids(SEG)
     concepts = concept_prompts(sam2.hidden_dim)
     for step in range(schedule.finetune_steps):
-        sources = [real if real and rng.random() < schedule.real_share else pool for _ in range(schedule.finetune_batch)]
         several_tiles = step % 12 == 11
-        picked = [source[int(rng.integers(len(source)))] for source in (sources[:2] if several_tiles else sources)]
+        count = 2 if several_tiles else schedule.finetune_batch
+        from_real = int((rng.random(count) < schedule.real_share).sum()) if real else 0
+        picked = setup.pick(real, from_real) + setup.pick(setup.pool, count - from_real)
         warped = [warp(rng, sample, turn=25.0, zoom=1.3) for sample in picked]
         turns = [_turn(rng, sample) for sample in picked]
         with torch.no_grad():
@@ -325,7 +340,6 @@ def main() -> None:
     start = time.time()
     schedule, config = QUICK if arguments.quick else Schedule(), TinyConfig()
     torch.manual_seed(arguments.seed)
-    rng = np.random.default_rng(arguments.seed)
     made = arguments.out / ".making"
     shutil.rmtree(made, ignore_errors=True)
     (made / "base").mkdir(parents=True)
@@ -335,15 +349,16 @@ def main() -> None:
     print(f"frames written  {time.time() - start:.0f} s", flush=True)
     pool = generated_pool(arguments.seed, schedule.pool, 512, os.cpu_count() or 1)
     print(f"{len(pool)} generated frames  {time.time() - start:.0f} s", flush=True)
+    setup = Setup(config, schedule, np.random.default_rng(arguments.seed), pool)
     if arguments.reuse_base:
         shutil.rmtree(made / "base")
         shutil.copytree(arguments.out / "base", made / "base")
         shutil.copy(arguments.out / "sam2_tiny.pt", made)
     else:
-        save_sam2(made / "sam2_tiny.pt", train_sam2(pool, schedule, yaml, rng))
+        save_sam2(made / "sam2_tiny.pt", train_sam2(setup, yaml))
         write_tokenizer(made / "base", merges=320)
         tokenizer = load_tokenizer(made / "base", finetuned=False)
-        save_base(made / "base", train_base(pool, schedule, config, tokenizer, rng), config, tokenizer)
+        save_base(made / "base", train_base(setup, tokenizer), config, tokenizer)
     (made / "sam2_tiny.yaml").write_text(yaml, encoding="utf-8")
 
     sam2, model = build_sam2(yaml), load_base(made / "base", config)
@@ -351,7 +366,7 @@ def main() -> None:
     tokenizer = load_tokenizer(made / "base", finetuned=True)
     frames = read_real(arguments.data / "angiograms", sam2.image_size) if arguments.data else {}
     real = [sample for number, sample in frames.items() if number not in HELD_OUT]
-    fcs, losses = finetune(pool, real, schedule, config, tokenizer, model, sam2, rng)
+    fcs, losses = finetune(setup, real, tokenizer, model, sam2)
     save_finetuned(made / f"iter_{len(losses)}.pth", model, fcs, sam2, config, losses, arguments.seed)
     publish(made, arguments.out)
     print(json.dumps({"seconds": round(time.time() - start), **evaluate(arguments.out, arguments.data)}))

@@ -11,8 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import vessel_rt
 from tqdm import tqdm
+
+import vessel_rt
+from vessel_export.base_model import BaseModel, Sam2, open_base, open_sam2
+from vessel_export.checkpoint import Checkpoint, open_checkpoint
+from vessel_export.errors import BaseModelError, CheckpointError, RecipeError
+from vessel_export.graphs.assemble import TO_IR, Graph, save_graph
+from vessel_export.graphs.language_model import build_language_model
+from vessel_export.graphs.sam2_image_encoder import trace_sam2_image_encoder
+from vessel_export.graphs.sam2_mask_decoder import trace_sam2_mask_decoder
+from vessel_export.graphs.vision_encoder import build_vision_encoder
+from vessel_export.merge import NEW_TOKENS, MergePlan, plan_merge
+from vessel_export.recipe import Recipe
+from vessel_export.safetensors_writer import OutputTensor, TensorLocation, write_safetensors
+from vessel_export.tokenizer import extend_tokenizer
 from vessel_rt.bundle import (
     BUNDLE_FILE,
     Bundle,
@@ -26,19 +39,6 @@ from vessel_rt.bundle import (
     TileSpec,
     sha256_of,
 )
-
-from vessel_export.base_model import BaseModel, Sam2, open_base, open_sam2
-from vessel_export.checkpoint import Checkpoint, open_checkpoint
-from vessel_export.errors import BaseModelError, CheckpointError, RecipeError
-from vessel_export.graphs.assemble import TO_IR, Graph, save_graph
-from vessel_export.graphs.language_model import build_language_model
-from vessel_export.graphs.sam2_image_encoder import trace_sam2_image_encoder
-from vessel_export.graphs.sam2_mask_decoder import trace_sam2_mask_decoder
-from vessel_export.graphs.vision_encoder import build_vision_encoder
-from vessel_export.merge import NEW_TOKENS, MergePlan, plan_merge
-from vessel_export.recipe import Recipe
-from vessel_export.safetensors_writer import OutputTensor, TensorLocation, write_safetensors
-from vessel_export.tokenizer import extend_tokenizer
 
 __all__ = ["ExportRequest", "export_bundle"]
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
+
 from vessel_rt.bundle import Bundle, sha256_of
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.image import SUFFIXES, mask_pixels, read_image, tile_pixels

@@ -76,12 +76,17 @@ class OutputFolder:
         os.replace(self.folder / _PARTIAL_FILE, self.folder / RESULTS_FILE)
 
     def write_result(self, path: Path, image: Image.Image, result: Result) -> None:
-        """Write the masks and the overlay of one image, then its line. `result.ms` may have been added to until here."""
-        records = [
-            self._write_mask(name, mask) for name, mask in zip(self._mask_names(path.stem, len(result.masks)), result.masks, strict=True)
-        ]
-        with replacing(self.folder / _OVERLAYS / f"{path.stem}.jpg") as temporary:
-            draw_overlay(image, [mask.pixels for mask in result.masks]).save(temporary, format="JPEG", quality=92)
+        """Write the masks and the overlay of one image, then its line; if that is cut short, none of them."""
+        names = self._mask_names(path.stem, len(result.masks))
+        overlay = self.folder / _OVERLAYS / f"{path.stem}.jpg"
+        try:
+            records = [self._write_mask(name, mask) for name, mask in zip(names, result.masks, strict=True)]
+            with replacing(overlay) as temporary:
+                draw_overlay(image, [mask.pixels for mask in result.masks]).save(temporary, format="JPEG", quality=92, subsampling=0)
+        except BaseException:
+            for unlisted in (overlay, *(self.folder / name for name in names)):
+                unlisted.unlink(missing_ok=True)
+            raise
         self._write_line(path, status="ok", answer=result.answer, decode_steps=result.decode_steps, ms=result.ms, masks=records)
 
     def write_error(self, path: Path, error: str) -> None:

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from vessel_export.bundle_writer import ExportRequest
-from vessel_export.recipe import load_recipe
 
 from tests.conftest import ROOT
 from tests.export.small_models import fine_tuned_state, write_base, write_checkpoint, write_sam2
+from vessel_export.bundle_writer import ExportRequest
+from vessel_export.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +22,26 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
     return ExportRequest(checkpoint, str(base), str(sam2), folder / "bundle", load_recipe(ROOT / "engines" / "cpu.toml"))
 
 
-@pytest.fixture(scope="session", params=["fp32", "fp16"])
-def small_bundle(request: pytest.FixtureRequest, small: ExportRequest) -> Path:
-    """The random small model's bundle, in each precision."""
+def _export(small: ExportRequest, precision: str) -> Path:
     from vessel_export.bundle_writer import export_bundle
 
-    out = small.out.with_name(f"small-{request.param}")
-    export_bundle(dataclasses.replace(small, out=out, recipe=dataclasses.replace(small.recipe, precision=request.param)))
+    out = small.out.with_name(f"small-{precision}")
+    export_bundle(dataclasses.replace(small, out=out, recipe=dataclasses.replace(small.recipe, precision=precision)))
     return out
+
+
+@pytest.fixture(scope="session")
+def small_fp32(small: ExportRequest) -> Path:
+    return _export(small, "fp32")
+
+
+@pytest.fixture(scope="session")
+def small_fp16(small: ExportRequest) -> Path:
+    return _export(small, "fp16")
+
+
+@pytest.fixture(scope="session", params=["small_fp32", "small_fp16"])
+def small_bundle(request: pytest.FixtureRequest) -> Path:
+    """The random small model's bundle, in each precision."""
+    bundle: Path = request.getfixturevalue(request.param)
+    return bundle

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+
 from vessel_export.base_model import LanguageConfig, VisionConfig
 from vessel_export.checkpoint import LORA_PREFIX
 from vessel_export.merge import NEW_TOKENS

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vessel_export.checkpoint import LORA_PREFIX, canonical_name, faults_in, open_checkpoint
-from vessel_export.errors import CheckpointError
 
 from tests.conftest import Tiny
+from vessel_export.checkpoint import LORA_PREFIX, canonical_name, faults_in, open_checkpoint
+from vessel_export.errors import CheckpointError
 
 A = LORA_PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
 STATE = {A: torch.ones(4, 8, dtype=torch.bfloat16)}

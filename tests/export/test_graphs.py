@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+
 from vessel_export.bundle_writer import ExportRequest
 from vessel_export.reference import Reference
 from vessel_rt.bundle import Bundle

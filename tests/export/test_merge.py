@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tests.export.small_models import LANGUAGE, fine_tuned_state, lora_targets, write_checkpoint
 from vessel_export.base_model import open_base, open_sam2
 from vessel_export.bundle_writer import ExportRequest
 from vessel_export.checkpoint import LORA_PREFIX, open_checkpoint
 from vessel_export.errors import CheckpointError
 from vessel_export.merge import MergePlan, plan_merge
-
-from tests.export.small_models import LANGUAGE, fine_tuned_state, lora_targets, write_checkpoint
 
 ALPHA, RANK = 8, 4
 MERGED = "weights/language_model.safetensors"

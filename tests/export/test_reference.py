@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGeneration
+
+from tests.conftest import Tiny
 from vessel_export.checkpoint import open_checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.reference import Reference, tile_image, to_pixel_values
-
-from tests.conftest import Tiny
 
 QUESTION = "Please segment vessel and catheter in this image."
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.conftest import Tiny
 from vessel_export.reference import Reference
 from vessel_export.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, verify
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.errors import BundleError, ImageError, VesselError
-
-from tests.conftest import Tiny
 
 QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
 

@@ -71,9 +71,9 @@ def build_standin(folder: Path, *, answer: str = "Mask [SEG].", capacity: int = 
             suffix="<|im_end|>\n<|im_start|>assistant\n",
             default_question="Please segment vessel in this image.",
             answers=("Mask [SEG].",),
-            image_token_id=tokenizer.token_to_id("<IMG_CONTEXT>"),
-            seg_token_id=tokenizer.token_to_id("[SEG]"),
-            stop_token_ids=(tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")),
+            image_token_id=_id(tokenizer, "<IMG_CONTEXT>"),
+            seg_token_id=_id(tokenizer, "[SEG]"),
+            stop_token_ids=(_id(tokenizer, "<|im_end|>"), _id(tokenizer, "<|endoftext|>")),
         ),
         language_model=LanguageModelSpec(LAYERS, HIDDEN, HEADS, HEAD_DIM, len(embed_tokens), capacity, max_new_tokens),
         embed_tokens=EmbeddingTable("weights/embed_tokens.safetensors", "embed_tokens.weight"),
@@ -98,6 +98,12 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def _id(tokenizer: Tokenizer, text: str) -> int:
+    found = tokenizer.token_to_id(text)
+    assert found is not None
+    return found
+
+
 def _successors(tokenizer: Tokenizer, answer: str) -> dict[int, int]:
     """Which token follows which: the answer's follow the prompt's last, a line break, and its own last is followed by the stop token."""
     ids = tokenizer.encode("\n" + answer + "<|im_end|>").ids
@@ -108,8 +114,9 @@ def _successors(tokenizer: Tokenizer, answer: str) -> dict[int, int]:
 
 
 def _unit_rows(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    values = rng.standard_normal((rows, columns))
-    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    values = rng.standard_normal((rows, columns)).astype(np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    return values
 
 
 class _Nodes:
@@ -208,7 +215,7 @@ def _sam2_mask_decoder() -> onnx.GraphProto:
     features = [op("Gather", name, "image_index") for name in ("fpn_0", "fpn_1", "image_features")]
     op("Neg", op("ReduceMean", features[0], op.weight([1]), keepdims=0), out="low_res_logits")
     op("Sigmoid", op("ReduceMean", "seg_states", op.weight([1]), keepdims=0), out="iou")
-    op("Add", op("Neg", "iou"), op.weight(np.float32([3.0])), out="object_score")
+    op("Add", op("Neg", "iou"), op.weight(np.array([3.0], np.float32)), out="object_score")
     inputs = [_f("fpn_0", "images", 3, 16, 16), _f("fpn_1", "images", 3, 8, 8), _f("image_features", "images", 3, 4, 4)]
     inputs += [_f("seg_states", "masks", HIDDEN), _i("image_index", "masks")]
     return op.graph("sam2_mask_decoder", inputs, [_f("low_res_logits", "masks", 16, 16), _f("iou", "masks"), _f("object_score", "masks")])

@@ -30,7 +30,7 @@ def run_folder(tmp_path: Path, question: str, results: list[tuple[str, list[np.n
     return tmp_path
 
 
-def annotations(tmp_path: Path, items: Any) -> Path:
+def annotated(tmp_path: Path, items: Any) -> Path:
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(items))
     return path
@@ -51,7 +51,7 @@ def test_masks_are_matched_to_concepts_in_the_questions_order(tmp_path: Path) ->
         "Please segment catheter and Vessel in this image.",
         [("a.png", [catheter, vessel]), ("b.png", [catheter]), ("unknown.png", [vessel])],
     )
-    gt = annotations(
+    gt = annotated(
         tmp_path,
         [
             {"image": "a.png", "mask": [[square(0, 0, 10, 10)], [square(20, 20, 40, 30)]], "text": ["Vessel.", "catheter"]},
@@ -61,7 +61,7 @@ def test_masks_are_matched_to_concepts_in_the_questions_order(tmp_path: Path) ->
     )
     catheter_score, vessel_score = evaluate(out, gt)
     assert (catheter_score.concept, vessel_score.concept) == ("catheter", "vessel")
-    assert catheter_score.dice == (1.0, pytest.approx(2 / 3))
+    assert catheter_score.dice == pytest.approx((1.0, 2 / 3))
     assert vessel_score.dice == (1.0, 0.0)  # b.png has no second mask
     assert vessel_score.mean == 0.5
 
@@ -69,14 +69,14 @@ def test_masks_are_matched_to_concepts_in_the_questions_order(tmp_path: Path) ->
 def test_polygons_of_one_concept_are_joined(tmp_path: Path) -> None:
     out = run_folder(tmp_path, "Please segment vessel.", [("a.png", [box(0, 0, 10, 10) | box(20, 0, 30, 10) | box(40, 0, 50, 10)])])
     polygons = [[square(0, 0, 10, 10), square(20, 0, 30, 10)], [square(40, 0, 50, 10)]]
-    [score] = evaluate(out, annotations(tmp_path, [{"image": "a.png", "mask": polygons, "text": ["vessel", "vessel"]}]))
+    [score] = evaluate(out, annotated(tmp_path, [{"image": "a.png", "mask": polygons, "text": ["vessel", "vessel"]}]))
     assert score.dice == (1.0,)
 
 
 def test_of_two_overlapping_names_the_longer_is_meant(tmp_path: Path) -> None:
     out = run_folder(tmp_path, "Please segment main vessel.", [("a.png", [box(0, 0, 10, 10)])])
     item = {"image": "a.png", "mask": [[square(0, 0, 9, 9)], [square(0, 0, 10, 10)]], "text": ["vessel", "main vessel"]}
-    [score] = evaluate(out, annotations(tmp_path, [item]))
+    [score] = evaluate(out, annotated(tmp_path, [item]))
     assert (score.concept, score.dice) == ("main vessel", (1.0,))
 
 
@@ -94,7 +94,7 @@ def test_of_two_overlapping_names_the_longer_is_meant(tmp_path: Path) -> None:
 def test_annotations_that_do_not_fit(tmp_path: Path, items: Any, message: str) -> None:
     out = run_folder(tmp_path, "Please segment vessel.", [("a.png", [box(0, 0, 10, 10)])])
     with pytest.raises(VesselError, match=message):
-        evaluate(out, annotations(tmp_path, items))
+        evaluate(out, annotated(tmp_path, items))
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

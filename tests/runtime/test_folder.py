@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ def names(paths: list[Path]) -> list[str]:
     return [path.name for path in paths]
 
 
-def options(inputs: Path | str, output: Path, question: str = "Please segment vessel in this image.", **more: object) -> InferOptions:
+def options(inputs: Path | str, output: Path, question: str = "Please segment vessel in this image.", **more: Any) -> InferOptions:
     return InferOptions((str(inputs),), output, question, threads=1, **more)
 
 

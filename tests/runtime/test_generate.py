@@ -50,7 +50,8 @@ def states_by_one_pass(bundle: Bundle, embeds: np.ndarray, positions: list[int])
         "gather_positions": np.array([positions]),
     }
     cache = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
-    return session.run(["hidden_states"], {**feeds, **cache})[0][0]
+    states: np.ndarray = session.run(["hidden_states"], {**feeds, **cache})[0][0]
+    return states
 
 
 def test_answers_until_the_stop_token(standin: Bundle) -> None:
@@ -87,8 +88,8 @@ def test_rows_that_finish_early_wait_for_the_others(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle")
     short, long = prompt(bundle, "x")[:-1], prompt(bundle, "y")
     with EmbedTokens(bundle) as embed_tokens:
-        dot = Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).token_to_id(".")
-        short = np.concatenate([short, embed_tokens.rows([dot])])
+        dot = Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).encode(".").ids
+        short = np.concatenate([short, embed_tokens.rows(dot)])
     with language_model(bundle) as model:
         first, second = model.generate([short, long])
         assert (first.token_ids, first.decode_steps, len(first.seg_states)) == ((), 0, 0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_mask_pixels_equal_the_transcription_to_the_bit(size: tuple[int, int]) -
     np.testing.assert_array_equal(mask_pixels(image, MASK), expected)
 
 
-def saved(tmp_path: Path, image: Image.Image, name: str, **options: object) -> Path:
+def saved(tmp_path: Path, image: Image.Image, name: str, **options: Any) -> Path:
     image.save(tmp_path / name, **options)
     return tmp_path / name
 

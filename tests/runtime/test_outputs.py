@@ -157,6 +157,16 @@ def test_an_interrupted_run_keeps_whole_lines_and_has_no_run_json(tmp_path: Path
     assert [line["image"] for line in lines(tmp_path)] == ["a.png"]
 
 
+def test_an_image_that_is_cut_short_leaves_no_file_without_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vessel_rt.outputs.draw_overlay", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, ["a.png"], count=2)
+    assert files(tmp_path) == {"results.jsonl"}
+
+
 def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text("old")

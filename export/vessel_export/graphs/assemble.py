@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, nn
-from vessel_rt.bundle import StageSpec, TensorSpec
 
 from vessel_export.safetensors_writer import TensorLocation
+from vessel_rt.bundle import StageSpec, TensorSpec
 
 __all__ = ["OPSET", "TO_IR", "Graph", "assemble", "save_graph"]
 
