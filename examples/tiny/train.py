@@ -42,8 +42,8 @@ class Schedule:
     pool: int = 2000
     sam2_steps: int = 1600
     sam2_batch: int = 4
-    sam2_rate: float = 1e-3
-    base_steps: int = 900
+    sam2_rate: float = 1.5e-3
+    base_steps: int = 600
     base_batch: int = 16
     base_rate: float = 1e-3
     finetune_steps: int = 1000
@@ -110,7 +110,8 @@ class _Progress:
         self.history.append(values)
         if len(self.history) % 50 == 0 or len(self.history) == self.steps:
             recent = self.history[-50:]
-            means = "  ".join(f"{name} {np.mean([r[name] for r in recent if name in r]):.4f}" for name in recent[-1])
+            names = dict.fromkeys(name for values in recent for name in values)
+            means = "  ".join(f"{name} {np.nanmean([r.get(name, np.nan) for r in recent]):.4f}" for name in names)
             print(f"{self.stage} {len(self.history)}/{self.steps}  {means}  {time.time() - self.start:.0f} s", flush=True)
 
 
@@ -125,14 +126,14 @@ def _pixels(grays: list[np.ndarray[Any, Any]], side: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class MaskLoss:
-    """The parts of a mask loss, each a scalar, and the mean Dice of the chosen masks (no gradient)."""
+    """The parts of a mask loss, each a scalar, and the Dice [masks] of the chosen masks, nan where the object is absent."""
 
     cross_entropy: Tensor
     dice: Tensor
     others: Tensor
     iou: Tensor
     score: Tensor
-    chosen_dice: float
+    chosen_dice: Tensor
 
     @property
     def total(self) -> Tensor:
@@ -145,7 +146,8 @@ def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> Mas
 
     As SAM's three masks are nested (whole, part, subpart), the first learns the object, the second the object with a margin and the third
     its core, these two lightly. The IoU head learns the true IoU of all three with the object: so the first leads clearly, is the one
-    that inference takes, and rounding never changes the choice. An absent object has no IoU to learn.
+    that inference takes, and rounding never changes the choice. An absent object has neither Dice nor IoU to learn: its Dice would
+    reward a model that sees nothing anywhere.
     """
     up = F.interpolate(logits, size=(MASK_SIDE, MASK_SIDE), mode="bilinear", align_corners=False)
     wide = F.max_pool2d(target[:, None], 7, 1, 3)[:, 0]
@@ -159,19 +161,45 @@ def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> Mas
         both, total = (hard & truth).sum(dim=(2, 3)), hard.sum(dim=(2, 3)) + truth.sum(dim=(2, 3))
         true_iou = both / (total - both).clamp(min=1)
         present = truth.flatten(1).any(dim=1)
+        share = present / present.sum().clamp(min=1)
         chosen = iou.argmax(dim=1, keepdim=True)
-        dice = (2 * both / total.clamp(min=1)).gather(1, chosen)[present]
+        dice = torch.where(present, (2 * both / total.clamp(min=1)).gather(1, chosen)[:, 0], torch.nan)
     return MaskLoss(
         cross_entropy=entropy[:, 0].mean(),
-        dice=naive[:, 0].mean(),
-        others=(3 * entropy + naive)[:, 1:].mean(),
-        iou=((iou - true_iou) ** 2)[present].sum() / max(3 * int(present.sum()), 1),
+        dice=(naive[:, 0] * share).sum(),
+        others=(3 * entropy.mean(dim=0) + (naive * share[:, None]).sum(dim=0))[1:].mean(),
+        iou=((iou - true_iou) ** 2 * share[:, None]).sum() / 3,
         score=F.binary_cross_entropy_with_logits(score, present.float()),
-        chosen_dice=float(dice.mean()) if len(dice) else 1.0,
+        chosen_dice=dice,
     )
 
 
 # Stage 1: SAM2.
+
+
+class _Guide(nn.Module):
+    """A throw-away head that reads both concepts straight from SAM2's features: it tells the encoder early what matters."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(hidden, len(CONCEPTS), 1) for _ in range(3))
+
+    def forward(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Logits [images * concepts, side, side] at the finest of the three strides."""
+        size = features[0].shape[-2:]
+        maps = [head(level) for head, level in zip(self.heads, features, strict=True)]
+        total = sum(F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps)
+        return torch.as_tensor(total).flatten(0, 1)
+
+
+def _plain_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of `logits` [masks, side, side] with `target` [masks, larger, larger], and Dice where there is an object."""
+    target = F.interpolate(target[:, None], size=logits.shape[-2:], mode="area")[:, 0]
+    probability = logits.sigmoid()
+    overlap = 2 * (probability * target).sum(dim=(1, 2)) + 1
+    dice = 1 - overlap / (probability.sum(dim=(1, 2)) + target.sum(dim=(1, 2)) + 1)
+    present = target.flatten(1).any(dim=1)
+    return 3 * F.binary_cross_entropy_with_logits(logits, target) + (dice * present).sum() / present.sum().clamp(min=1)
 
 
 def train_sam2(setup: Setup, yaml: str) -> Any:
@@ -180,7 +208,8 @@ def train_sam2(setup: Setup, yaml: str) -> Any:
     sam2 = build_sam2(yaml)
     branch = MaskBranch(sam2)
     concepts = concept_prompts(sam2.hidden_dim)
-    optimizer = _optimizer(sam2.parameters(), schedule.sam2_rate)
+    guide = _Guide(sam2.hidden_dim)
+    optimizer = _optimizer([*sam2.parameters(), *guide.parameters()], schedule.sam2_rate)
     rates = _rates(optimizer, schedule.sam2_steps)
     progress = _Progress("sam2", schedule.sam2_steps)
     for _ in range(schedule.sam2_steps):
@@ -191,8 +220,9 @@ def train_sam2(setup: Setup, yaml: str) -> Any:
         image = torch.arange(len(picked)).repeat_interleave(len(CONCEPTS))
         prompts = concepts.repeat(len(picked), 1)
         loss = mask_loss(*branch.decode(features, prompts + 0.1 * torch.randn_like(prompts), image), target)
-        _descend(loss.total, optimizer, rates)
-        progress.add({"ce": loss.cross_entropy.item(), "dice": loss.dice.item(), "iou": loss.iou.item(), "true dice": loss.chosen_dice})
+        _descend(loss.total + _plain_loss(guide(features), target), optimizer, rates)
+        found = {f"{name} dice": float(loss.chosen_dice[c :: len(CONCEPTS)].nanmean()) for c, name in enumerate(CONCEPTS)}
+        progress.add({"loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item(), **found})
     return sam2
 
 
@@ -223,7 +253,7 @@ def train_base(setup: Setup, tokenizer: Any) -> VisionLanguageModel:
         embeds = model.embed(ids, patches, image_token)
         loss = _answer_loss(model.language_model(inputs_embeds=embeds, attention_mask=mask).logits, labels)
         _descend(loss, optimizer, rates)
-        progress.add({"ce": loss.item()})
+        progress.add({"llm_loss": loss.item()})
     return model
 
 
@@ -277,7 +307,7 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
         output = model.language_model(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
         answer = _answer_loss(output.logits, labels)
         wanted = [(i, c) for i, turn in enumerate(turns) for c in turn.concepts]
-        total, values = answer, {"answer": answer.item()}
+        total, values = answer, {"llm_loss": answer.item()}
         if wanted:
             prompts = fcs(output.hidden_states[-1][ids == seg])
             target = torch.from_numpy(np.stack([warped[i][1][c] for i, c in wanted]))
@@ -285,7 +315,7 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
             # early on the prompts are drawn to where SAM2 learned to find them
             nearness = F.mse_loss(prompts, concepts[[c for _, c in wanted]]) * max(1 - 4 * step / schedule.finetune_steps, 0)
             total = total + loss.total + nearness
-            values |= {"ce": loss.cross_entropy.item(), "dice": loss.dice.item(), "iou": loss.iou.item(), "true dice": loss.chosen_dice}
+            values |= {"loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item()}
         _descend(total, optimizer, rates)
         progress.add(values)
     return fcs, progress.history
@@ -319,13 +349,14 @@ def write_frames(folder: Path, seed: int) -> None:
 def publish(made: Path, out: Path) -> None:
     """Move what was made into `out`, one rename each, and drop older fine-tunes."""
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("iter_*.pth"):
-        old.unlink()
+    older = set(out.glob("iter_*.pth")) - {out / item.name for item in made.iterdir()}
     for item in made.iterdir():
         target = out / item.name
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(item, target)
+    for checkpoint in older:
+        checkpoint.unlink()
     made.rmdir()
 
 

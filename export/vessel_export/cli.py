@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vessel_rt
+from vessel_export.verify import add_arguments as add_verify_arguments
 from vessel_rt.errors import VesselError
 
 __all__ = ["main"]
@@ -61,20 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(run=_export)
 
     verify = commands.add_parser("verify", help="compare a bundle with the PyTorch reference, stage by stage and end to end")
-    verify.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle")
-    verify.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="the checkpoint it was made from")
-    verify.add_argument("--base", metavar="DIR|ID", help="InternVL3 (default: what the bundle was made from)")
-    verify.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0 (default: what the bundle was made from)")
-    verify.add_argument("--images", type=Path, metavar="DIR", help="images to compare on (default: one made-up frame)")
-    verify.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
-    verify.set_defaults(run=_verify)
+    add_verify_arguments(verify)
     return parser
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from vessel_export.verify import run
-
-    return run(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

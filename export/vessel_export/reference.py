@@ -11,65 +11,35 @@ docs/numerics.md records the comparison with it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from vessel_export.checkpoint import Checkpoint, open_checkpoint
-from vessel_export.errors import BaseModelError, CheckpointError
+from vessel_export.checkpoint import open_checkpoint
+from vessel_export.reference_modules import (
+    load_language_model,
+    load_projector,
+    load_sam2,
+    load_text_hidden_fcs,
+    load_tokenizer,
+    load_vision_model,
+    open_internvl3,
+)
 
 __all__ = ["MaskPrediction", "Reference", "ReferenceResult", "Sam2Features", "tile_image", "to_pixel_values"]
 
-# Sa2VA's constants (`preparing_for_generation`, and `special_tokens` of its training configuration, whose order gives the ids).
+# Constants of Sa2VA's inference (`preparing_for_generation`) and of its template qwen_chat.
 MIN_TILES, MAX_TILES = 1, 12
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SPECIAL_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 PROMPT = "<|im_start|>user\n<img>{image_tokens}</img>\n{question}<|im_end|>\n<|im_start|>assistant\n"
 MAX_NEW_TOKENS = 2048
-
-# InternVisionModel's names -> those of transformers' InternVLVisionModel, in this order; qkv is split apart from this.
-_VISION_NAMES = (
-    ("embeddings.class_embedding", "embeddings.cls_token"),
-    ("embeddings.position_embedding", "embeddings.position_embeddings"),
-    ("embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
-    ("encoder.layers.", "encoder.layer."),
-    (".attn.proj.", ".attention.projection_layer."),
-    (".attn.", ".attention."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-    (".ls1", ".lambda_1"),
-    (".ls2", ".lambda_2"),
-)
-# Where each part's tensors lie: (prefix in the file, part and prefix here), first match wins.
-_ORIGINAL_PARTS = (
-    ("vision_model.", "vision."),
-    ("mlp1.", "projector."),
-    ("language_model.", "language."),
-)
-_HF_PARTS = (  # as saved by transformers 4 (`language_model.model.`) and by later versions (`model.language_model.`)
-    ("model.language_model.", "language.model."),
-    ("language_model.", "language."),
-    ("lm_head.", "language.lm_head."),
-    ("vision_tower.", "vision."),
-    ("model.vision_tower.", "vision."),
-    ("multi_modal_projector.layer_norm.", "projector.0."),
-    ("multi_modal_projector.linear_1.", "projector.1."),
-    ("multi_modal_projector.linear_2.", "projector.3."),
-    ("model.multi_modal_projector.layer_norm.", "projector.0."),
-    ("model.multi_modal_projector.linear_1.", "projector.1."),
-    ("model.multi_modal_projector.linear_2.", "projector.3."),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,34 +125,25 @@ class Reference:
             CheckpointError: the checkpoint is unreadable, lacks or misshapes a tensor, or tells no alpha and none is given.
             BaseModelError: the base model or SAM2 is missing, incomplete or of another kind.
         """
-        trained = open_checkpoint(checkpoint)
-        config, parts = _read_base(base)
-        vision_config, text_config, downsample_ratio = _configs(base, config)
-        tokenizer = _load_tokenizer(base, text_config)
-        language_model = _language_model(text_config, parts["language"], trained, lora_alpha, len(tokenizer), dtype)
-        vision_model = _load_strictly(_new_vision_model(vision_config), parts["vision"], f"{base}: vision_model")
-        projector = _new_projector(vision_config.hidden_size, text_config.hidden_size, downsample_ratio)
-        _load_strictly(projector, _under(trained.tensors, "mllm.model.mlp1."), f"{checkpoint}: mlp1")
-        sam2_model = _load_sam2(sam2)
-        mask_decoder = _under(trained.tensors, "grounding_encoder.sam2_model.sam_mask_decoder.")
-        _load_strictly(sam2_model.sam_mask_decoder, mask_decoder, f"{checkpoint}: sam_mask_decoder")
-        text_hidden_fcs = _new_text_hidden_fcs(text_config.hidden_size, sam2_model.hidden_dim)
-        _load_strictly(text_hidden_fcs, _under(trained.tensors, "text_hidden_fcs."), f"{checkpoint}: text_hidden_fcs")
+        trained, internvl3 = open_checkpoint(checkpoint), open_internvl3(base)
+        tokenizer = load_tokenizer(internvl3)
+        language_model = load_language_model(internvl3, trained, lora_alpha=lora_alpha, vocabulary=len(tokenizer), dtype=dtype)
+        sam2_model = load_sam2(sam2, trained)
+        text_hidden_fcs = load_text_hidden_fcs(internvl3.text_config.hidden_size, sam2_model.hidden_dim, trained)
 
         def ready(module: nn.Module) -> nn.Module:
             return module.eval().requires_grad_(False).to(device=device, dtype=dtype)
 
-        ready(sam2_model)
-        sam2_model.sam_prompt_encoder.float()  # its coordinates are FP32 whatever the weights are
+        ready(sam2_model).sam_prompt_encoder.float()  # whatever the dtype, it computes with FP32 coordinates
         return cls(
             tokenizer=tokenizer,
-            vision_model=ready(vision_model),
-            projector=ready(projector),
+            vision_model=ready(load_vision_model(internvl3)),
+            projector=ready(load_projector(internvl3, trained)),
             language_model=ready(language_model),
             text_hidden_fcs=ready(text_hidden_fcs),
             sam2=sam2_model,
-            tile_size=vision_config.image_size[0],
-            downsample_ratio=downsample_ratio,
+            tile_size=internvl3.vision_config.image_size[0],
+            downsample_ratio=internvl3.downsample_ratio,
             device=torch.device(device),
             dtype=dtype,
         )
@@ -280,7 +241,8 @@ class Reference:
         """
         count, decoder, prompt_encoder = len(seg_states), self.sam2.sam_mask_decoder, self.sam2.sam_prompt_encoder
         if count == 0:  # SAM2's decoder takes no empty batch
-            return MaskPrediction(torch.empty(0, *features.fpn_0.shape[2:]), torch.empty(0), torch.empty(0))
+            none = torch.empty(0, device=self.device)
+            return MaskPrediction(none.reshape(0, *features.fpn_0.shape[2:]), none, none)
         no_point = torch.zeros(count, 1, 2, device=self.device), -torch.ones(count, 1, dtype=torch.int32, device=self.device)
         sparse, dense = prompt_encoder(points=no_point, boxes=None, masks=None)
         prompts = self.text_hidden_fcs(seg_states)[:, None]  # [masks, 1, 256]
@@ -344,193 +306,3 @@ def _pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
     side = math.isqrt(patches.shape[1])
     blocks = patches.reshape(len(patches), side // factor, factor, side // factor, factor, -1)  # [tiles, Y, y, X, x, width]
     return blocks.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
-
-
-def _read_base(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """config.json, and the weights (memory-mapped) as "vision", "projector" and "language", named as transformers names them."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
-        raise BaseModelError(f"{folder}: no base model here (config.json: {e}); give a folder of InternVL3") from e
-    prefixes = _HF_PARTS if config.get("model_type") == "internvl" else _ORIGINAL_PARTS
-    parts: dict[str, dict[str, Tensor]] = {"vision": {}, "projector": {}, "language": {}}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            renamed = next((new + name.removeprefix(old) for old, new in prefixes if name.startswith(old)), None)
-            if renamed is None:
-                raise BaseModelError(f"{file}: unexpected tensor {name}; give an InternVL3 base model")
-            part, _, key = renamed.partition(".")
-            parts[part][key] = tensor
-    if prefixes is _ORIGINAL_PARTS:
-        parts["vision"] = _as_transformers_vision(parts["vision"])
-    return config, parts
-
-
-def _as_transformers_vision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """InternVisionModel's tensors under transformers' names, the joined qkv split in three."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for old, new in _VISION_NAMES:
-            name = name.replace(old, new)
-        if ".attention.qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace(".qkv.", f".{letter}_proj.")] = part
-        else:
-            renamed[name] = tensor
-    return renamed
-
-
-def _configs(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any, float]:
-    """transformers' configurations of vision encoder and language model, and the pixel shuffle's ratio."""
-    from transformers import InternVLVisionConfig, Qwen2Config
-
-    if config.get("model_type") == "internvl":
-        vision_config = InternVLVisionConfig.from_dict(config["vision_config"])
-        return vision_config, Qwen2Config.from_dict(config["text_config"]), config["downsample_ratio"]
-    if config.get("model_type") != "internvl_chat" or config.get("ps_version") != "v2" or config.get("select_layer") != -1:
-        raise BaseModelError(f"{folder}: not an InternVL3 (model_type internvl or internvl_chat, ps_version v2, select_layer -1)")
-    vision = config["vision_config"]
-    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "norm_type", "layer_norm_eps")
-    vision_config = InternVLVisionConfig(
-        **{name: vision[name] for name in (*same, "image_size", "patch_size")},
-        attention_bias=vision["qkv_bias"],
-        use_qk_norm=vision["qk_normalization"],
-    )
-    return vision_config, Qwen2Config.from_dict(config["llm_config"]), config["downsample_ratio"]
-
-
-def _load_tokenizer(folder: Path, config: Any) -> Any:
-    """The base model's tokenizer with Sa2VA's special tokens added, in the order of its training configuration.
-
-    The `-hf` layout of InternVL3 has a `<video>` token with an id past the embedding's rows; it goes, or it would shift [SEG]'s.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise BaseModelError(f"{folder}: no tokenizer here ({str(e).splitlines()[0]}); copy the whole model folder") from e
-    if len(tokenizer) > config.vocab_size:
-        document = json.loads(tokenizer.backend_tokenizer.to_str())
-        document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < config.vocab_size]
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)))
-    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-    return tokenizer
-
-
-def _new_vision_model(config: Any) -> nn.Module:
-    from transformers import InternVLVisionModel
-
-    return InternVLVisionModel(config)
-
-
-def _new_projector(vision_hidden: int, hidden: int, downsample_ratio: float) -> nn.Module:
-    """Sa2VA's mlp1."""
-    width = vision_hidden * round(1 / downsample_ratio) ** 2
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
-
-
-def _new_text_hidden_fcs(hidden: int, mask_hidden: int) -> nn.Module:
-    """Sa2VA's text_hidden_fcs (its Dropout(0.0) holds nothing)."""
-    return nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, mask_hidden))
-
-
-def _language_model(
-    config: Any, base: Mapping[str, Tensor], trained: Checkpoint, lora_alpha: float | None, vocabulary: int, dtype: torch.dtype
-) -> nn.Module:
-    """Qwen2ForCausalLM wrapped by peft: LoRA beside the base weights, embed_tokens and lm_head replaced by the trained ones."""
-    import peft
-    from transformers import Qwen2ForCausalLM
-
-    alpha = lora_alpha if lora_alpha is not None else trained.lora_alpha
-    if alpha is None:
-        raise CheckpointError(f"{trained.path}: tells no lora_alpha; give it with --lora-alpha")
-    adapter = _under(trained.tensors, "mllm.model.language_model.")
-    tables = {name: adapter.get(f"base_model.model.{name}.weight") for name in ("model.embed_tokens", "lm_head")}
-    for name, table in tables.items():
-        if table is None or len(table) != vocabulary:
-            found = "is missing" if table is None else f"has {len(table)} rows"
-            raise CheckpointError(f"{trained.path}: {name}.weight {found}; the base model's tokenizer has {vocabulary} with Sa2VA's tokens")
-    # The base model's own tables, of another vocabulary, are never used: training replaced both whole.
-    config.vocab_size, config.tie_word_embeddings = vocabulary, False
-    state_dict = {**base, **{f"{name}.weight": table for name, table in tables.items()}}
-    qwen2: Any = Qwen2ForCausalLM
-    model, report = qwen2.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    _refuse_gaps("base model: language_model", report["missing_keys"], report["unexpected_keys"])
-    lora: Any = peft.LoraConfig(
-        r=trained.lora_rank,
-        target_modules=sorted({match[1] for name in adapter if (match := re.search(r"\.(\w+)\.lora_A\.weight$", name))}),
-        modules_to_save=["embed_tokens", "lm_head"],
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    lora.lora_alpha = alpha
-    wrapped: nn.Module = peft.get_peft_model(model, lora)
-    loaded: Any = peft.set_peft_model_state_dict(wrapped, adapter)
-    missing = {name for name in loaded.missing_keys if ".lora_" in name or ".modules_to_save." in name}
-    _refuse_gaps(f"{trained.path}: language_model", missing, loaded.unexpected_keys)
-    return wrapped
-
-
-def _load_sam2(weights: Path) -> Any:
-    """sam2's SAM2Base, built from its yaml, with the weights of a .pt of `{"model": state_dict}`."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    yaml = _sam2_yaml(weights)
-    config = OmegaConf.load(yaml)
-    OmegaConf.resolve(config)
-    for target in _targets(OmegaConf.to_container(config)):
-        if not target.startswith("sam2.modeling."):  # hydra calls whatever a yaml names
-            raise BaseModelError(f"{yaml}: names {target}; only classes of sam2.modeling are built")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as e:
-        raise BaseModelError(f"{weights}: not a SAM2 .pt ({str(e).splitlines()[0]})") from e
-    return _load_strictly(instantiate(config.model, _recursive_=True), state, str(weights))
-
-
-def _sam2_yaml(weights: Path) -> Path:
-    """The yaml beside the .pt, else the one that the sam2 package has for Meta's file name."""
-    from sam2 import build_sam
-
-    beside = weights.with_suffix(".yaml")
-    if beside.is_file():
-        return beside
-    for inside, file_name in build_sam.HF_MODEL_ID_TO_FILENAMES.values():
-        if file_name == weights.name:
-            return Path(build_sam.__file__).parent / str(inside)
-    raise BaseModelError(f"{weights}: no {beside.name} beside it, and not one of Meta's file names; put SAM2's yaml there")
-
-
-def _targets(node: Any) -> list[str]:
-    """Every `_target_` of a hydra configuration."""
-    if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value)]
-    return [target for value in node for target in _targets(value)] if isinstance(node, list) else []
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Module:
-    """`module` with `tensors`, cast to its own dtype; every name must match, and every shape."""
-    expected = module.state_dict()
-    _refuse_gaps(what, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
-    wrong = [f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}" for name, tensor in tensors.items()
-             if tensor.shape != expected[name].shape]  # fmt: skip
-    if wrong:
-        raise BaseModelError(f"{what}: {'; '.join(wrong)}")
-    module.load_state_dict(dict(tensors))
-    return module
-
-
-def _refuse_gaps(what: str, missing: Any, unexpected: Any) -> None:
-    faults = [f"lacks {name}" for name in sorted(missing)] + [f"has unexpected {name}" for name in sorted(unexpected)]
-    if faults:
-        raise BaseModelError(f"{what} {', '.join(faults)}; give the base model and SAM2 that the checkpoint was trained on")
