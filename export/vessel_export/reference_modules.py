@@ -116,7 +116,8 @@ def load_tokenizer(base: InternVL3) -> Any:
     if len(tokenizer) > vocabulary:
         document = json.loads(tokenizer.backend_tokenizer.to_str())
         document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < vocabulary]
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(document)))
+        fast: Any = PreTrainedTokenizerFast  # untyped
+        tokenizer = fast(tokenizer_object=Tokenizer.from_str(json.dumps(document)))
     tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
     return tokenizer
 
