@@ -1,6 +1,6 @@
 """Score the files of this folder: everything is read back from disk, decoded greedily, and compared with the annotations.
 
-python examples/tiny/evaluate.py [--folder examples/tiny] [--data ../shared/data]
+python examples/tiny/evaluate.py [--folder examples/tiny] [--data DATA]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make every file of this folder from a seed: frames, a base model, a SAM2, and a Sa2VA fine-tune of both.
 
-    python examples/tiny/train.py --out examples/tiny --data ../shared/data
+    python examples/tiny/train.py --out examples/tiny --data DATA
 
 Three stages, as with the real model: SAM2 learns to segment and the vision-language model learns to answer, each on generated frames;
 then Sa2VA's fine-tune joins them, with both image encoders frozen, on generated and real frames. Two CPU cores suffice.
@@ -337,8 +337,8 @@ def write_frames(folder: Path, seed: int) -> None:
             gray = frame.image.astype(np.float32)
             if mask.mean() > 0.025 and gray[~mask].std() > 8 and np.median(gray) - gray[mask].mean() > 20:
                 break
-        code, view, number = int(rng.integers(10**10)), int(rng.integers(1, 10)), int(rng.integers(20, 90))
-        name = f"S{index + 1:04d}({code:010d})_{view}-{index % 3 + 1}_1_{index + 1:08d}_frame_{number:06d}.jpg"
+        view, number, code = int(rng.integers(1, 10)), int(rng.integers(20, 90)), index + 1
+        name = f"S{code:04d}({code:010d})_{view}-{index % 3 + 1}_1_{code:08d}_frame_{number:06d}.jpg"
         Image.fromarray(frame.image).save(frames / name, quality=85)
         present = [c for c in CONCEPTS if frame.polygons[c]]
         entries.append({"image": name, "mask": [frame.polygons[c] for c in present], "text": present})

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vessel_export.errors import BaseModelError
+from vessel_rt.errors import first_line
 
 __all__ = [
     "DEFAULT_BASE",
@@ -186,7 +187,7 @@ def open_sam2(spec: str) -> Sam2:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
-        raise BaseModelError(f"{path}: not a SAM2 checkpoint ({str(e).splitlines()[0]}); download it again") from e
+        raise BaseModelError(f"{path}: not a SAM2 checkpoint ({first_line(e)}); download it again") from e
     return Sam2(path, OmegaConf.create(text).model, state)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from vessel_export.errors import CheckpointError
+from vessel_rt.errors import first_line
 
 __all__ = ["LORA_PREFIX", "Checkpoint", "canonical_name", "faults_in", "open_checkpoint"]
 
@@ -117,7 +118,7 @@ def _load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as e:
         raise CheckpointError(f"{path}: refused: {_refusal(path, e)}; only tensors and mmengine's own records are read") from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as e:
-        raise CheckpointError(f"{path}: not a whole torch checkpoint ({str(e).splitlines()[0]}); copy it again") from e
+        raise CheckpointError(f"{path}: not a whole torch checkpoint ({first_line(e)}); copy it again") from e
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds a {type(document).__name__}, not a checkpoint's dictionary")
     return document

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vessel_export.checkpoint import Checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
+from vessel_rt.errors import first_line
 
 __all__ = [
     "InternVL3",
@@ -112,7 +113,7 @@ def load_tokenizer(base: InternVL3) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, config=base.text_config, local_files_only=True)
     except (OSError, ValueError) as e:
-        raise BaseModelError(f"{base.folder}: no tokenizer here ({str(e).splitlines()[0]}); copy the whole model folder") from e
+        raise BaseModelError(f"{base.folder}: no tokenizer here ({first_line(e)}); copy the whole model folder") from e
     if len(tokenizer) > vocabulary:
         document = json.loads(tokenizer.backend_tokenizer.to_str())
         document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < vocabulary]
@@ -204,7 +205,7 @@ def load_sam2(weights: Path, trained: Checkpoint) -> Any:
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as e:
-        raise BaseModelError(f"{weights}: not a SAM2 .pt ({str(e).splitlines()[0]})") from e
+        raise BaseModelError(f"{weights}: not a SAM2 .pt ({first_line(e)})") from e
     model: Any = _load_strictly(instantiate(config.model, _recursive_=True), state, str(weights))
     mask_decoder = _under(trained.tensors, "grounding_encoder.sam2_model.sam_mask_decoder.")
     _load_strictly(model.sam_mask_decoder, mask_decoder, f"{trained.path}: sam_mask_decoder")

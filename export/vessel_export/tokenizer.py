@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 
 from vessel_export.errors import BaseModelError
+from vessel_rt.errors import first_line
 
 __all__ = ["extend_tokenizer"]
 
@@ -25,7 +26,7 @@ def extend_tokenizer(folder: Path, vocabulary: int, new_tokens: Sequence[str]) -
     try:
         document = json.loads(_load(folder).to_str())
     except Exception as e:  # both libraries raise bare Exceptions here, all of which mean: these files are no tokenizer
-        raise BaseModelError(f"{folder}: its tokenizer cannot be read ({str(e).splitlines()[0]}); download the base model whole") from e
+        raise BaseModelError(f"{folder}: its tokenizer cannot be read ({first_line(e)}); download the base model whole") from e
     document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < vocabulary]
     tokenizer = Tokenizer.from_str(json.dumps(document))
     if tokenizer.get_vocab_size() != vocabulary:

@@ -46,7 +46,7 @@ class Tolerances:
 # Reasons: docs/numerics.md. Pixels, prompt ids, answer ids and the number of masks must be equal at every precision.
 TOLERANCES = {
     "fp32": Tolerances(relative_error=1e-4, mask_iou=0.9999),
-    "fp16": Tolerances(relative_error=1e-2, mask_iou=0.995),
+    "fp16": Tolerances(relative_error=3e-2, mask_iou=0.995),
 }
 
 

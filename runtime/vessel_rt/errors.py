@@ -1,6 +1,6 @@
 """The one base class of errors that a user can mend."""
 
-__all__ = ["BundleError", "ImageError", "VesselError"]
+__all__ = ["BundleError", "ImageError", "VesselError", "first_line"]
 
 
 class VesselError(Exception):
@@ -16,3 +16,8 @@ class BundleError(VesselError):
 
 class ImageError(VesselError):
     """An image that cannot be read or that the model cannot take: a run goes on, and the image's line in results.jsonl says why."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

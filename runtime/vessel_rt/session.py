@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vessel_rt.errors import VesselError
+from vessel_rt.errors import VesselError, first_line
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -98,7 +98,7 @@ def _fault(device: Device) -> str | None:
     try:
         ort.OrtValue.ortvalue_from_shape_and_type((1,), np.float32, device.kind, device.index)
     except Exception as e:  # ONNX Runtime's errors share no base class
-        return _first_line(e)
+        return first_line(e)
     return None
 
 
@@ -123,7 +123,7 @@ class Session:
         try:
             session = ort.InferenceSession(str(path), options, providers=[choice], enable_fallback=0)
         except Exception as e:  # ONNX Runtime's errors share no base class
-            raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {_first_line(e)}") from e
+            raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {first_line(e)}") from e
         if session.get_providers()[0] != provider.name:
             raise VesselError(
                 f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
@@ -168,7 +168,3 @@ class Session:
     def to_device(self, array: npt.NDArray[Any]) -> OrtValue:
         """`array` in this session's device memory; on the CPU that is the array's own."""
         return onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
