@@ -60,7 +60,8 @@ _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
 @dataclasses.dataclass(frozen=True)
 class ExportRequest:
-    """What to export. `base` and `sam2` are local paths or Hugging Face ids; `lora_alpha` goes before what the checkpoint tells."""
+    """What to export. `base` and `sam2` are local paths or Hugging Face ids; `lora_alpha` goes before what the checkpoint tells;
+    `skip` names tensors of the checkpoint to leave out."""
 
     checkpoint: Path
     base: str
@@ -68,6 +69,7 @@ class ExportRequest:
     out: Path
     recipe: Recipe
     lora_alpha: float | None = None
+    skip: tuple[str, ...] = ()
     overwrite: bool = False
 
 
@@ -79,7 +81,7 @@ def export_bundle(request: ExportRequest) -> Bundle:
     """
     if request.out.exists() and not request.overwrite:
         raise CheckpointError(f"{request.out}: exists; choose another --out, or replace it with --overwrite")
-    checkpoint = open_checkpoint(request.checkpoint)
+    checkpoint = open_checkpoint(request.checkpoint, request.skip)
     base, sam2 = open_base(request.base), open_sam2(request.sam2)
     _check_capacity(request.recipe, base)
     alpha = _alpha(checkpoint, request.lora_alpha)
@@ -194,6 +196,7 @@ def _provenance(request: ExportRequest, checkpoint: Checkpoint, alpha: float) ->
         base=request.base,
         sam2=request.sam2,
         recipe=request.recipe.name,
+        skipped=request.skip,
         versions=versions,
     )
 

@@ -13,7 +13,7 @@ import importlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,12 @@ class Checkpoint:
     iteration: int | None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the checkpoint at `path` without running anything in it.
+def open_checkpoint(path: Path, skip: Collection[str] = ()) -> Checkpoint:
+    """Read the checkpoint at `path` without running anything in it, and without the tensors named in `skip` (canonical names).
 
     Raises:
         CheckpointError: not there, a folder, not a whole torch file, a pickle with code or unknown classes in it, no tensors,
-            two tensors of one name, or LoRA tensors of more than one rank.
+            two tensors of one name, a name to skip that is not there, or LoRA tensors of more than one rank.
     """
     document = _load(path)
     state = document.get("state_dict", document)
@@ -74,6 +74,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if name in tensors:
             raise CheckpointError(f"{path}: {name} is there twice, once as {key}; save the checkpoint again with one adapter")
         tensors[name] = value
+    for name in skip:
+        if tensors.pop(name, None) is None:
+            raise CheckpointError(f"{path}: has no {name} to skip")
+        skipped[name] = "left out by request"
     meta = document.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     config = meta.get("cfg")

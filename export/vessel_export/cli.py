@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--recipe", type=Path, metavar="TOML", help="what to make (default: engines/rtx3090.toml)")
     export.add_argument("--precision", choices=("fp32", "fp16"), help="instead of the recipe's: fp16 for GPUs, fp32 for CPUs")
     export.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
+    export.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a tensor that nothing uses; may be repeated")
     export.add_argument("--overwrite", action="store_true", help="replace the bundle at --out, once the new one is complete")
     export.set_defaults(run=_export)
 
@@ -83,6 +84,7 @@ def _export(arguments: argparse.Namespace) -> int:
             out=out,
             recipe=recipe,
             lora_alpha=arguments.lora_alpha,
+            skip=tuple(arguments.skip),
             overwrite=arguments.overwrite,
         )
     )

@@ -87,9 +87,8 @@ class _Ledger:
         faults = faults or faults_in(self._checkpoint.tensors)
         if faults:
             shown = "; ".join(faults[:12]) + (f"; and {len(faults) - 12} more" if len(faults) > 12 else "")
-            raise CheckpointError(
-                f"{self._checkpoint.path}: does not fit the base model, or is damaged: {shown}; check --base and --sam2, or copy it again"
-            )
+            mend = "check --base and --sam2, or copy it again (--skip NAME leaves out an unknown tensor)"
+            raise CheckpointError(f"{self._checkpoint.path}: does not fit the base model, or is damaged: {shown}; {mend}")
 
 
 def _stored(name: str, source: BaseModel, key: str, dtype: torch.dtype) -> OutputTensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +113,21 @@ class Reference:
         sam2: Path,
         *,
         lora_alpha: float | None = None,
+        skip: Collection[str] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Reference:
         """Build the model from the same three files that the exporter reads.
 
         `base` is a folder in InternVL3's original layout or in the transformers-native `-hf` one; `sam2` is SAM2's .pt, its yaml beside
-        it under the same stem or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's.
+        it under the same stem or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's;
+        `skip` names tensors of the checkpoint to leave out.
 
         Raises:
             CheckpointError: the checkpoint is unreadable, lacks or misshapes a tensor, or tells no alpha and none is given.
             BaseModelError: the base model or SAM2 is missing, incomplete or of another kind.
         """
-        trained, internvl3 = open_checkpoint(checkpoint), open_internvl3(base)
+        trained, internvl3 = open_checkpoint(checkpoint, skip), open_internvl3(base)
         tokenizer = load_tokenizer(internvl3)
         language_model = load_language_model(internvl3, trained, lora_alpha=lora_alpha, vocabulary=len(tokenizer), dtype=dtype)
         sam2_model = load_sam2(sam2, trained)

@@ -347,7 +347,9 @@ def run(arguments: argparse.Namespace) -> int:
     bundle.verify_files()
     samples = read_samples(arguments.images) if arguments.images else drawn_samples()
     base, sam2 = arguments.base or bundle.provenance.base, arguments.sam2 or bundle.provenance.sam2
-    reference = Reference.load(arguments.ckpt, open_base(base).folder, open_sam2(sam2).path, lora_alpha=arguments.lora_alpha)
+    reference = Reference.load(
+        arguments.ckpt, open_base(base).folder, open_sam2(sam2).path, lora_alpha=arguments.lora_alpha, skip=bundle.provenance.skipped
+    )
     if sha256_of(arguments.ckpt) != bundle.provenance.checkpoint_sha256:
         made_from = f"{bundle.provenance.checkpoint} of SHA-256 {bundle.provenance.checkpoint_sha256[:12]}..."
         raise BundleError(f"{bundle.folder}: not made from {arguments.ckpt}; give --ckpt the {made_from}")

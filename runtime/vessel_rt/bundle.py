@@ -135,7 +135,7 @@ class EmbeddingTable:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """What the bundle was made from; `None` where the checkpoint does not tell."""
+    """What the bundle was made from; `None` where the checkpoint does not tell. `skipped` tensors were left out by request."""
 
     checkpoint: str
     checkpoint_sha256: str
@@ -145,6 +145,7 @@ class Provenance:
     base: str
     sam2: str
     recipe: str
+    skipped: tuple[str, ...]
     versions: dict[str, str]
 
 

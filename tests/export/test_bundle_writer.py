@@ -179,6 +179,16 @@ def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) 
     assert export_bundle(dataclasses.replace(request, lora_alpha=8)).provenance.lora_alpha == 8
 
 
+def test_an_unknown_tensor_can_be_left_out_by_name(small: ExportRequest, tmp_path: Path) -> None:
+    state = fine_tuned_state(Path(small.sam2)) | {"ema.steps": torch.ones(1)}
+    request = dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "more.pth", state), out=tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"ema.steps is unknown.*--skip NAME"):
+        export_bundle(request)
+    with pytest.raises(CheckpointError, match=r"has no ema\.step to skip"):
+        export_bundle(dataclasses.replace(request, skip=("ema.step",)))
+    assert export_bundle(dataclasses.replace(request, skip=("ema.steps",))).provenance.skipped == ("ema.steps",)
+
+
 def test_a_base_without_tokenizer(small: ExportRequest, tmp_path: Path) -> None:
     shutil.copytree(small.base, tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").unlink()

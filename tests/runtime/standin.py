@@ -78,7 +78,7 @@ def build_standin(folder: Path, *, answer: str = "Mask [SEG].", capacity: int = 
         language_model=LanguageModelSpec(LAYERS, HIDDEN, HEADS, HEAD_DIM, len(embed_tokens), capacity, max_new_tokens),
         embed_tokens=EmbeddingTable("weights/embed_tokens.safetensors", "embed_tokens.weight"),
         stages={name: StageSpec(f"{name}.onnx", _specs(graph.input), _specs(graph.output)) for name, graph in graphs.items()},
-        provenance=Provenance("iter_1.pth", "0" * 64, 1, 4, 8.0, "base", "sam2.pt", "standin", {}),
+        provenance=Provenance("iter_1.pth", "0" * 64, 1, 4, 8.0, "base", "sam2.pt", "standin", (), {}),
         files={
             path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path))
             for path in sorted(folder.rglob("*"))
