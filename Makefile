@@ -5,7 +5,7 @@ RECIPE ?= engines/rtx3090.toml
 TINY := examples/tiny
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup demo export test lint
+.PHONY: setup demo export which test lint
 
 setup: .venv/ready
 
@@ -23,9 +23,11 @@ demo: setup
 	$(BIN)/vessel-rt infer $(TINY)/frames --bundle engines/tiny-fp32 -o out/demo --overwrite
 	$(BIN)/vessel-rt evaluate out/demo --gt $(TINY)/annotations.json
 
-export: setup
-	$(if $(CKPT),,$(error say which checkpoint: make export CKPT=work_dirs/iter_12192.pth))
+export: $(if $(CKPT),setup,which)
 	$(BIN)/vessel-export export --ckpt '$(CKPT)' --recipe $(RECIPE) $(if $(BASE),--base '$(BASE)') $(if $(SAM2),--sam2 '$(SAM2)') $(if $(OUT),--out '$(OUT)')
+
+which:
+	@echo 'say which checkpoint: make export CKPT=work_dirs/iter_12192.pth' >&2; exit 2
 
 test: setup
 	$(BIN)/python -m pytest
