@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/vessel-rt evaluate out/demo --gt $(TINY)/annotations.json
 
 export: $(if $(CKPT),setup,which)
-	$(BIN)/vessel-export export --ckpt '$(CKPT)' --recipe $(RECIPE) $(if $(BASE),--base '$(BASE)') $(if $(SAM2),--sam2 '$(SAM2)') $(if $(OUT),--out '$(OUT)')
+	$(BIN)/vessel-export export --ckpt '$(CKPT)' --recipe $(RECIPE) $(if $(BASE),--base '$(BASE)') $(if $(SAM2),--sam2 '$(SAM2)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 which:
 	@echo 'say which checkpoint: make export CKPT=work_dirs/iter_12192.pth' >&2; exit 2

@@ -154,7 +154,7 @@ def open_base(spec: str) -> BaseModel:
         raise BaseModelError(f"{folder}: no config.json; --base takes an InternVL3 folder (OpenGVLab/InternVL3-8B, downloaded whole)")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise BaseModelError(f"{folder}: no tokenizer (vocab.json or tokenizer.json); download the base model whole")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(folder / "config.json")
     try:
         vision, language = _vision_config(config), _language_config(config)
     except (KeyError, TypeError, ValueError) as e:
@@ -296,9 +296,19 @@ def _index(folder: Path) -> dict[str, tuple[tuple[Path, str], ...]]:
     return {name: tuple((file, key) for _, file, key in sorted(pieces)) for name, pieces in sources.items()}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BaseModelError(f"{path}: cannot be read ({first_line(e)}); download the base model whole") from e
+    if not isinstance(document, dict):
+        raise BaseModelError(f"{path}: not a JSON object; download the base model whole")
+    return document
+
+
 def _keys(folder: Path) -> Iterator[tuple[Path, str]]:
     index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
     for name in sorted(files):
         path = folder / name
         if path.resolve().parent != folder.resolve() and not path.is_symlink():  # the hub's cache links to its blobs

@@ -7,10 +7,11 @@ import dataclasses
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import vessel_rt
@@ -79,16 +80,17 @@ def export_bundle(request: ExportRequest) -> Bundle:
     Raises:
         VesselError: an input is missing, damaged, or does not fit the others; nothing is left behind.
     """
-    if request.out.exists() and not request.overwrite:
-        raise CheckpointError(f"{request.out}: exists; choose another --out, or replace it with --overwrite")
+    out = request.out.absolute()
+    _check_out(out, request.overwrite)
     checkpoint = open_checkpoint(request.checkpoint, request.skip)
     base, sam2 = open_base(request.base), open_sam2(request.sam2)
     _check_capacity(request.recipe, base)
     alpha = _alpha(checkpoint, request.lora_alpha)
     plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=request.recipe.capacity, dtype=request.recipe.dtype)
-    with _staging(request.out) as folder:
-        tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
-        tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
+    prompt = _prompt(tokenizer, base)
+    with _staging(out) as folder:
+        tokenizer.save(str(folder / prompt.tokenizer))
         stages = _write_stages(folder, plan, base, sam2, request.recipe)
         bundle = Bundle(
             folder=folder,
@@ -97,19 +99,7 @@ def export_bundle(request: ExportRequest) -> Bundle:
                 base.vision.image_size, _MIN_TILES, _MAX_TILES, _THUMBNAIL, base.vision.tokens_per_tile, _IMAGENET_MEAN, _IMAGENET_STD
             ),
             mask=MaskSpec(sam2.image_size, sam2.image_size // 4, _IMAGENET_MEAN, _IMAGENET_STD),
-            prompt=PromptSpec(
-                tokenizer="tokenizer.json",
-                prefix=_PREFIX,
-                image_start=_IMAGE_START,
-                image_token=_IMAGE_TOKEN,
-                image_end=_IMAGE_END,
-                suffix=_SUFFIX,
-                default_question=_QUESTION,
-                answers=_ANSWERS,
-                image_token_id=_token_id(tokenizer, _IMAGE_TOKEN, base),
-                seg_token_id=_token_id(tokenizer, NEW_TOKENS[0], base),
-                stop_token_ids=tuple(_token_id(tokenizer, token, base) for token in _STOP_TOKENS),
-            ),
+            prompt=prompt,
             language_model=LanguageModelSpec(
                 base.language.layers,
                 base.language.hidden_size,
@@ -126,6 +116,13 @@ def export_bundle(request: ExportRequest) -> Bundle:
         )
         (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
     return Bundle.load(request.out)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+    if out.exists() and not (out / BUNDLE_FILE).is_file():
+        raise CheckpointError(f"{out}: not a bundle, so --overwrite leaves it alone; choose another --out")
 
 
 def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
@@ -163,12 +160,30 @@ def _write_stages(folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, re
     for graph, weights in traced:
         graphs.append(graph)
         files[f"weights/{graph.name}.safetensors"] = weights
+    for graph in graphs:
+        _check_weights(graph, files, base)
     total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
+    _check_space(folder, total)
     locations: dict[str, TensorLocation] = {}
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         for file, tensors in files.items():
             locations |= write_safetensors(folder, file, tensors, progress=bar.update)
     return {graph.name: save_graph(graph, folder, locations) for graph in graphs}
+
+
+def _check_weights(graph: Graph, files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
+    """Compare the planned shapes, which are the files' own, with the graph's, which come from config.json."""
+    planned = {tensor.name: tensor.shape for tensors in files.values() for tensor in tensors}
+    for value in graph.weights:
+        shape = planned.get(str(value.name))
+        if shape is None or list(shape) != list(value.shape or ()):
+            raise BaseModelError(f"{base.folder}: {value.name} is {shape}, by config.json {value.shape}; download the base model whole")
+
+
+def _check_space(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(f"{folder.parent}: {free / 1e9:.1f} GB free, the bundle takes {need / 1e9:.1f}; choose another --out")
 
 
 def _prompt_head(plan: MergePlan) -> torch.nn.Sequential:
@@ -178,8 +193,24 @@ def _prompt_head(plan: MergePlan) -> torch.nn.Sequential:
     return head.eval()
 
 
-def _token_id(tokenizer: object, token: str, base: BaseModel) -> int:
-    found = tokenizer.token_to_id(token)  # type: ignore[attr-defined]
+def _prompt(tokenizer: Tokenizer, base: BaseModel) -> PromptSpec:
+    return PromptSpec(
+        tokenizer="tokenizer.json",
+        prefix=_PREFIX,
+        image_start=_IMAGE_START,
+        image_token=_IMAGE_TOKEN,
+        image_end=_IMAGE_END,
+        suffix=_SUFFIX,
+        default_question=_QUESTION,
+        answers=_ANSWERS,
+        image_token_id=_token_id(tokenizer, _IMAGE_TOKEN, base),
+        seg_token_id=_token_id(tokenizer, NEW_TOKENS[0], base),
+        stop_token_ids=tuple(_token_id(tokenizer, token, base) for token in _STOP_TOKENS),
+    )
+
+
+def _token_id(tokenizer: Tokenizer, token: str, base: BaseModel) -> int:
+    found = tokenizer.token_to_id(token)
     if found is None:
         raise BaseModelError(f"{base.folder}: its tokenizer lacks {token}; it is not InternVL3's")
     return int(found)
@@ -211,14 +242,21 @@ def _staging(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block succeeds, and vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for leftover in (folder, old):  # of a run that was killed
+    if old.exists() and not out.exists():  # a run was killed between its two renames
+        os.replace(old, out)
+    for leftover in (folder, old):
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
         if out.exists():
             os.replace(out, old)
-        os.replace(folder, out)
+        try:
+            os.replace(folder, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

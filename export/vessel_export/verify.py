@@ -328,7 +328,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0 (default: the one named in the bundle)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images and folders (default: three drawn frames)")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question; may be repeated (default: the bundle's)")
-    parser.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
+    parser.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, instead of the bundle's")
     parser.add_argument("--device", type=Device.parse, default=_CPU, metavar="DEVICE", help="where the bundle runs (default: cpu)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads for one operator (default: all cores)")
     parser.set_defaults(run=run)
@@ -345,14 +345,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     bundle = Bundle.load(arguments.bundle)
     bundle.verify_files()
-    samples = read_samples(arguments.images) if arguments.images else drawn_samples()
-    base, sam2 = arguments.base or bundle.provenance.base, arguments.sam2 or bundle.provenance.sam2
-    reference = Reference.load(
-        arguments.ckpt, open_base(base).folder, open_sam2(sam2).path, lora_alpha=arguments.lora_alpha, skip=bundle.provenance.skipped
-    )
     if sha256_of(arguments.ckpt) != bundle.provenance.checkpoint_sha256:
         made_from = f"{bundle.provenance.checkpoint} of SHA-256 {bundle.provenance.checkpoint_sha256[:12]}..."
         raise BundleError(f"{bundle.folder}: not made from {arguments.ckpt}; give --ckpt the {made_from}")
+    samples = read_samples(arguments.images) if arguments.images else drawn_samples()
+    base, sam2 = arguments.base or bundle.provenance.base, arguments.sam2 or bundle.provenance.sam2
+    reference = Reference.load(
+        arguments.ckpt,
+        open_base(base).folder,
+        open_sam2(sam2).path,
+        lora_alpha=bundle.provenance.lora_alpha if arguments.lora_alpha is None else arguments.lora_alpha,
+        skip=bundle.provenance.skipped,
+    )
     questions = arguments.prompt or [bundle.prompt.default_question]
     report = verify(bundle, reference, samples, questions, device=arguments.device, threads=arguments.threads)
     print(report.table())

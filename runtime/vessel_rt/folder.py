@@ -101,6 +101,7 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
     _verify(bundle)
     with Segmenter(bundle, device=options.device, threads=options.threads) as segmenter:
         segmenter.check_question(options.question)
+        _announce(segmenter.device, bundle)
         summary.load_seconds = time.perf_counter() - began
         with outputs:
             for path in tqdm(images, unit="image", disable=None, dynamic_ncols=True):  # None: a bar on terminals only
@@ -108,6 +109,12 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
         summary.seconds = time.perf_counter() - began - summary.load_seconds
         outputs.write_run(_report(bundle, options, segmenter.device, started, summary))
     return summary
+
+
+def _announce(device: Device, bundle: Bundle) -> None:
+    """Say where the run takes place: `auto` may have chosen what the user did not mean."""
+    note = ": slow, and twice its size in memory; take --device cuda, or export with --precision fp32"
+    print(f"device {device}{note if (device.kind, bundle.precision) == ('cpu', 'fp16') else ''}", file=sys.stderr)
 
 
 def _verify(bundle: Bundle) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vessel_rt.errors import VesselError, first_line
+from vessel_rt.errors import ImageError, VesselError, first_line
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -111,7 +111,8 @@ class Session:
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime (all physical cores).
 
     Raises:
-        VesselError: ONNX Runtime cannot load the graph, or would run it on another device than the one asked for.
+        VesselError: ONNX Runtime cannot load the graph, or leaves the provider of the device out. (Single nodes without a kernel there may
+            still run on the CPU: ONNX Runtime places shape arithmetic so by design.)
     """
 
     def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
@@ -128,6 +129,7 @@ class Session:
             raise VesselError(
                 f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
             )
+        self._path = path
         self._session: Any = session
         self._device = device
         self._outputs = tuple(output.name for output in session.get_outputs())
@@ -148,6 +150,9 @@ class Session:
 
         Returns:
             Every output by name, except those of `into`: arrays, or OrtValues for those in `keep`.
+
+        Raises:
+            ImageError: the device fails, as it does without memory; a smaller image may pass.
         """
         binding, into = self._session.io_binding(), into or {}
         for name, value in feeds.items():
@@ -161,10 +166,19 @@ class Session:
         for name in fresh:
             where = self._device if name in keep else Device("cpu")
             binding.bind_output(name, where.kind, where.index)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except _run_faults() as e:
+            raise ImageError(f"{self._path.stem} fails on {self._device}: {first_line(e)}") from e
         values = binding.get_outputs()[len(into) :]  # in the order of binding
         return {name: value if name in keep else value.numpy() for name, value in zip(fresh, values, strict=True)}
 
     def to_device(self, array: npt.NDArray[Any]) -> OrtValue:
         """`array` in this session's device memory; on the CPU that is the array's own."""
         return onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
+
+
+def _run_faults() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises where a device fails; its errors about wrong feeds are bugs and stay as they are."""
+    state = onnxruntime().capi.onnxruntime_pybind11_state
+    return state.Fail, state.RuntimeException, state.EPFail

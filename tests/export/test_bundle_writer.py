@@ -142,6 +142,40 @@ def test_an_output_folder_that_exists_is_kept(small: ExportRequest, tmp_path: Pa
     assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_overwrite_never_takes_a_folder_that_is_no_bundle(small: ExportRequest, tmp_path: Path) -> None:
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "rtx3090.toml").write_text("precision = 'fp16'")
+    with pytest.raises(CheckpointError, match="not a bundle, so --overwrite leaves it alone"):
+        export_bundle(dataclasses.replace(small, out=tmp_path / "engines", overwrite=True))
+    assert (tmp_path / "engines" / "rtx3090.toml").exists()
+
+
+def test_a_run_killed_between_its_renames_loses_nothing(small_fp32: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_fp32, tmp_path / ".bundle.old")
+    with pytest.raises(KeyboardInterrupt), bundle_writer._staging(tmp_path / "bundle"):
+        raise KeyboardInterrupt
+    Bundle.load(tmp_path / "bundle").verify_files()
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_base_cut_short(small: ExportRequest, tmp_path: Path, file: str) -> None:
+    shutil.copytree(small.base, tmp_path / "base")
+    path = tmp_path / "base" / file
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BaseModelError, match="download the base model whole"):
+        export_bundle(dataclasses.replace(small, base=str(tmp_path / "base"), out=tmp_path / "b"))
+
+
+def test_a_configuration_of_another_size(small: ExportRequest, tmp_path: Path) -> None:
+    shutil.copytree(small.base, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["vision_config"]["intermediate_size"] *= 2
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match=r"mlp.fc1.weight is \(32, 64\), by config.json"):
+        export_bundle(dataclasses.replace(small, base=str(tmp_path / "base"), out=tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = dataclasses.replace(small, out=tmp_path / "bundle", overwrite=True)
     before = export_bundle(request)

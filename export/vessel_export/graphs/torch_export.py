@@ -7,7 +7,7 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -54,15 +54,16 @@ def trace(
     model = program.model
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     _drop_metadata(model)
-    return Graph(name, model), _move_weights_out(name, model)
+    parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
+    return Graph(name, model), _move_weights_out(name, model, parameters)
 
 
-def _move_weights_out(name: str, model: ir.Model) -> list[OutputTensor]:
-    """Take the large initializers' values away, to be bound by name like any graph's weights."""
+def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -> list[OutputTensor]:
+    """Take the values of parameters and of large constants away, to be bound by name like any graph's weights."""
     weights = []
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _INLINE_BYTES:
+        if tensor is None or (value.name not in parameters and tensor.nbytes < _INLINE_BYTES):
             continue
         weight = f"{name}.{value.name}"
         model.graph.initializers.pop(str(value.name))
