@@ -160,8 +160,7 @@ def _write_stages(folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, re
     for graph, weights in traced:
         graphs.append(graph)
         files[f"weights/{graph.name}.safetensors"] = weights
-    for graph in graphs:
-        _check_weights(graph, files, base)
+    _check_weights(graphs, files, base)
     total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
     _check_space(folder, total)
     locations: dict[str, TensorLocation] = {}
@@ -171,10 +170,10 @@ def _write_stages(folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, re
     return {graph.name: save_graph(graph, folder, locations) for graph in graphs}
 
 
-def _check_weights(graph: Graph, files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
-    """Compare the planned shapes, which are the files' own, with the graph's, which come from config.json."""
+def _check_weights(graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
+    """Compare the planned shapes, which are the files' own, with the graphs', which come from config.json."""
     planned = {tensor.name: tensor.shape for tensors in files.values() for tensor in tensors}
-    for value in graph.weights:
+    for value in (value for graph in graphs for value in graph.weights):
         shape = planned.get(str(value.name))
         if shape is None or list(shape) != list(value.shape or ()):
             raise BaseModelError(f"{base.folder}: {value.name} is {shape}, by config.json {value.shape}; download the base model whole")

@@ -66,6 +66,7 @@ class _Ledger:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        self.lora_rank = checkpoint.lora_rank
         self._left = dict(checkpoint.tensors)
         self._faults: list[str] = []
 
@@ -170,7 +171,7 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
     """One LoRA target, [in, out]: (W + (B @ A) * alpha / r).T with W [out, in], A [r, in], B [out, r]."""
     key = f"language_model.{module}.weight"
     out_features, in_features = base.shape(key)
-    rank = ledger._checkpoint.lora_rank
+    rank = ledger.lora_rank
     a = ledger.take(f"{LORA_PREFIX}{module}.lora_A.weight", (rank, in_features))
     b = ledger.take(f"{LORA_PREFIX}{module}.lora_B.weight", (out_features, rank))
     return OutputTensor(
