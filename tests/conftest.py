@@ -30,7 +30,7 @@ def tiny() -> Tiny:
 
 def _export(tiny: Tiny, out: Path, precision: str) -> Path:
     from vessel_export.bundle_writer import ExportRequest, export_bundle
-    from vessel_export.recipe import load_recipe
+    from vessel_rt.recipe import load_recipe
 
     recipe = dataclasses.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
     export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), out, recipe))

@@ -17,15 +17,14 @@ from tqdm import tqdm
 import vessel_rt
 from vessel_export.base_model import BaseModel, Sam2, open_base, open_sam2
 from vessel_export.checkpoint import Checkpoint, open_checkpoint
-from vessel_export.errors import BaseModelError, CheckpointError, RecipeError
+from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
 from vessel_export.graphs.sam2_image_encoder import trace_sam2_image_encoder
 from vessel_export.graphs.sam2_mask_decoder import trace_sam2_mask_decoder
 from vessel_export.graphs.vision_encoder import build_vision_encoder
 from vessel_export.merge import NEW_TOKENS, MergePlan, plan_merge
-from vessel_export.recipe import Recipe
-from vessel_export.safetensors_writer import OutputTensor, TensorLocation, write_safetensors
+from vessel_export.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
 from vessel_export.tokenizer import extend_tokenizer
 from vessel_rt.bundle import (
     BUNDLE_FILE,
@@ -40,8 +39,11 @@ from vessel_rt.bundle import (
     TileSpec,
     sha256_of,
 )
+from vessel_rt.engine import ENGINES, Engine
+from vessel_rt.errors import BundleError, EngineError, RecipeError
+from vessel_rt.recipe import Recipe
 
-__all__ = ["ExportRequest", "export_bundle"]
+__all__ = ["DTYPES", "Export", "ExportRequest", "export_bundle"]
 
 # Sa2VA's own constants, which the base model does not set: inference (modeling_sa2va_chat.py, templates.py), training (datasets/common.py).
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +56,9 @@ _ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the seg
 _TEXT_TOKENS = 256  # room in the cache for the question and the template around it
 
 # TensorRT has a kernel for the fused Attention (opset 23) in FP16; on the CPU, where FP32 runs, the spelled-out form is faster.
-_SAM2_OPSET = {"fp32": 20, "fp16": 23}
+_SAM2_OPSET = {"fp32": 20, "fp16": 23, "bf16": 23}
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
@@ -74,8 +78,21 @@ class ExportRequest:
     overwrite: bool = False
 
 
-def export_bundle(request: ExportRequest) -> Bundle:
-    """Make the bundle that `request` describes and return it, read back.
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A finished export: the bundle, the bytes that were written for it, and the files and engines that were linked to older ones."""
+
+    bundle: Bundle
+    bytes_written: int
+    reused_files: tuple[str, ...]
+    reused_engines: tuple[str, ...]
+
+
+def export_bundle(request: ExportRequest) -> Export:
+    """Make the bundle that `request` describes.
+
+    Files and engines that would equal those of a bundle in the same folder become hard links to them. Files are compared byte for byte as
+    they are made; an engine is taken if it was built from files of the same SHA-256.
 
     Raises:
         VesselError: an input is missing, damaged, or does not fit the others; nothing is left behind.
@@ -86,12 +103,16 @@ def export_bundle(request: ExportRequest) -> Bundle:
     base, sam2 = open_base(request.base), open_sam2(request.sam2)
     _check_capacity(request.recipe, base)
     alpha = _alpha(checkpoint, request.lora_alpha)
-    plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=request.recipe.capacity, dtype=request.recipe.dtype)
+    sizes, dtype = request.recipe.language_model, DTYPES[request.recipe.precision]
+    plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=sizes.capacity, dtype=dtype)
     tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
     prompt = _prompt(tokenizer, base)
+    neighbours = _neighbours(out, request)
     with _staging(out) as folder:
         tokenizer.save(str(folder / prompt.tokenizer))
-        stages = _write_stages(folder, plan, base, sam2, request.recipe)
+        stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours)
+        files = _records(folder, written)
+        engines = _link_engines(folder, files, neighbours)
         bundle = Bundle(
             folder=folder,
             precision=request.recipe.precision,
@@ -106,16 +127,19 @@ def export_bundle(request: ExportRequest) -> Bundle:
                 base.language.kv_heads,
                 base.language.head_dim,
                 plan.vocabulary,
-                request.recipe.capacity,
-                request.recipe.max_new_tokens,
+                sizes.capacity,
+                sizes.max_new_tokens,
             ),
             embed_tokens=EmbeddingTable("weights/embed_tokens.safetensors", "embed_tokens.weight"),
             stages=stages,
             provenance=_provenance(request, checkpoint, alpha),
-            files=_records(folder),
+            files=files,
         )
         (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
-    return Bundle.load(request.out)
+        fresh = [record.bytes for name, record in files.items() if name not in written]
+        bytes_written = sum(fresh) + sum(file.bytes_written for file in written.values())
+    reused = tuple(name for name, file in written.items() if file.bytes_written == 0)
+    return Export(Bundle.load(request.out), bytes_written, reused, engines)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -135,21 +159,37 @@ def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
 
 
 def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
-    need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + _TEXT_TOKENS + recipe.max_new_tokens
-    if not need <= recipe.capacity <= base.language.max_positions:
+    need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + _TEXT_TOKENS + recipe.language_model.max_new_tokens
+    capacity = recipe.language_model.capacity
+    if not need <= capacity <= base.language.max_positions:
         raise RecipeError(
-            f"engines/{recipe.name}.toml: capacity {recipe.capacity} must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text and answer)"
+            f"engines/{recipe.name}.toml: capacity {capacity} must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text and answer)"
             f" to {base.language.max_positions} (the model's positions)"
         )
 
 
-def _write_stages(folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, recipe: Recipe) -> dict[str, StageSpec]:
-    """Weights first, then the graphs that point into them."""
-    dtype, opset = recipe.dtype, _SAM2_OPSET[recipe.precision]
+def _neighbours(out: Path, request: ExportRequest) -> list[Bundle]:
+    """The bundles in the folder of `out`, itself included: first those of the same base model and precision, of these the newest."""
+    found: list[tuple[bool, float, Bundle]] = []
+    for path in out.parent.glob(f"*/{BUNDLE_FILE}"):
+        if path.parent.name.startswith("."):
+            continue
+        with contextlib.suppress(BundleError):  # a damaged neighbour is of no use, and no concern of this export's
+            bundle = Bundle.load(path.parent)
+            alike = (bundle.provenance.base, bundle.precision) == (request.base, request.recipe.precision)
+            found.append((alike, path.stat().st_mtime, bundle))
+    return [bundle for _, _, bundle in sorted(found, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _write_stages(
+    folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, recipe: Recipe, neighbours: Sequence[Bundle]
+) -> tuple[dict[str, StageSpec], dict[str, WrittenFile]]:
+    """Weights first, then the graphs that point into them; the stages by name, the weights' files by theirs."""
+    dtype, opset = DTYPES[recipe.precision], _SAM2_OPSET[recipe.precision]
     (folder / "weights").mkdir()
     graphs = [
         build_vision_encoder(base.vision, base.language.hidden_size, TO_IR[dtype]),
-        build_language_model(base.language, plan.vocabulary, recipe.capacity, TO_IR[dtype]),
+        build_language_model(base.language, plan.vocabulary, recipe.language_model.capacity, TO_IR[dtype]),
     ]
     files = dict(plan.files)
     sam2_model = sam2.build(plan.sam2_updates)
@@ -161,13 +201,40 @@ def _write_stages(folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, re
         graphs.append(graph)
         files[f"weights/{graph.name}.safetensors"] = weights
     _check_weights(graphs, files, base)
+    older = {file: _older(neighbours, file, file_size(tensors)) for file, tensors in files.items()}
+    _check_space(folder, sum(file_size(tensors) for file, tensors in files.items() if older[file] is None))
+    written: dict[str, WrittenFile] = {}
     total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
-    _check_space(folder, total)
-    locations: dict[str, TensorLocation] = {}
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         for file, tensors in files.items():
-            locations |= write_safetensors(folder, file, tensors, progress=bar.update)
-    return {graph.name: save_graph(graph, folder, locations) for graph in graphs}
+            written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
+    locations = {name: location for file in written.values() for name, location in file.locations.items()}
+    return {graph.name: save_graph(graph, folder, locations) for graph in graphs}, written
+
+
+def _older(neighbours: Sequence[Bundle], file: str, size: int) -> Path | None:
+    """The first neighbour's file of that name and size: what the new one may turn out equal to."""
+    for bundle in neighbours:
+        if file in bundle.files and bundle.files[file].bytes == size and (bundle.folder / file).is_file():
+            return bundle.folder / file
+    return None
+
+
+def _link_engines(folder: Path, files: Mapping[str, FileRecord], neighbours: Sequence[Bundle]) -> tuple[str, ...]:
+    """Hard-link the neighbours' engines that were built from files equal to these; their names."""
+    linked: list[str] = []
+    for sidecar in (path for bundle in neighbours for path in sorted(bundle.folder.glob(f"{ENGINES}/*/*.json"))):
+        target = folder / ENGINES / sidecar.parent.name
+        name = f"{sidecar.parent.name}/{sidecar.stem}"
+        with contextlib.suppress(EngineError, OSError):  # a damaged engine, or a disk without hard links: it is built again
+            engine = Engine.load(sidecar)
+            if name in linked or any(source not in files or files[source].sha256 != sha for source, sha in engine.sources.items()):
+                continue
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (*engine.files, sidecar.name):
+                os.link(sidecar.parent / file, target / file)
+            linked.append(name)
+    return tuple(linked)
 
 
 def _check_weights(graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
@@ -231,9 +298,14 @@ def _provenance(request: ExportRequest, checkpoint: Checkpoint, alpha: float) ->
     )
 
 
-def _records(folder: Path) -> dict[str, FileRecord]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, sha256_of(path)) for path in paths}
+def _records(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, FileRecord]:
+    """Every file of the bundle; those that were hashed as they were written are not read again."""
+    records = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        sha256 = written[name].sha256 if name in written else sha256_of(path)
+        records[name] = FileRecord(path.stat().st_size, sha256)
+    return records
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["BaseModelError", "CheckpointError", "RecipeError"]
+__all__ = ["BaseModelError", "CheckpointError", "SynthError"]
 
 
 class CheckpointError(VesselError):
@@ -13,5 +13,5 @@ class BaseModelError(VesselError):
     """A base model or SAM2 that cannot be found or is not what the checkpoint was trained on."""
 
 
-class RecipeError(VesselError):
-    """A recipe (engines/*.toml) that cannot be read."""
+class SynthError(VesselError):
+    """A random model that cannot be written as asked."""

@@ -2,19 +2,21 @@
 
 A merged weight is `W + (B @ A) * alpha / r`, computed in FP32 and rounded once to the output dtype; `modules_to_save` tensors replace the
 base model's. Matrices are written transposed, [in, out], as the graphs' MatMul wants them; what norms and layer scales need is FP32.
-Nothing of the model is computed here before it is written: a plan lists every tensor, and planning alone accounts for the whole checkpoint.
+Nothing of the model is computed here before it is written, and then piece by piece: a plan lists every tensor, and planning alone accounts
+for the whole checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 from vessel_export.base_model import BaseModel, Sam2
 from vessel_export.checkpoint import LORA_PREFIX, Checkpoint, faults_in
 from vessel_export.errors import CheckpointError
-from vessel_export.safetensors_writer import OutputTensor
+from vessel_export.safetensors_writer import PIECE, OutputTensor, in_pieces
 
 __all__ = ["NEW_TOKENS", "MergePlan", "plan_merge"]
 
@@ -93,17 +95,17 @@ class _Ledger:
 
 
 def _stored(name: str, source: BaseModel, key: str, dtype: torch.dtype) -> OutputTensor:
-    return OutputTensor(name, source.shape(key), dtype, lambda: source.tensor(key))
+    return OutputTensor(name, source.shape(key), dtype, lambda: in_pieces(source.tensor(key)))
 
 
 def _transposed(name: str, source: BaseModel, key: str, dtype: torch.dtype) -> OutputTensor:
     rows, columns = source.shape(key)
-    return OutputTensor(name, (columns, rows), dtype, lambda: source.tensor(key).T)
+    return OutputTensor(name, (columns, rows), dtype, lambda: in_pieces(source.tensor(key).T))
 
 
 def _given(name: str, tensor: torch.Tensor, dtype: torch.dtype, *, transpose: bool = False) -> OutputTensor:
     value = tensor.T if transpose and tensor.ndim == 2 else tensor
-    return OutputTensor(name, tuple(value.shape), dtype, lambda: value)
+    return OutputTensor(name, tuple(value.shape), dtype, lambda: in_pieces(value))
 
 
 def _vision_model(base: BaseModel, dtype: torch.dtype) -> list[OutputTensor]:
@@ -124,7 +126,8 @@ def _vision_model(base: BaseModel, dtype: torch.dtype) -> list[OutputTensor]:
         tensors += [_stored(target + part, base, source + part, f32) for part in ("ls1", "ls2")]
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
             tensors.append(_transposed(f"{target}{part}.weight", base, f"{source}{part}.weight", dtype))
-            tensors.append(_stored(f"{target}{part}.bias", base, f"{source}{part}.bias", dtype))
+            to_residual = part in ("attn.proj", "mlp.fc2")  # their bias is added in FP32
+            tensors.append(_stored(f"{target}{part}.bias", base, f"{source}{part}.bias", f32 if to_residual else dtype))
     return tensors
 
 
@@ -174,9 +177,15 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
     rank = ledger.lora_rank
     a = ledger.take(f"{LORA_PREFIX}{module}.lora_A.weight", (rank, in_features))
     b = ledger.take(f"{LORA_PREFIX}{module}.lora_B.weight", (out_features, rank))
-    return OutputTensor(
-        name, (in_features, out_features), dtype, lambda: (base.tensor(key).float() + (b.float() @ a.float()) * (alpha / rank)).T
-    )
+
+    def pieces() -> Iterator[torch.Tensor]:
+        weight, narrow, wide = base.tensor(key), a.float(), b.float()
+        step = max(1, PIECE // out_features)
+        for start in range(0, in_features, step):
+            columns = slice(start, start + step)
+            yield weight[:, columns].float().add_((wide @ narrow[:, columns]).mul_(alpha / rank)).T
+
+    return OutputTensor(name, (in_features, out_features), dtype, pieces)
 
 
 def _embedding(ledger: _Ledger, base: BaseModel, vocabulary: int, dtype: torch.dtype) -> list[OutputTensor]:

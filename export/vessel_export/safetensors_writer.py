@@ -1,23 +1,35 @@
-"""Writing a .safetensors file tensor by tensor, so that only one is ever in memory (the safetensors library wants all at once).
+"""Writing a .safetensors file piece by piece, so that no tensor is ever whole in memory (the safetensors library wants all at once).
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data without gaps
 (https://huggingface.co/docs/safetensors). Alignment for memory mapping comes from the order alone: tensors are sorted by the largest
 power of two that divides their size, so each one's offset is a multiple of its own; the header is padded so that the data start on a page.
+
+A file that turns out equal to an older one, byte for byte, is not written but hard-linked to it. Knows nothing of bundles.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
 
+import numpy as np
 import torch
 
 from vessel_export.errors import CheckpointError
 
-__all__ = ["OutputTensor", "TensorLocation", "write_safetensors"]
+__all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
+
+PIECE = 1 << 21  # values computed at a time: small enough for malloc to use the same memory again and again
 
 _PAGE = 4096
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
@@ -25,12 +37,12 @@ _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 @dataclasses.dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write: `make` computes it (any layout, any dtype that rounds once to `dtype`) when its turn comes."""
+    """A tensor to write: `pieces` yields it in consecutive parts of its first axis (any layout, any dtype that rounds once to `dtype`)."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    pieces: Callable[[], Iterable[torch.Tensor]]
 
     @property
     def bytes(self) -> int:
@@ -48,16 +60,69 @@ class TensorLocation:
     dtype: torch.dtype
 
 
+@dataclasses.dataclass(frozen=True)
+class WrittenFile:
+    """What `write_safetensors` made: where the tensors lie, the size and SHA-256, and how many bytes were written (0: hard-linked)."""
+
+    locations: dict[str, TensorLocation]
+    bytes: int
+    sha256: str
+    bytes_written: int
+
+
+def in_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`tensor` in parts of its first axis of about PIECE values; a view, so that one from a memory-mapped file is read as it is used."""
+    if tensor.ndim == 0 or tensor.numel() <= PIECE:
+        yield tensor
+    else:
+        yield from torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel()))
+
+
+def file_size(tensors: Iterable[OutputTensor]) -> int:
+    """The size in bytes of the file that `write_safetensors` makes of `tensors`."""
+    tensors = list(tensors)
+    return len(_header(_ordered(tensors))) + sum(tensor.bytes for tensor in tensors)
+
+
 def write_safetensors(
-    folder: Path, file: str, tensors: Iterable[OutputTensor], *, progress: Callable[[int], object] = lambda _bytes: None
-) -> dict[str, TensorLocation]:
-    """Write `tensors` to `folder/file` and say where each lies; `progress` hears of the bytes after each.
+    folder: Path,
+    file: str,
+    tensors: Iterable[OutputTensor],
+    *,
+    older: Path | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> WrittenFile:
+    """Write `folder/file`, or hard-link it to `older` where the two are equal; `progress` is told of each bytes made.
 
     Raises:
-        CheckpointError: a value does not fit its dtype (becomes infinite in float16).
+        CheckpointError: a value does not fit its dtype (above 65504 in float16).
         OSError: the disk is full or not writable.
     """
-    ordered = sorted(tensors, key=lambda tensor: (-(tensor.bytes & -tensor.bytes), tensor.name))
+    ordered = _ordered(tensors)
+    header = _header(ordered)
+    locations, position = {}, len(header)
+    with _Sink(folder / file, older) as sink:
+        sink.put(memoryview(header))
+        for tensor in ordered:
+            locations[tensor.name] = TensorLocation(file, position, tensor.bytes, tensor.shape, tensor.dtype)
+            made = 0
+            for piece in tensor.pieces():
+                data = _as_bytes(piece, tensor)
+                sink.put(data)
+                progress(len(data))
+                made += len(data)
+            if made != tensor.bytes:
+                raise ValueError(f"{tensor.name}: made {made} bytes, planned {tensor.bytes}")
+            position += made
+    return WrittenFile(locations, position, sink.sha256, sink.bytes_written)
+
+
+def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    return sorted(tensors, key=lambda tensor: (-(tensor.bytes & -tensor.bytes), tensor.name))
+
+
+def _header(ordered: Iterable[OutputTensor]) -> bytes:
+    """The file up to its data."""
     header: dict[str, object] = {}
     position = 0
     for tensor in ordered:
@@ -66,21 +131,93 @@ def write_safetensors(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _PAGE)
-    locations = {}
-    with (folder / file).open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in ordered:
-            locations[tensor.name] = TensorLocation(file, out.tell(), tensor.bytes, tensor.shape, tensor.dtype)
-            out.write(_bytes_of(tensor))
-            progress(tensor.bytes)
-    return locations
+    return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(tensor: OutputTensor) -> memoryview:
-    value = tensor.make()
-    if tuple(value.shape) != tensor.shape:
-        raise ValueError(f"{tensor.name}: made {tuple(value.shape)}, planned {tensor.shape}")
-    value = value.to(tensor.dtype).contiguous()
-    if tensor.dtype is torch.float16 and not bool(torch.isfinite(value).all()):
-        raise CheckpointError(f"{tensor.name} exceeds float16's range (65504); export with --precision fp32")
+def _as_bytes(piece: torch.Tensor, tensor: OutputTensor) -> memoryview:
+    # Rounded in the layout that it has, then laid out: torch transposes within one dtype much faster than across two.
+    value = (piece.mT.to(tensor.dtype).mT if _is_transposed(piece) else piece.to(tensor.dtype)).contiguous()
+    if value.is_floating_point() and value.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(value)):
+        raise CheckpointError(f"{tensor.name} exceeds {str(tensor.dtype).removeprefix('torch.')}'s range; export with --precision bf16")
     return value.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _is_transposed(piece: torch.Tensor) -> bool:
+    return piece.ndim == 2 and piece.stride(0) == 1
+
+
+class _Sink:
+    """A file in the making: compared with `older` as long as they agree, written once they do not. One piece is hashed and written
+    while the next is computed."""
+
+    def __init__(self, path: Path, older: Path | None) -> None:
+        self._path, self._older = path, older
+        self._source: BinaryIO | None = older.open("rb") if older else None
+        self._target: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._worker = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self.bytes_written = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def put(self, data: memoryview) -> None:
+        """Take the next bytes, and raise what went wrong with those before."""
+        self._settle()
+        self._pending = self._worker.submit(self._take, data)
+
+    def _settle(self) -> None:
+        if self._pending:
+            self._pending.result()
+
+    def _take(self, data: memoryview) -> None:
+        self._digest.update(data)
+        if self._source and not np.array_equal(np.frombuffer(self._source.read(len(data)), np.uint8), np.frombuffer(data, np.uint8)):
+            self._part_from_older()
+        if not self._source:
+            self._target = self._target or self._path.open("wb")
+            self._target.write(data)
+            self.bytes_written += len(data)
+        self._position += len(data)
+
+    def _part_from_older(self) -> None:
+        """Begin the file with what it shares with the older one."""
+        assert self._source
+        self._target = self._path.open("wb")
+        self._source.seek(0)
+        while rest := self._position - self._target.tell():
+            self._target.write(self._source.read(min(rest, 1 << 24)))
+        self.bytes_written = self._position
+        self._source.close()
+        self._source = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._settle()
+                self._finish()
+        finally:
+            self._worker.shutdown()
+            for file in (self._source, self._target):
+                if file:
+                    file.close()
+
+    def _finish(self) -> None:
+        if not self._source or not self._older:
+            return
+        if self._source.read(1):  # the older file goes on
+            self._part_from_older()
+            return
+        try:
+            os.link(self._older, self._path)
+        except OSError as e:  # another disk, or one without hard links
+            if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+            shutil.copyfile(self._older, self._path)
+            self.bytes_written = self._position

@@ -1,6 +1,6 @@
 """The one base class of errors that a user can mend."""
 
-__all__ = ["BundleError", "ImageError", "VesselError", "first_line"]
+__all__ = ["BundleError", "EngineError", "ImageError", "RecipeError", "VesselError", "first_line"]
 
 
 class VesselError(Exception):
@@ -12,6 +12,14 @@ class VesselError(Exception):
 
 class BundleError(VesselError):
     """A bundle that is missing, incomplete, damaged, or of a schema this version does not read."""
+
+
+class RecipeError(VesselError):
+    """A recipe (engines/*.toml) that cannot be read, or whose settings do not fit the model or the GPU."""
+
+
+class EngineError(VesselError):
+    """An engine that is missing, damaged, or was built from other files, for another GPU or by another version: never loaded."""
 
 
 class ImageError(VesselError):

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.export.small_models import fine_tuned_state, write_base, write_checkpoint, write_sam2
 from vessel_export.bundle_writer import ExportRequest
-from vessel_export.recipe import load_recipe
+from vessel_rt.recipe import load_recipe
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,13 +26,19 @@ from vessel_export import bundle_writer
 from vessel_export.base_model import open_base
 from vessel_export.bundle_writer import ExportRequest, export_bundle
 from vessel_export.cli import main
-from vessel_export.errors import BaseModelError, CheckpointError, RecipeError
+from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_rt.bundle import Bundle
+from vessel_rt.errors import RecipeError
+from vessel_rt.recipe import LanguageModelRecipe
+from vessel_rt.segmenter import Segmenter
+from vessel_rt.session import Device
 
 
 def test_the_same_bytes_each_time(small: ExportRequest, small_bundle: Path, tmp_path: Path) -> None:
     precision = Bundle.load(small_bundle).precision
-    again = export_bundle(dataclasses.replace(small, out=tmp_path / "again", recipe=dataclasses.replace(small.recipe, precision=precision)))
+    again = export_bundle(
+        dataclasses.replace(small, out=tmp_path / "again", recipe=dataclasses.replace(small.recipe, precision=precision))
+    ).bundle
     assert again.files == Bundle.load(small_bundle).files
 
 
@@ -63,20 +75,89 @@ def test_every_tensor_is_aligned_to_its_own_size(small_bundle: Path) -> None:
             assert begin % (size & -size) == 0, name
 
 
-def test_frozen_files_do_not_depend_on_the_checkpoint(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> None:
-    """What training freezes is the same file for every checkpoint: later exports can reuse it."""
+FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors")
+
+
+@pytest.fixture
+def beside(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> ExportRequest:
+    """A request for another checkpoint of the same run, its bundle to lie beside the first one's copy, `iter_12192`."""
+    shutil.copytree(small_fp32, tmp_path / "iter_12192")
     state = {name: tensor * 1.5 for name, tensor in fine_tuned_state(Path(small.sam2)).items()}
-    first = Bundle.load(small_fp32)
-    other = write_checkpoint(tmp_path / "iter_10000.pth", state)
-    second = export_bundle(dataclasses.replace(small, checkpoint=other, out=tmp_path / "b"))
-    same = {name for name in first.files if first.files[name] == second.files[name]}
-    assert {"weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors", "sam2_image_encoder.onnx"} <= same
-    assert not same & {f"weights/{name}.safetensors" for name in ("projector", "language_model", "embed_tokens", "sam2_mask_decoder")}
+    return dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "iter_10000.pth", state), out=tmp_path / "iter_10000")
+
+
+def test_what_training_freezes_is_not_written_again(beside: ExportRequest) -> None:
+    export = export_bundle(beside)
+    first, second = Bundle.load(beside.out.with_name("iter_12192")), export.bundle
+    assert export.reused_files == FROZEN
+    assert all((second.folder / name).samefile(first.folder / name) for name in FROZEN)
+    assert first.files["sam2_image_encoder.onnx"] == second.files["sam2_image_encoder.onnx"]
+    frozen = sum(second.files[name].bytes for name in FROZEN)
+    assert export.bytes_written == sum(record.bytes for record in second.files.values()) - frozen
+    second.verify_files()
+    shutil.rmtree(first.folder)
+    with Segmenter(Bundle.load(beside.out), device=Device("cpu")) as segmenter:  # ONNX Runtime takes the links, and outlives the first
+        segmenter.segment(Image.new("RGB", (64, 64)), "Please segment vessel in this image.")
+
+
+def test_the_whole_bundle_again_writes_no_weights(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_fp32, tmp_path / "bundle")
+    export = export_bundle(dataclasses.replace(small, out=tmp_path / "bundle", overwrite=True))
+    weights = [name for name in export.bundle.files if name.endswith(".safetensors")]
+    assert sorted(export.reused_files) == sorted(weights)
+    assert export.bytes_written == sum(record.bytes for name, record in export.bundle.files.items() if name not in weights)
+    export.bundle.verify_files()
+
+
+@pytest.mark.parametrize("position", [9, -1], ids=["first bytes", "last byte"])
+def test_a_damaged_neighbour_is_not_taken_for_equal(beside: ExportRequest, small_fp32: Path, position: int) -> None:
+    """Its bundle.json still promises the hash: only the bytes tell."""
+    damaged = beside.out.with_name("iter_12192") / FROZEN[0]
+    content = bytearray(damaged.read_bytes())
+    content[position] ^= 1
+    damaged.write_bytes(content)
+    export = export_bundle(beside)
+    assert export.reused_files == FROZEN[1:]
+    assert export.bundle.files[FROZEN[0]] == Bundle.load(small_fp32).files[FROZEN[0]]
+    export.bundle.verify_files()
+
+
+def test_a_disk_without_hard_links(beside: ExportRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object, **_keywords: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    export = export_bundle(beside)
+    assert not export.reused_files
+    assert export.bytes_written == sum(record.bytes for record in export.bundle.files.values())
+    export.bundle.verify_files()
+
+
+def test_killed_at_any_moment(beside: ExportRequest) -> None:
+    """Killed early, midway and late: the older bundle stays whole, no half-written one appears, the next run completes."""
+    folder = beside.out.parent
+    command = [Path(sys.executable).with_name("vessel-export"), "export", "--recipe", "engines/cpu.toml", "--out", str(beside.out)]
+    command += ["--ckpt", str(beside.checkpoint), "--base", beside.base, "--sam2", beside.sam2]
+    for appearing in (
+        ".iter_10000.partial/tokenizer.json",
+        ".iter_10000.partial/weights/projector.safetensors",
+        ".iter_10000.partial/*.onnx",
+    ):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        while not list(folder.glob(appearing)):
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        assert not beside.out.exists()
+        Bundle.load(folder / "iter_12192").verify_files()
+    export_bundle(beside).bundle.verify_files()
+    assert sorted(path.name for path in folder.iterdir()) == ["iter_10000", "iter_10000.pth", "iter_12192"]
 
 
 def test_the_native_layout_gives_the_same_bundle(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> None:
     native = _to_native_layout(Path(small.base), tmp_path / "base-hf")
-    exported = export_bundle(dataclasses.replace(small, base=str(native), out=tmp_path / "b"))
+    exported = export_bundle(dataclasses.replace(small, base=str(native), out=tmp_path / "b")).bundle
     assert exported.files == Bundle.load(small_fp32).files
 
 
@@ -178,7 +259,7 @@ def test_a_configuration_of_another_size(small: ExportRequest, tmp_path: Path) -
 
 def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = dataclasses.replace(small, out=tmp_path / "bundle", overwrite=True)
-    before = export_bundle(request)
+    before = export_bundle(request).bundle
 
     def full_disk(*_arguments: object, **_keywords: object) -> None:
         raise OSError(28, "No space left on device")
@@ -190,7 +271,7 @@ def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     monkeypatch.undo()
     (tmp_path / ".bundle.partial").mkdir()  # as a killed run leaves it
-    assert export_bundle(request).files == before.files
+    assert export_bundle(request).bundle.files == before.files
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -210,7 +291,7 @@ def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) 
     request = dataclasses.replace(small, checkpoint=checkpoint, out=tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"--lora-alpha \(Sa2VA trains with 2 r = 8\)"):
         export_bundle(request)
-    assert export_bundle(dataclasses.replace(request, lora_alpha=8)).provenance.lora_alpha == 8
+    assert export_bundle(dataclasses.replace(request, lora_alpha=8)).bundle.provenance.lora_alpha == 8
 
 
 def test_an_unknown_tensor_can_be_left_out_by_name(small: ExportRequest, tmp_path: Path) -> None:
@@ -220,7 +301,7 @@ def test_an_unknown_tensor_can_be_left_out_by_name(small: ExportRequest, tmp_pat
         export_bundle(request)
     with pytest.raises(CheckpointError, match=r"has no ema\.step to skip"):
         export_bundle(dataclasses.replace(request, skip=("ema.step",)))
-    assert export_bundle(dataclasses.replace(request, skip=("ema.steps",))).provenance.skipped == ("ema.steps",)
+    assert export_bundle(dataclasses.replace(request, skip=("ema.steps",))).bundle.provenance.skipped == ("ema.steps",)
 
 
 def test_a_base_without_tokenizer(small: ExportRequest, tmp_path: Path) -> None:
@@ -256,7 +337,9 @@ def test_a_configuration_that_would_run_code(small: ExportRequest, tmp_path: Pat
 
 
 def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
-    request = dataclasses.replace(small, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, capacity=600))
+    request = dataclasses.replace(
+        small, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, language_model=LanguageModelRecipe(600, 512))
+    )
     with pytest.raises(RecipeError, match="capacity 600 must be from 976"):
         export_bundle(request)
 

@@ -15,7 +15,7 @@ from onnxscript import OpBuilder, nn
 
 from vessel_export.base_model import LanguageConfig
 from vessel_export.graphs.assemble import Graph, assemble
-from vessel_export.graphs.layers import FLOAT, Linear, merge_heads, split_heads
+from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
 
 __all__ = ["build_language_model"]
 
@@ -110,12 +110,12 @@ class _Layer(nn.Module):
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         normed = self.input_layernorm(op, x)
         mixed, key, value = self.self_attn(op, normed, step, past_key, past_value)
-        x = op.Add(x, op.Cast(mixed, to=FLOAT))
-        return op.Add(x, op.Cast(self.mlp(op, self.post_attention_layernorm(op, x)), to=FLOAT)), key, value
+        x = op.Add(x, mixed)
+        return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), key, value
 
 
 class _Attention(nn.Module):
-    """Grouped-query attention over the live part of the cache."""
+    """Grouped-query attention over the live part of the cache: FP32, and the cache."""
 
     def __init__(self, config: LanguageConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, queries, dtype, bias=True)
         self.k_proj = Linear(config.hidden_size, keys, dtype, bias=True)
         self.v_proj = Linear(config.hidden_size, keys, dtype, bias=True)
-        self.o_proj = Linear(queries, config.hidden_size, dtype, bias=False)
+        self.o_proj = ResidualLinear(queries, config.hidden_size, dtype, bias=False)
 
     def forward(
         self, op: OpBuilder, x: ir.Value, step: _Step, past_key: ir.Value, past_value: ir.Value
@@ -138,18 +138,20 @@ class _Attention(nn.Module):
         value = op.TensorScatter(past_value, v, step.write_indices, axis=2)
         # ONNX defines Attention to scale Q and K by sqrt(scale) each, before their product: FP16 logits stay in range.
         mixed = op.Attention(q, op.Slice(key, [0], step.live, [2]), op.Slice(value, [0], step.live, [2]), step.mask, scale=c.head_dim**-0.5)
-        return self.o_proj(op, merge_heads(op, mixed, c.heads * c.head_dim)), key, value
+        mixed = self.o_proj.shrunk(op, merge_heads(op, mixed, c.heads * c.head_dim))
+        return self.o_proj(op, mixed), key, value
 
 
 class _Mlp(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), in FP32."""
 
     def __init__(self, config: LanguageConfig, dtype: ir.DataType) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, dtype, bias=False)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, dtype, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, dtype, bias=False)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, dtype, bias=False)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         gate = self.gate_proj(op, x)
-        return self.down_proj(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), self.up_proj(op, x)))
+        activated = self.down_proj.shrunk(op, op.Mul(gate, op.Sigmoid(gate)))
+        return self.down_proj(op, op.Mul(activated, self.up_proj(op, x)))

@@ -6,12 +6,14 @@ Activations between matrix products are of the graph's type F; residual streams,
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-__all__ = ["FLOAT", "Linear", "merge_heads", "split_heads"]
+__all__ = ["DEFAULT_EXPONENT", "FLOAT", "Linear", "ResidualLinear", "merge_heads", "split_heads"]
 
 FLOAT = ir.DataType.FLOAT
+DEFAULT_EXPONENT = 6  # until `vessel-export ranges` has measured: products up to 65504 * 2^6 = 4.2e6 stay in FP16's range
 
 
 class Linear(nn.Module):
@@ -24,6 +26,33 @@ class Linear(nn.Module):
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         y = op.MatMul(x, self.weight)
+        return op.Add(y, self.bias) if self.bias is not None else y
+
+
+class ResidualLinear(nn.Module):
+    """A product that is added to a residual stream: x F [..., in] -> FP32 [..., out].
+
+    What large language models overflow FP16 with are these products and what enters them. In FP16 they are therefore made of x / 2^s:
+    the caller takes `shrunk` of a factor of x before that factor is multiplied, and the result is multiplied by 2^s in FP32. Powers of
+    two change no digit; they only move the range, from 65504 to 65504 * 2^s (docs/numerics.md).
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: ir.DataType, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([in_features, out_features], dtype)
+        self.bias = nn.Parameter([out_features], FLOAT) if bias else None
+        self.shrink = self.grow = None
+        if dtype == ir.DataType.FLOAT16:
+            self.shrink = nn.Parameter([], data=ir.tensor(np.array(2.0**-DEFAULT_EXPONENT, np.float16)))
+            self.grow = nn.Parameter([], data=ir.tensor(np.array(2.0**DEFAULT_EXPONENT, np.float32)))
+
+    def shrunk(self, op: OpBuilder, factor: ir.Value) -> ir.Value:
+        """`factor` / 2^s, as `forward` expects one factor of its input to be."""
+        return factor if self.shrink is None else op.Mul(factor, self.shrink)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        y = op.Cast(op.MatMul(x, self.weight), to=FLOAT)
+        y = y if self.grow is None else op.Mul(y, self.grow)
         return op.Add(y, self.bias) if self.bias is not None else y
 
 

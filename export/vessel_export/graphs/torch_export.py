@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from vessel_export.graphs.assemble import TO_IR, Graph
-from vessel_export.safetensors_writer import OutputTensor
+from vessel_export.safetensors_writer import OutputTensor, in_pieces
 
 __all__ = ["trace"]
 
@@ -69,13 +69,13 @@ def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -
         model.graph.initializers.pop(str(value.name))
         value.name, value.const_value = weight, None
         model.graph.initializers[weight] = value
-        make = functools.partial(_as_torch, tensor)
-        weights.append(OutputTensor(weight, tuple(tensor.shape.numpy()), _FROM_IR[tensor.dtype], make))
+        pieces = functools.partial(_pieces, tensor)
+        weights.append(OutputTensor(weight, tuple(tensor.shape.numpy()), _FROM_IR[tensor.dtype], pieces))
     return weights
 
 
-def _as_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
-    return torch.from_numpy(tensor.numpy())
+def _pieces(tensor: ir.TensorProtocol) -> Iterator[torch.Tensor]:
+    return in_pieces(torch.from_numpy(tensor.numpy()))
 
 
 def _drop_metadata(model: ir.Model) -> None:

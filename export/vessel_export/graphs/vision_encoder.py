@@ -7,7 +7,7 @@ from onnxscript import OpBuilder, nn
 
 from vessel_export.base_model import VisionConfig
 from vessel_export.graphs.assemble import Graph, assemble
-from vessel_export.graphs.layers import FLOAT, Linear, merge_heads, split_heads
+from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
 
 __all__ = ["build_vision_encoder"]
 
@@ -93,8 +93,8 @@ class _Layer(nn.Module):
         self.ls2 = nn.Parameter([hidden], FLOAT)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        x = op.Add(x, op.Mul(op.Cast(self.attn(op, self.norm1(op, x)), to=FLOAT), self.ls1))
-        return op.Add(x, op.Mul(op.Cast(self.mlp(op, self.norm2(op, x)), to=FLOAT), self.ls2))
+        x = op.Add(x, op.Mul(self.attn(op, self.norm1(op, x)), self.ls1))
+        return op.Add(x, op.Mul(self.mlp(op, self.norm2(op, x)), self.ls2))
 
 
 class _LayerNorm(nn.Module):
@@ -111,7 +111,7 @@ class _LayerNorm(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Full attention within a tile.
+    """Full attention within a tile; FP32 out.
 
     FP16 uses the fused operator. FP32 spells it out: TensorRT has no fused FP32 kernel for heads of 64, and ONNX Runtime's on the CPU is
     slower.
@@ -122,7 +122,7 @@ class _Attention(nn.Module):
         self.heads, self.width, self.dtype = config.heads, config.hidden_size, dtype
         self.head_dim = config.hidden_size // config.heads
         self.qkv = Linear(self.width, 3 * self.width, dtype, bias=True)
-        self.proj = Linear(self.width, self.width, dtype, bias=True)
+        self.proj = ResidualLinear(self.width, self.width, dtype, bias=True)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         parts = op.Split(self.qkv(op, x), axis=-1, num_outputs=3, _outputs=3)
@@ -133,19 +133,19 @@ class _Attention(nn.Module):
             mixed = op.MatMul(op.Softmax(scores, axis=-1), v)
         else:
             mixed = op.Attention(q, k, v, scale=scale)
-        return self.proj(op, merge_heads(op, mixed, self.width))
+        return self.proj(op, self.proj.shrunk(op, merge_heads(op, mixed, self.width)))
 
 
 class _Mlp(nn.Module):
-    """Linear, GELU (exact), Linear."""
+    """Linear, GELU (exact), Linear; FP32 out."""
 
     def __init__(self, size: int, inner: int, out: int, dtype: ir.DataType) -> None:
         super().__init__()
         self.fc1 = Linear(size, inner, dtype, bias=True)
-        self.fc2 = Linear(inner, out, dtype, bias=True)
+        self.fc2 = ResidualLinear(inner, out, dtype, bias=True)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return self.fc2(op, op.Gelu(self.fc1(op, x)))
+        return self.fc2(op, self.fc2.shrunk(op, op.Gelu(self.fc1(op, x))))
 
 
 class _Projector(nn.Module):
