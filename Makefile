@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 RECIPE ?= engines/rtx3090.toml
 TINY := examples/tiny
+FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup demo export which test lint
+.PHONY: setup demo export which synth-8b export-8b build-8b test lint
 
 setup: .venv/ready
 
@@ -28,6 +29,18 @@ export: $(if $(CKPT),setup,which)
 
 which:
 	@echo 'say which checkpoint: make export CKPT=work_dirs/iter_12192.pth' >&2; exit 2
+
+# The real size with random weights: 19 GB of inputs, a bundle of 16 GB, engines of 15 GB, all under FULL.
+synth-8b: $(FULL)/model
+
+$(FULL)/model: | setup
+	$(BIN)/vessel-export synth --out $@
+
+export-8b: synth-8b
+	$(BIN)/python -m benchmarks.export --model $(FULL)/model --out $(FULL)/bundle $(ARGS)
+
+build-8b: setup
+	$(BIN)/python -m benchmarks.build --bundle $(FULL)/bundle --describe sm86 $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ __all__ = [
     "StageSpec",
     "TensorSpec",
     "TileSpec",
+    "changed_files",
+    "decode",
     "sha256_of",
 ]
 
@@ -42,11 +46,12 @@ SCHEMA = 1
 STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder")
 
 _CHUNK = 1 << 20  # bytes hashed between two reports of progress
+_READERS = 4  # files hashed at once: a disk gives more than one core can hash
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """A graph's input or output: `dtype` is a NumPy name, `shape` mixes sizes and the names of dynamic axes."""
+    """A graph's input or output: `dtype` is a NumPy name or `bfloat16`, `shape` mixes sizes and the names of dynamic axes."""
 
     name: str
     dtype: str
@@ -61,11 +66,15 @@ class StageSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def input(self, name: str) -> TensorSpec:
+        """The input of that name."""
+        return next(spec for spec in self.inputs if spec.name == name)
+
     def input_dtype(self, name: str) -> np.dtype[Any]:
         """The dtype of an input, for the array that is to be fed to it."""
         import numpy as np
 
-        return np.dtype(next(spec.dtype for spec in self.inputs if spec.name == name))
+        return np.dtype(self.input(name).dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +88,11 @@ class TileSpec:
     tokens_per_tile: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def most(self) -> int:
+        """The greatest number of tiles that an image is cut into, its thumbnail included."""
+        return self.max_tiles + (self.thumbnail and self.max_tiles > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +211,7 @@ class Bundle:
         if not isinstance(schema, int) or schema > SCHEMA:
             raise BundleError(f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this vessel-rt reads; upgrade vessel-rt")
         try:
-            bundle: Bundle = _decode(cls, {**document, "folder": folder})
+            bundle: Bundle = decode(cls, {**document, "folder": folder})
         except (KeyError, TypeError, ValueError) as e:
             raise BundleError(f"{path}: damaged ({e}); export it again") from e
         absent = set(STAGES) - bundle.stages.keys()
@@ -211,27 +225,61 @@ class Bundle:
         del document["folder"]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
-    def used_files(self) -> set[str]:
-        """The files that `bundle.json` itself names, relative to the bundle; graphs name their weights in turn."""
-        return {self.prompt.tokenizer, self.embed_tokens.file, *(stage.file for stage in self.stages.values())}
+    def used_files(self, *, graphs: bool = True) -> dict[str, FileRecord | None]:
+        """The files to be read, relative to the bundle, with their records; None for one that is used and has none.
 
-    def verify_files(self, progress: Callable[[int], object] | None = None) -> None:
-        """Compare every file's size and SHA-256 with what was written; `progress` is told of each bytes read.
+        Without `graphs`, only those that every device needs, whatever it runs the stages from.
+        """
+        names = {self.prompt.tokenizer, self.embed_tokens.file}
+        if graphs:  # they name their weights in turn, which are of the other files
+            names |= {stage.file for stage in self.stages.values()} | self.files.keys()
+        return {name: self.files.get(name) for name in sorted(names)}
+
+    def verify_files(self, progress: Callable[[int], object] | None = None, *, graphs: bool = True) -> None:
+        """Compare the size and SHA-256 of `used_files` with what was written; `progress` is told of each bytes read.
 
         Raises:
             BundleError: a file is missing, or its size or hash differs, or was never recorded; all such files are named.
         """
-        faults = [f"{name} has no recorded SHA-256" for name in sorted(self.used_files() - self.files.keys())]
-        for name, record in self.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                faults.append(f"{name} is missing")
-            elif path.stat().st_size != record.bytes:
-                faults.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
-            elif sha256_of(path, progress) != record.sha256:
-                faults.append(f"{name} was changed (its SHA-256 differs)")
+        faults = changed_files(self.folder, self.used_files(graphs=graphs), progress)
         if faults:
             raise BundleError(f"{self.folder}: damaged bundle: {'; '.join(faults)}; copy or export it again")
+
+
+def changed_files(
+    folder: Path, records: Mapping[str, FileRecord | None], progress: Callable[[int], object] | None = None
+) -> tuple[str, ...]:
+    """What differs between the files of `folder` and their records, in words; `progress` is told of each bytes read.
+
+    Several files are read at once; `progress` is called by one thread at a time.
+    """
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def advance(read: int) -> None:
+        with lock:
+            if stopped.is_set():
+                raise InterruptedError
+            if progress:
+                progress(read)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            faults = pool.map(lambda name: _fault(folder / name, name, records[name], advance), records)
+            return tuple(fault for fault in faults if fault)
+        except BaseException:  # an interrupt must not wait until gigabytes are read
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _fault(path: Path, name: str, record: FileRecord | None, progress: Callable[[int], object]) -> str | None:
+    if record is None:
+        return f"{name} has no recorded SHA-256"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != record.bytes:
+        return f"{name} has {path.stat().st_size} bytes, not {record.bytes}"
+    return f"{name} was changed (its SHA-256 differs)" if sha256_of(path, progress) != record.sha256 else None
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> str:
@@ -245,8 +293,8 @@ def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> st
     return digest.hexdigest()
 
 
-def _decode(kind: Any, value: Any) -> Any:
-    """`value`, from JSON, as the annotated type `kind`; TypeError or KeyError name what does not fit."""
+def decode(kind: Any, value: Any) -> Any:
+    """`value`, from JSON, as the annotated type `kind`, a dataclass say; TypeError or KeyError name what does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -255,16 +303,16 @@ def _decode(kind: Any, value: Any) -> Any:
         missing = hints.keys() - value.keys()
         if missing:
             raise KeyError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")  # type: ignore[union-attr]
-        return kind(**{name: _decode(hint, value[name]) for name, hint in hints.items()})  # type: ignore[operator]
+        return kind(**{name: decode(hint, value[name]) for name, hint in hints.items()})  # type: ignore[operator]
     if origin is tuple:
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if not isinstance(value, list) or len(kinds) != len(value):
             raise TypeError(f"{value!r} is not a list of {len(kinds)}")
-        return tuple(_decode(k, v) for k, v in zip(kinds, value, strict=True))
+        return tuple(decode(k, v) for k, v in zip(kinds, value, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
             raise TypeError(f"{value!r} is not a table")
-        return {k: _decode(arguments[1], v) for k, v in value.items()}
+        return {k: decode(arguments[1], v) for k, v in value.items()}
     kinds = arguments if origin in (typing.Union, types.UnionType) else (kind,)
     if float in kinds and isinstance(value, int):
         return float(value)

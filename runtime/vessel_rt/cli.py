@@ -26,6 +26,8 @@ _EXAMPLES = """examples:
   vessel-rt infer a.png b.png 'more/*.jpg' -o results     files and globs
   vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
   vessel-rt evaluate out/demo --gt frames/annotations.json
+  vessel-rt devices --bundle engines/iter_12192-fp16      where that bundle could run, and what is missing elsewhere
+  vessel-rt plan --recipe engines/rtx3090.toml            the GPU memory that it will take
 """
 
 
@@ -61,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument("--bundle", type=Path, metavar="DIR", help="what to run (default: $VESSEL_BUNDLE, else the newest under ./engines)")
     infer.add_argument("--prompt", metavar="TEXT", help="the question (default: the bundle's, 'Please segment vessel in this image.')")
     infer.add_argument("--num-images", type=_positive, metavar="N", help="only the first N images")
-    infer.add_argument("--device", type=_device, default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
+    infer.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, rtx or tensorrt, or cuda:N for a GPU's number N (default: auto; see vessel-rt devices)",
+    )
     infer.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads (default: all physical cores)")
     infer.add_argument("--overwrite", action="store_true", help="replace an earlier run's results in DIR; other files there are kept")
     infer.set_defaults(run=_infer)
@@ -70,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
     evaluate.add_argument("--gt", type=Path, required=True, metavar="JSON", help="annotations in Sa2VA's fine-tuning format")
     evaluate.set_defaults(run=_evaluate)
+
+    devices = commands.add_parser("devices", help="list every kind of device: usable here, or what it lacks")
+    devices.add_argument("--bundle", type=Path, metavar="DIR", help="also look whether this bundle runs there: its engines, for rtx")
+    devices.add_argument("--json", action="store_true", help="for programs")
+    devices.set_defaults(run=_devices)
+
+    plan = commands.add_parser("plan", help="reckon the GPU memory that a bundle takes; fails if it does not fit, and says what to lower")
+    plan.add_argument("--bundle", type=Path, metavar="DIR", help="what to plan for (default: as for infer)")
+    plan.add_argument("--recipe", type=Path, metavar="TOML", help="whose engines.max_batch and engines.memory_gib to plan for")
+    plan.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the recipe's, else 1)")
+    plan.add_argument("--memory", type=_gibibytes, metavar="GIB", help="the card's memory (default: the recipe's, else the GPU's here)")
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -102,6 +123,35 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _devices(arguments: argparse.Namespace) -> int:
+    from vessel_rt.bundle import Bundle
+    from vessel_rt.devices import devices_json, devices_table, list_devices
+
+    reports = list_devices(Bundle.load(arguments.bundle) if arguments.bundle else None)
+    print(devices_json(reports) if arguments.json else devices_table(reports))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from vessel_rt.gpu import list_gpus
+    from vessel_rt.plan import make_plan, require_fit
+    from vessel_rt.recipe import load_recipe
+    from vessel_rt.shapes import workload_of
+
+    bundle, recipe = _find_bundle(arguments.bundle), load_recipe(arguments.recipe) if arguments.recipe else None
+    batch = workload_of(bundle, recipe).max_batch if recipe else 1
+    memory = arguments.memory or (int(recipe.engines.memory_gib * 2**30) if recipe and recipe.engines else None)
+    if memory is None:
+        try:
+            memory = list_gpus()[0].memory
+        except VesselError as e:
+            raise VesselError(f"for which card? give --memory or --recipe ({e})") from e
+    plan = make_plan(bundle, arguments.batch or batch, memory)
+    print(plan.to_json() if arguments.json else plan.table())
+    require_fit(bundle, plan)
+    return 0
+
+
 def _find_bundle(folder: Path | None) -> Bundle:
     """The bundle to run: the one asked for, else $VESSEL_BUNDLE's, else the newest complete one under ./engines; named unless asked for."""
     from vessel_rt.bundle import BUNDLE_FILE, Bundle
@@ -123,6 +173,17 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _gibibytes(text: str) -> int:
+    """A number of GiB, in bytes."""
+    try:
+        size = int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of GiB")
+    return size
 
 
 def _device(text: str) -> Device:

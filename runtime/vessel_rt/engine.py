@@ -1,11 +1,11 @@
-"""Engines: a stage compiled for one kind of GPU. What lies beside an engine says what it was built from, and is checked before it is loaded.
+"""Engines: a stage compiled for one kind of GPU. What lies beside an engine says what it was built from, and is checked before loading.
 
 `bundle/engines/<builder>-<architecture>/<stage>.json` is the sidecar of `<stage>.onnx`, which wraps the engine files named in it.
 An engine is code that a GPU runs and cannot be inspected, so it is never deserialised before its hash, its sources and its target agree.
 
-What must agree to the letter: the files, the bundle's graph and weights, the GPU's architecture, and the version of the builder's library,
-since TensorRT-RTX and TensorRT promise to run an engine only by the version that built it. What is only recorded: the driver, which has to be
-new enough for the library but is not part of an engine, and ONNX Runtime, which wraps the engine in a node of a released operator.
+What must agree to the letter: the files, the bundle's graph and weights, the GPU's architecture, and the version of the builder's library:
+TensorRT-RTX and TensorRT promise to run an engine only by the version that built it. What is only recorded: the driver, which has to be new
+enough for the library but is not part of an engine, and ONNX Runtime, which wraps the engine in a node of a released operator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Self
 from vessel_rt.bundle import STAGES, Bundle, FileRecord, changed_files, decode
 from vessel_rt.errors import EngineError
 
-__all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version"]
+__all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version", "writable_by_anyone"]
 
 ENGINES = "engines"  # the folder in a bundle
 BUILDERS = ("rtx", "tensorrt")
@@ -111,7 +111,7 @@ class Engine:
             elif path.stat().st_size != record.bytes:
                 found.append(f"{name} has {path.stat().st_size} bytes, not {record.bytes}")
         writable = [folder, folder / f"{self.stage}.json", *(folder / name for name in self.files)]
-        return found + [f"{path.name} may be written by anyone (chmod o-w mends it)" for path in writable if _writable_by_anyone(path)]
+        return found + [f"{path.name} may be written by anyone (chmod o-w mends it)" for path in writable if writable_by_anyone(path)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +162,8 @@ class EngineSet:
             raise EngineError(f"{self.folder}: {'; '.join(faults)}; vessel-export build --bundle {self.folder.parents[1]} --rebuild")
 
 
-def _writable_by_anyone(path: Path) -> bool:
-    """Windows' permissions are of another kind, and not looked at."""
+def writable_by_anyone(path: Path) -> bool:
+    """Whether every user of this machine may write to `path`. Windows' permissions are of another kind, and not looked at."""
     return os.name == "posix" and path.exists() and bool(path.stat().st_mode & stat.S_IWOTH)
 
 

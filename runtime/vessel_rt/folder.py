@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 import vessel_rt
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.deployment import Deployment, deploy
+from vessel_rt.engine import ENGINES
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.outputs import OutputFolder
@@ -98,30 +100,38 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
     began, started, summary = time.perf_counter(), datetime.datetime.now(datetime.UTC), Summary()
     images = find_images(options.inputs, options.num_images)
     outputs = OutputFolder(options.output, images, options.overwrite)
-    _verify(bundle)
-    with Segmenter(bundle, device=options.device, threads=options.threads) as segmenter:
+    deployment = _deploy(bundle, options.device)
+    with Segmenter(deployment, options.threads) as segmenter:
         segmenter.check_question(options.question)
-        _announce(segmenter.device, bundle)
+        _announce(options.device, deployment)
         summary.load_seconds = time.perf_counter() - began
         with outputs:
             for path in tqdm(images, unit="image", disable=None, dynamic_ncols=True):  # None: a bar on terminals only
                 _infer_one(path, options.question, segmenter, outputs, summary)
         summary.seconds = time.perf_counter() - began - summary.load_seconds
-        outputs.write_run(_report(bundle, options, segmenter.device, started, summary))
+        outputs.write_run(_report(bundle, options, deployment.device, started, summary))
     return summary
 
 
-def _announce(device: Device, bundle: Bundle) -> None:
+def _announce(wanted: Device, deployment: Deployment) -> None:
     """Say where the run takes place: `auto` may have chosen what the user did not mean."""
-    note = ": slow, and twice its size in memory; take --device cuda, or export with --precision fp32"
-    print(f"device {device}{note if (device.kind, bundle.precision) == ('cpu', 'fp16') else ''}", file=sys.stderr)
+    device, bundle, note = deployment.device, deployment.bundle, ""
+    if (device.kind, bundle.precision) == ("cpu", "fp16"):
+        note = ": slow, and twice its size in memory; take a GPU, or export with --precision fp32"
+    elif wanted.kind == "auto" and device.kind != "rtx" and (bundle.folder / ENGINES).is_dir():
+        note = f": the bundle's engines are not used (vessel-rt devices --bundle {bundle.folder} says why)"
+    print(f"device {device}{note}", file=sys.stderr)
 
 
-def _verify(bundle: Bundle) -> None:
-    """`Bundle.verify_files`, with a bar if it takes more than two seconds."""
-    total = sum(record.bytes for record in bundle.files.values())
-    with tqdm(total=total, desc="checking the bundle", unit="B", unit_scale=True, disable=None, delay=2, leave=False) as bar:
-        bundle.verify_files(progress=bar.update)
+def _deploy(bundle: Bundle, device: Device) -> Deployment:
+    """`deploy`, with a bar if the files take more than two seconds."""
+    with tqdm(desc="checking the bundle", unit="B", unit_scale=True, disable=None, delay=2, leave=False) as bar:
+
+        def advance(read: int, total: int) -> None:
+            bar.total = total
+            bar.update(read)
+
+        return deploy(bundle, device, advance)
 
 
 def _infer_one(path: Path, question: str, segmenter: Segmenter, outputs: OutputFolder, summary: Summary) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,10 @@ import numpy.typing as npt
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import ImageError
 from vessel_rt.prompt import EmbedTokens
-from vessel_rt.session import Session, Value
+from vessel_rt.session import Session
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
 
 __all__ = ["Generation", "LanguageModel"]
 
@@ -48,7 +51,7 @@ class LanguageModel:
     """The language_model graph and its KV cache.
 
     The cache lies on the device, is written in place, and is used again for every prompt: what an earlier prompt left in it
-    stands beyond the positions of the later one, which the graph masks.
+    stands beyond the positions of the later one, which the graph masks. Its type is the graph's, which NumPy need not have.
     """
 
     def __init__(self, session: Session, bundle: Bundle, embed_tokens: EmbedTokens) -> None:
@@ -56,8 +59,11 @@ class LanguageModel:
         self._sizes = bundle.language_model
         self._seg, self._stops = bundle.prompt.seg_token_id, frozenset(bundle.prompt.stop_token_ids)
         self._embed_tokens = embed_tokens
-        self._dtype = bundle.stages["language_model"].input_dtype("inputs_embeds")  # the cache's and the states' too
-        self._cache: list[Value] = []
+        stage = bundle.stages["language_model"]
+        self._dtype = stage.input_dtype("inputs_embeds")  # the states' too
+        self._cache_dtype = stage.input("past_key.0").dtype
+        self._precision = bundle.precision
+        self._cache: list[OrtValue] = []
         self._cache_rows = 0
 
     def generate(self, prompts: Sequence[npt.NDArray[Any]]) -> list[Generation]:
@@ -135,17 +141,17 @@ class LanguageModel:
         states = outputs["hidden_states"][:, 0]
         if not np.isfinite(states).all():
             self._cache_rows = 0  # it holds the same numbers: begin anew with the next prompt
-            raise ImageError(f"the language model's states are not finite in {self._dtype}; export the bundle with --precision fp32")
+            raise ImageError(f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32")
         return outputs["next_ids"][:, 0], states
 
     def _cache_names(self, when: str) -> list[str]:
         return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]
 
-    def _cache_for(self, batch: int) -> list[Value]:
+    def _cache_for(self, batch: int) -> list[OrtValue]:
         """The cache of `batch` rows, [batch, kv_heads, capacity, head_dim] a tensor, made once and kept while the batch stays the same."""
         if batch != self._cache_rows:
             shape = (batch, self._sizes.kv_heads, self._sizes.capacity, self._sizes.head_dim)
             self._cache = []  # freed before its successor is made
-            self._cache = [self._session.to_device(np.zeros(shape, self._dtype)) for _ in range(2 * self._sizes.layers)]
+            self._cache = [self._session.zeros(shape, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
             self._cache_rows = batch
         return self._cache

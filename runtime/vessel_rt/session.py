@@ -5,9 +5,12 @@ Knows nothing of images, tokens or bundles. A new kind of device is a new row of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
+import io
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -16,43 +19,69 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.errors import ImageError, VesselError, first_line
+from vessel_rt.gpu import list_gpus
+from vessel_rt.shapes import Profile, Shapes
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-__all__ = ["PROVIDERS", "Device", "Provider", "Session", "Value", "onnxruntime", "open_device"]
+__all__ = ["PROVIDERS", "Device", "EngineCache", "Provider", "Session", "Value", "device_fault", "onnxruntime", "open_device"]
 
 Value: TypeAlias = "npt.NDArray[Any] | OrtValue"
+
+# TensorProto's numbers, for values of types that NumPy may not have; and a type of the same size that it has.
+_ONNX_TYPES = {"float32": (1, np.uint32), "float16": (10, np.uint16), "bfloat16": (16, np.uint16)}
+
+# Operators that on the CPU would make a GPU wait: ONNX Runtime places shape arithmetic there by design, these for want of a kernel.
+_HEAVY = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "RotaryEmbedding", "TensorScatter"})
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineCache:
+    """For the device `tensorrt`: where ONNX Runtime keeps the engines that it builds of a graph, and the shapes to build them for.
+
+    The folder must be there, and of one bundle: an engine is found in it by its graph's nodes, which two bundles share, and not by weights.
+    """
+
+    folder: Path
+    profile: Profile
 
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """ONNX Runtime's name for what runs on a kind of device, and the extra of vessel-rt that installs it."""
+    """What runs on a kind of device.
+
+    `name` is ONNX Runtime's, `package` what installs it (None: ONNX Runtime was built with it), `install` how to come by it. `memory` is
+    ONNX Runtime's name for the memory there. `probe` proves a device usable, by an error that says why it is not. `choose` sets the options
+    of a session for a device, and returns what to pass as its `providers`.
+    """
 
     name: str
-    extra: str
+    package: str | None
+    install: str
+    memory: str
+    probe: Callable[[Device], None]
+    choose: Callable[[Any, Device, EngineCache | None], Sequence[tuple[str, dict[str, str]]] | None]
 
-
-# Best first: `auto` takes the first that works.
-PROVIDERS = {
-    "cuda": Provider("CUDAExecutionProvider", "gpu"),
-    "cpu": Provider("CPUExecutionProvider", "cpu"),
-}
+    @property
+    def installed(self) -> bool:
+        """Whether it is there; it may lack a driver or a library all the same."""
+        return bool(importlib.util.find_spec(self.package)) if self.package else self.name in onnxruntime().get_available_providers()
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where graphs run: a key of PROVIDERS, or `auto` until `open_device` has chosen, and which of several alike."""
+    """Where graphs run: a key of PROVIDERS, or `auto` until one is chosen, and which of several alike."""
 
     kind: str
     index: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """`auto`, `cpu`, `cuda` or `cuda:N` as a Device; ValueError says what would do."""
+        """`auto`, `cpu`, or `cuda`, `rtx` or `tensorrt`, perhaps with `:N`, as a Device; ValueError says what would do."""
         match = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
         if not match or match[1] not in ("auto", *PROVIDERS) or (match[2] and match[1] in ("auto", "cpu")):
-            raise ValueError(f"{text!r} is not a device: take auto, cpu, cuda or cuda:N")
+            raise ValueError(f"{text!r} is not a device: take auto, cpu, or one of cuda, rtx, tensorrt, with :N for the GPU of that number")
         return cls(match[1], int(match[2] or 0))
 
     def __str__(self) -> str:
@@ -74,31 +103,139 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
+def _probe_cpu(device: Device) -> None:
+    """Always there."""
+
+
+def _probe_cuda(device: Device) -> None:
+    """Finds CUDA's and cuDNN's libraries where pip puts them, then has CUDA hold a value. ONNX Runtime prints what it does not find."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        onnxruntime().preload_dlls()
+    try:
+        _hold_a_value(device)
+    except Exception as e:  # ONNX Runtime's errors share no base class
+        missing = [line for line in said.getvalue().splitlines() if line.startswith("Failed")]
+        raise VesselError(missing[0] if missing else first_line(e)) from e
+
+
+def _probe_tensorrt(device: Device) -> None:
+    """As for CUDA; then has ONNX Runtime load TensorRT, as it does before it makes a session."""
+    _probe_cuda(device)
+    with contextlib.suppress(ImportError):
+        import tensorrt  # noqa: F401  # loads its libraries from where pip puts them
+    ort = onnxruntime()
+    ort.capi.onnxruntime_pybind11_state.register_tensorrt_plugins_as_custom_ops(ort.SessionOptions(), {})
+
+
+def _probe_rtx(device: Device) -> None:
+    """TensorRT-RTX is a library of its own, which is registered with ONNX Runtime once a process."""
+    import onnxruntime_ep_nv_tensorrt_rtx as rtx
+
+    ort = onnxruntime()
+    if rtx.get_ep_name() not in ort.get_available_providers():
+        try:
+            ort.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
+        except Exception as e:  # ONNX Runtime's errors share no base class
+            raise VesselError(first_line(e).rpartition("with error: ")[2]) from e
+    _rtx_device(device.index)
+    _hold_a_value(device)
+
+
+def _hold_a_value(device: Device) -> None:
+    onnxruntime().OrtValue.ortvalue_from_shape_and_type((1,), np.float32, PROVIDERS[device.kind].memory, device.index)
+
+
+def _choose_cpu(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
+    return [(PROVIDERS["cpu"].name, {})]
+
+
+def _choose_cuda(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
+    return [(PROVIDERS["cuda"].name, {"device_id": str(device.index)})]
+
+
+def _choose_tensorrt(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
+    """Strongly typed, since no precision is enabled: the graph's own types decide. CUDA runs what TensorRT leaves."""
+    settings = {"device_id": str(device.index)}
+    if cache:
+        for key in ("trt_engine_cache", "trt_timing_cache"):
+            settings |= {f"{key}_enable": "1", f"{key}_path": str(cache.folder)}
+        for key, shapes in (("min", cache.profile.least), ("opt", cache.profile.likeliest), ("max", cache.profile.greatest)):
+            settings[f"trt_profile_{key}_shapes"] = _shapes_text(shapes)
+    return [(PROVIDERS["tensorrt"].name, settings), *_choose_cuda(options, device, cache)]
+
+
+def _shapes_text(shapes: Shapes) -> str:
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def _choose_rtx(options: Any, device: Device, cache: EngineCache | None) -> None:
+    """Engines that were built beforehand, and nothing else: none is built here, and no node is left to the CPU."""
+    options.add_provider_for_devices([_rtx_device(device.index)], {})
+    options.add_session_config_entry("session.disable_model_compile", "1")
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+
+
+def _rtx_device(index: int) -> Any:
+    """The provider's device whose memory is that of GPU `index`; VesselError if it lists none."""
+    ort = onnxruntime()
+    for found in ort.get_ep_devices():
+        if found.ep_name == PROVIDERS["rtx"].name and found.memory_info(ort.OrtDeviceMemoryType.DEFAULT).device_id == index:
+            return found
+    raise VesselError("TensorRT-RTX does not run on this GPU")
+
+
+PROVIDERS = {
+    "rtx": Provider(
+        "NvTensorRTRTXExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx", "pip install 'vessel-rt[rtx]'", "cuda", _probe_rtx, _choose_rtx
+    ),
+    "tensorrt": Provider(
+        "TensorrtExecutionProvider",
+        None,
+        "pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]', and NVIDIA's TensorRT 10",
+        "cuda",
+        _probe_tensorrt,
+        _choose_tensorrt,
+    ),
+    "cuda": Provider(
+        "CUDAExecutionProvider", None, "pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]'", "cuda", _probe_cuda, _choose_cuda
+    ),
+    "cpu": Provider("CPUExecutionProvider", None, "pip install 'vessel-rt[cpu]'", "cpu", _probe_cpu, _choose_cpu),
+}
+
+
 def open_device(wanted: Device) -> Device:
-    """The device to run on: `wanted` itself, proven to work, or for `auto` the first of PROVIDERS that does.
+    """`wanted` itself, proven to work.
 
     Raises:
-        VesselError: a device asked for by name cannot be used; nothing else is taken in its place.
+        VesselError: it cannot be used; nothing else is taken in its place.
     """
-    if wanted.kind == "auto":
-        return next(device for device in map(Device, PROVIDERS) if _fault(device) is None)
-    fault = _fault(wanted)
+    fault = device_fault(wanted)
     if fault:
         raise VesselError(f"--device {wanted}: {fault}")
     return wanted
 
 
-def _fault(device: Device) -> str | None:
-    """Why `device` cannot be used, or None. A provider that is compiled in may still lack its driver, so it is given a value to hold."""
+def device_fault(device: Device) -> str | None:
+    """Why graphs cannot run on `device`, and what would mend it; None if they can."""
     ort, provider = onnxruntime(), PROVIDERS[device.kind]
-    if provider.name not in ort.get_available_providers():
-        return f"this onnxruntime lacks {provider.name}: pip uninstall onnxruntime, then pip install 'vessel-rt[{provider.extra}]'"
-    if device.kind == "cuda":
-        ort.preload_dlls()  # finds CUDA's libraries where pip puts them
+    faults = []
+    if device.kind != "cpu":
+        try:
+            if device.index >= len(list_gpus()):
+                faults.append(f"there is no GPU {device.index} here")
+        except VesselError as e:
+            faults.append(str(e))
+    if not provider.installed:
+        faults.append(f"{provider.name} is not installed: {provider.install}")
+    if faults:
+        return "; ".join(faults)
+    ort.set_default_logger_severity(4)  # of what is found out here, ONNX Runtime would print pages
     try:
-        ort.OrtValue.ortvalue_from_shape_and_type((1,), np.float32, device.kind, device.index)
+        provider.probe(device)
     except Exception as e:  # ONNX Runtime's errors share no base class
-        return first_line(e)
+        return f"{first_line(e)}: {provider.install}, or a newer driver"
+    finally:
+        ort.set_default_logger_severity(2)
     return None
 
 
@@ -106,33 +243,41 @@ class Session:
     """One loaded graph. A context manager: leaving it frees the graph's memory.
 
     Args:
-        path: the .onnx file; its external data are found beside it.
+        path: the .onnx file; its external data, or its engines, are found beside it.
         device: a device that `open_device` returned.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime (all physical cores).
+        cache: what the device `tensorrt` has to know; without it, engines are built anew for every shape, and not kept.
 
     Raises:
-        VesselError: ONNX Runtime cannot load the graph, or leaves the provider of the device out. (Single nodes without a kernel there may
-            still run on the CPU: ONNX Runtime places shape arithmetic so by design.)
+        VesselError: ONNX Runtime cannot load the graph, or leaves all of it, or operators that are costly there, to the CPU. (It places
+            shape arithmetic on the CPU by design; `rtx` leaves nothing there.)
     """
 
-    def __init__(self, path: Path, device: Device, threads: int = 0) -> None:
+    def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None) -> None:
         ort, provider = onnxruntime(), PROVIDERS[device.kind]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors; its warnings are for those who write graphs
-        choice = (provider.name, {"device_id": str(device.index)}) if device.kind != "cpu" else provider.name
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
-            session = ort.InferenceSession(str(path), options, providers=[choice], enable_fallback=0)
+            session = self._load(path, options, provider.choose(options, device, cache))
         except Exception as e:  # ONNX Runtime's errors share no base class
             raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {first_line(e)}") from e
         if session.get_providers()[0] != provider.name:
             raise VesselError(
                 f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
             )
+        left = sorted(_operators_on_the_cpu(session) & _HEAVY) if device.kind != "cpu" else []
+        if left:
+            raise VesselError(f"{path}: onnxruntime {ort.__version__} has no kernel on {device} for {', '.join(left)}; take another device")
         self._path = path
         self._session: Any = session
-        self._device = device
+        self._device, self._memory = device, provider.memory
         self._outputs = tuple(output.name for output in session.get_outputs())
+
+    def _load(self, path: Path, options: Any, providers: Sequence[tuple[str, dict[str, str]]] | None) -> Any:
+        """ONNX Runtime's session of the graph at `path`; a subclass may load another graph in its place."""
+        return onnxruntime().InferenceSession(str(path), options, providers=providers, enable_fallback=0)
 
     def __enter__(self) -> Self:
         return self
@@ -164,8 +309,10 @@ class Session:
             binding.bind_ortvalue_output(name, value)
         fresh = [name for name in self._outputs if name not in into]
         for name in fresh:
-            where = self._device if name in keep else Device("cpu")
-            binding.bind_output(name, where.kind, where.index)
+            if name in keep:
+                binding.bind_output(name, self._memory, self._device.index)
+            else:
+                binding.bind_output(name, "cpu")
         try:
             self._session.run_with_iobinding(binding)
         except _run_faults() as e:
@@ -173,9 +320,20 @@ class Session:
         values = binding.get_outputs()[len(into) :]  # in the order of binding
         return {name: value if name in keep else value.numpy() for name, value in zip(fresh, values, strict=True)}
 
-    def to_device(self, array: npt.NDArray[Any]) -> OrtValue:
-        """`array` in this session's device memory; on the CPU that is the array's own."""
-        return onnxruntime().OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
+    def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
+        """Zeros in this session's device memory, of a TensorSpec's `dtype`: memory as it comes may hold NaN, and 0 times NaN is NaN.
+
+        ONNX Runtime fills device memory from host arrays only: one of this shape is made, and gone on return.
+        """
+        number, like = _ONNX_TYPES[dtype]
+        value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, number, self._memory, self._device.index)
+        value.update_inplace(np.zeros(shape, like))  # takes any type of the same size, and zero is zero in all
+        return value
+
+
+def _operators_on_the_cpu(session: Any) -> set[str]:
+    cpu = PROVIDERS["cpu"].name
+    return {node.op_type for part in session.get_provider_graph_assignment_info() if part.ep_name == cpu for node in part.get_nodes()}
 
 
 def _run_faults() -> tuple[type[Exception], ...]:

@@ -37,11 +37,13 @@ from vessel_rt.bundle import (
 HIDDEN, HEADS, HEAD_DIM, LAYERS, TOKENS_PER_TILE = 64, 4, 16, 2, 4
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "[SEG]")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_DTYPES = {1: "float32", 7: "int64"}  # TensorProto's numbers
+_DTYPES = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64", TensorProto.BFLOAT16: "bfloat16"}
 
 
-def build_standin(folder: Path, *, answer: str = "Mask [SEG].", capacity: int = 256, max_new_tokens: int = 16) -> Bundle:
-    """Write the bundle; `answer` may not repeat a character, unless it is meant to go round and round."""
+def build_standin(
+    folder: Path, *, answer: str = "Mask [SEG].", capacity: int = 256, max_new_tokens: int = 16, cache: int = TensorProto.FLOAT
+) -> Bundle:
+    """Write the bundle; `answer` may not repeat a character, unless it is meant to go round and round. `cache`: the KV cache's type."""
     (folder / "weights").mkdir(parents=True)
     tokenizer = _tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -49,7 +51,7 @@ def build_standin(folder: Path, *, answer: str = "Mask [SEG].", capacity: int = 
     save_file({"embed_tokens.weight": embed_tokens}, folder / "weights" / "embed_tokens.safetensors")
     graphs = {
         "vision_encoder": _vision_encoder(),
-        "language_model": _language_model(embed_tokens, _successors(tokenizer, answer), capacity),
+        "language_model": _language_model(embed_tokens, _successors(tokenizer, answer), capacity, cache),
         "sam2_image_encoder": _sam2_image_encoder(),
         "sam2_mask_decoder": _sam2_mask_decoder(),
     }
@@ -139,8 +141,8 @@ class _Nodes:
         return helper.make_graph(self.nodes, name, inputs, outputs, self.weights)
 
 
-def _f(name: str, *shape: int | str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+def _f(name: str, *shape: int | str, dtype: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
 
 
 def _i(name: str, *shape: int | str) -> onnx.ValueInfoProto:
@@ -163,9 +165,9 @@ def _vision_encoder() -> onnx.GraphProto:
     return op.graph("vision_encoder", inputs, outputs)
 
 
-def _language_model(embed_tokens: np.ndarray, successors: dict[int, int], capacity: int) -> onnx.GraphProto:
+def _language_model(embed_tokens: np.ndarray, successors: dict[int, int], capacity: int, cache: int) -> onnx.GraphProto:
     op, rng = _Nodes(), np.random.default_rng(2)
-    cache = ("batch", HEADS, capacity, HEAD_DIM)
+    shape = ("batch", HEADS, capacity, HEAD_DIM)
     inputs = [_f("inputs_embeds", "batch", "sequence", HIDDEN), _i("position_ids", "batch", "sequence"), _i("write_indices", "batch")]
     inputs += [_i("kv_positions", "live"), _i("gather_positions", "batch", "kept")]
     outputs = [_f("hidden_states", "batch", "kept", HIDDEN), _i("next_ids", "batch", "kept")]
@@ -186,10 +188,14 @@ def _language_model(embed_tokens: np.ndarray, successors: dict[int, int], capaci
         kept = []
         for part, t in (("key", k), ("value", v)):
             name = f"{part}.{layer}"
-            inputs.append(_f(f"past_{name}", *cache))
-            outputs.append(_f(f"present_{name}", *cache))
-            op("TensorScatter", f"past_{name}", t, "write_indices", out=f"present_{name}", axis=2)
-            kept.append(op("Slice", f"present_{name}", zero, live, two))
+            inputs.append(_f(f"past_{name}", *shape, dtype=cache))
+            outputs.append(_f(f"present_{name}", *shape, dtype=cache))
+            if cache == TensorProto.FLOAT:
+                written = op("TensorScatter", f"past_{name}", t, "write_indices", out=f"present_{name}", axis=2)
+            else:
+                written = op("TensorScatter", op("Cast", f"past_{name}", to=TensorProto.FLOAT), t, "write_indices", axis=2)
+                op("Cast", written, to=cache, out=f"present_{name}")
+            kept.append(op("Slice", written, zero, live, two))
         mixed = op("Transpose", op("Attention", q, *kept, mask), perm=[0, 2, 1, 3])
         x = op("Add", x, op("Reshape", mixed, op.weight([0, 0, HIDDEN])))
     op("GatherND", x, op("Unsqueeze", "gather_positions", two), batch_dims=1, out="hidden_states")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vessel_rt
+from tests.conftest import ROOT
 from tests.runtime.conftest import make_frame
 from vessel_rt.bundle import BUNDLE_FILE, SCHEMA, Bundle
 from vessel_rt.cli import main
@@ -95,7 +97,15 @@ def test_user_errors_are_one_line(engines: Path, frames: Path, tmp_path: Path, c
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["infer"], ["infer", "x", "--device", "tpu"], ["infer", "x", "--num-images", "0"], ["infer", "x", "--threads", "-1"], ["fly"]],
+    [
+        [],
+        ["infer"],
+        ["infer", "x", "--device", "tpu"],
+        ["infer", "x", "--num-images", "0"],
+        ["infer", "x", "--threads", "-1"],
+        ["plan", "--memory", "none"],
+        ["fly"],
+    ],
 )
 def test_bad_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -124,6 +134,35 @@ def test_evaluate_prints_the_mean_dice_last(engines: Path, tmp_path: Path, capsy
     assert main(["evaluate", "out/new", "--gt", str(gt)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "mean Dice vessel: 1.000 over 1 images"
     assert main(["evaluate", "out/nothing", "--gt", str(gt)]) == 1
+
+
+def test_devices_lists_every_kind(standin: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices", "--bundle", str(standin.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["cpu", "-", "usable"]
+    assert main(["devices", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["device"] for entry in entries] == [line.split()[0] for line in lines]
+    assert main(["devices", "--bundle", str(standin.folder / "none")]) == 1
+
+
+def test_plan_prints_and_refuses_what_does_not_fit(fp16_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "--bundle", str(fp16_bundle)]
+    assert main([*plan, "--memory", "24", "--batch", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("of 24.0 GiB")
+    assert main([*plan, "--memory", "0.9", "--batch", "4", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["fits"] is False
+    assert err.startswith(f"vessel-rt: error: {fp16_bundle}: takes ")
+    assert "lower engines.max_batch (--batch) to 1" in err
+    recipe = tmp_path / "small.toml"
+    text = (ROOT / "engines" / "rtx3090.toml").read_text()
+    recipe.write_text(re.sub(r"memory_gib = \d+", "memory_gib = 0.5", text))
+    assert main([*plan, "--recipe", str(recipe)]) == 1
+    assert "no batch or capacity is small enough" in capsys.readouterr().err
+    recipe.write_text(re.sub(r"capacity = \d+", "capacity = 5120", text))
+    assert main([*plan, "--recipe", str(recipe)]) == 1
+    assert "language_model.capacity is 5120, the bundle's is 4096" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="interrupts by POSIX signal")

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from tests.runtime.conftest import make_frame
+from tests.runtime.engine_files import write_engines
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.engine import Target
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.folder import InferOptions, find_images, infer
+from vessel_rt.session import Device
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -96,6 +99,17 @@ def test_nothing_is_touched_when_the_run_cannot_begin(standin: Bundle, frames: P
     with pytest.raises(VesselError, match="--overwrite"):
         infer(standin, options(frames, out))
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_engines_that_auto_passes_over_are_mentioned(
+    standin: Bundle, frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Bundle.load(Path(shutil.copytree(standin.folder, tmp_path / "bundle")))
+    infer(bundle, options(frames / "a.jpg", tmp_path / "one", device=Device("cpu")))
+    assert "engines" not in capsys.readouterr().err
+    write_engines(bundle, Target("rtx", "sm00", "0.0.0"))  # for no GPU that there is
+    infer(bundle, options(frames / "a.jpg", tmp_path / "two"))
+    assert f"the bundle's engines are not used (vessel-rt devices --bundle {bundle.folder} says why)" in capsys.readouterr().err
 
 
 def test_a_damaged_bundle_is_refused(standin: Bundle, frames: Path, tmp_path: Path) -> None:

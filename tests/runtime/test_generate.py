@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto
 from tokenizers import Tokenizer
 
 from tests.runtime.standin import build_standin
@@ -148,7 +149,19 @@ def test_states_that_are_not_finite_are_an_error_and_do_not_spread(standin: Bund
     good = prompt(standin, "Where?")
     with language_model(standin) as model:
         [before] = model.generate([good])
-        with pytest.raises(ImageError, match=r"not finite in float32; export the bundle with --precision fp32"):
+        with pytest.raises(ImageError, match=r"not finite in fp32; export the bundle with --precision fp32"):
             model.generate([np.full((60, standin.language_model.hidden_size), np.nan, np.float32)])
         [after] = model.generate([good])
     np.testing.assert_array_equal(after.seg_states, before.seg_states)
+
+
+def test_the_cache_has_the_graphs_type_and_embeddings_are_given_the_graphs(standin: Bundle, tmp_path: Path) -> None:
+    """As in a bf16 bundle: float32 at the graph's ends, bfloat16 in the cache, and float16 in the table of embeddings."""
+    bundle = build_standin(tmp_path / "bundle", cache=TensorProto.BFLOAT16)
+    start = prompt(standin, "Where are the vessels?")
+    with language_model(standin) as exact, language_model(bundle) as rounded:
+        [expected], [found] = exact.generate([start]), rounded.generate([start.astype(np.float16)])
+    assert found.token_ids == expected.token_ids
+    assert found.seg_states.dtype == np.float32
+    np.testing.assert_allclose(found.seg_states, expected.seg_states, rtol=0, atol=2**-8)  # bfloat16's rounding of values about 1
+    assert not np.array_equal(found.seg_states, expected.seg_states)

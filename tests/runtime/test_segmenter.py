@@ -10,7 +10,8 @@ from PIL import Image
 from tests.runtime.conftest import make_frame
 from tests.runtime.standin import build_standin
 from vessel_rt.bundle import Bundle
-from vessel_rt.errors import BundleError, ImageError, VesselError
+from vessel_rt.deployment import deploy
+from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.image import mask_pixels
 from vessel_rt.segmenter import Segmenter
 from vessel_rt.session import Device
@@ -30,7 +31,7 @@ def mask_by_torch(bundle: Bundle, image: Image.Image) -> np.ndarray:
 @pytest.mark.parametrize("size", [(96, 64), (512, 512), (1000, 333)], ids=str)
 def test_the_whole_pipeline(standin: Bundle, size: tuple[int, int]) -> None:
     image = make_frame(*size)
-    with Segmenter(standin, device=CPU, threads=1) as segmenter:
+    with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
         result = segmenter.segment(image, standin.prompt.default_question)
     assert result.answer == "Mask [SEG]."
     assert result.decode_steps == len(result.token_ids) == 7
@@ -44,7 +45,7 @@ def test_the_whole_pipeline(standin: Bundle, size: tuple[int, int]) -> None:
 
 def test_every_seg_gives_a_mask_in_order(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle", answer="[SEG],[SEG]", max_new_tokens=5)
-    with Segmenter(bundle, device=CPU, threads=1) as segmenter:
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
         result = segmenter.segment(make_frame(), "All of them?")
     assert result.answer == "[SEG],[SEG],[SEG]"
     assert len(result.masks) == 3
@@ -53,7 +54,7 @@ def test_every_seg_gives_a_mask_in_order(tmp_path: Path) -> None:
 
 def test_an_answer_without_seg_is_a_result_without_masks(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle", answer="None.")
-    with Segmenter(bundle, device=CPU, threads=1) as segmenter:
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
         result = segmenter.segment(make_frame(), "Where?")
     assert (result.answer, result.masks) == ("None.", ())
     assert "sam2_image_encoder" not in result.ms
@@ -61,28 +62,23 @@ def test_an_answer_without_seg_is_a_result_without_masks(tmp_path: Path) -> None
 
 def test_a_prompt_that_does_not_fit(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle", capacity=80, max_new_tokens=16)
-    with Segmenter(bundle, device=CPU, threads=1) as segmenter:
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
         assert segmenter.segment(make_frame(448, 448), "Where?").masks
         with pytest.raises(ImageError, match="its prompt has 68 tokens, of which this bundle takes 64"):
             segmenter.segment(make_frame(1344, 1344), "Where?")
 
 
 def test_questions_are_checked(standin: Bundle) -> None:
-    with Segmenter(standin, device=CPU, threads=1) as segmenter:
+    with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
         segmenter.check_question("Where?")
         with pytest.raises(VesselError, match="empty"):
             segmenter.check_question("")
 
 
-def test_a_bundle_whose_files_are_gone(standin: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"tokenizer\.json"):
-        Segmenter(Bundle(**{**vars(standin), "folder": tmp_path}), device=CPU)
-
-
 def test_the_trained_model(fp32_bundle: Path, tiny_frames: list[Path]) -> None:
     """The exporter's own graphs: an answer in the training's form, and a mask that is neither nothing nor everything."""
     bundle = Bundle.load(fp32_bundle)
-    with Segmenter(bundle, device=CPU, threads=1) as segmenter:
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
         for path in tiny_frames[:3]:
             with Image.open(path) as image:
                 result = segmenter.segment(image.convert("RGB"), bundle.prompt.default_question)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -9,30 +10,56 @@ import pytest
 
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
-from vessel_rt.session import PROVIDERS, Device, Session, onnxruntime, open_device
+from vessel_rt.session import PROVIDERS, Device, EngineCache, Session, _operators_on_the_cpu, device_fault, open_device
+from vessel_rt.shapes import Workload, stage_profile
 
 CPU = Device("cpu")
-HAS_CUDA = PROVIDERS["cuda"].name in onnxruntime().get_available_providers()
+GPU_KINDS = sorted(PROVIDERS.keys() - {"cpu"})
 
 
 @pytest.mark.parametrize(
-    ("text", "device"), [("auto", Device("auto")), ("cpu", CPU), ("cuda", Device("cuda")), ("cuda:3", Device("cuda", 3))]
+    ("text", "device"),
+    [("auto", Device("auto")), ("cpu", CPU), ("cuda", Device("cuda")), ("rtx:3", Device("rtx", 3)), ("tensorrt:1", Device("tensorrt", 1))],
 )
 def test_parse(text: str, device: Device) -> None:
     assert Device.parse(text) == device
 
 
-@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "cpu:1", "auto:0", "CPU"])
+@pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "rtx:-1", "cpu:1", "auto:0", "CPU"])
 def test_parse_refuses(text: str) -> None:
     with pytest.raises(ValueError, match="is not a device"):
         Device.parse(text)
 
 
-@pytest.mark.skipif(HAS_CUDA, reason="onnxruntime here has the CUDA provider")
-def test_a_device_asked_for_and_absent_is_an_error_but_auto_takes_the_cpu() -> None:
-    with pytest.raises(VesselError, match=r"--device cuda:0: .*vessel-rt\[gpu\]"):
-        open_device(Device("cuda"))
-    assert open_device(Device("auto")) == CPU
+def test_the_cpu_is_always_there() -> None:
+    assert open_device(CPU) == CPU
+
+
+@pytest.mark.parametrize("kind", GPU_KINDS)
+def test_a_gpu_that_is_not_there_is_an_error(kind: str) -> None:
+    with pytest.raises(VesselError, match=f"--device {kind}:99: there is no"):  # no driver, or no GPU of that number
+        open_device(Device(kind, 99))
+
+
+def test_what_is_not_installed_is_named_with_how_to_install_it() -> None:
+    if PROVIDERS["cuda"].installed:
+        pytest.skip("onnxruntime here has the CUDA provider")
+    assert "CUDAExecutionProvider is not installed: pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]'" in str(
+        device_fault(Device("cuda"))
+    )
+
+
+def test_tensorrt_is_told_its_profile_and_cache_and_no_precision(standin: Bundle, tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path, stage_profile(standin, standin.stages["sam2_mask_decoder"], Workload(max_batch=2)))
+    chosen = PROVIDERS["tensorrt"].choose(None, Device("tensorrt", 1), cache)
+    assert chosen is not None
+    (name, settings), (fallback, _) = chosen
+    assert (name, fallback) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert settings["device_id"] == "1"
+    assert settings["trt_engine_cache_path"] == settings["trt_timing_cache_path"] == str(tmp_path)
+    assert settings["trt_profile_min_shapes"] == "fpn_0:1x3x16x16,fpn_1:1x3x8x8,image_features:1x3x4x4,seg_states:1x64,image_index:1"
+    assert settings["trt_profile_max_shapes"].endswith("seg_states:8x64,image_index:8")
+    assert not [key for key in settings if key.startswith(("trt_fp16", "trt_bf16", "trt_int8"))]
 
 
 def test_without_onnxruntime_the_error_names_the_extras() -> None:
@@ -40,7 +67,7 @@ def test_without_onnxruntime_the_error_names_the_extras() -> None:
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from vessel_rt.session import Device, open_device\n"
         "from vessel_rt.errors import VesselError\n"
-        "try: open_device(Device('auto'))\n"
+        "try: open_device(Device('cpu'))\n"
         "except VesselError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -73,9 +100,8 @@ def test_outputs_outlive_the_session(standin: Bundle) -> None:
 def test_a_cache_is_written_in_place(standin: Bundle) -> None:
     sizes = standin.language_model
     shape = (1, sizes.kv_heads, sizes.capacity, sizes.head_dim)
-    arrays = {f"{part}.{layer}": np.zeros(shape, np.float32) for layer in range(sizes.layers) for part in ("past_key", "past_value")}
     with Session(standin.folder / "language_model.onnx", CPU, 1) as session:
-        cache = {name: session.to_device(array) for name, array in arrays.items()}
+        cache = {f"{part}.{i}": session.zeros(shape, "float32") for i in range(sizes.layers) for part in ("past_key", "past_value")}
         outputs = session.run(
             {
                 "inputs_embeds": np.ones((1, 3, sizes.hidden_size), np.float32),
@@ -88,9 +114,27 @@ def test_a_cache_is_written_in_place(standin: Bundle) -> None:
             into={name.replace("past", "present"): value for name, value in cache.items()},
         )
     assert outputs.keys() == {"hidden_states", "next_ids"}
-    for array in arrays.values():
-        assert np.any(array[:, :, :3])
-        assert not np.any(array[:, :, 3:])
+    for value in cache.values():
+        assert np.any(value.numpy()[:, :, :3])
+        assert not np.any(value.numpy()[:, :, 3:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_zeros_are_zero_in_types_that_numpy_lacks_too(standin: Bundle, dtype: str) -> None:
+    with Session(standin.folder / "sam2_image_encoder.onnx", CPU, 1) as session:
+        for _ in range(8):  # memory that was used before comes back
+            value = session.zeros((3, 1000), dtype)
+            content = (ctypes.c_char * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+            assert value.data_type() == {"float32": "tensor(float)"}.get(dtype, f"tensor({dtype})")
+            assert len(content) == 3000 * (4 if dtype == "float32" else 2)
+            assert not any(content.raw)
+            content[:] = b"\xff" * len(content)
+            del value
+
+
+def test_where_operators_run_is_known(standin: Bundle) -> None:
+    with Session(standin.folder / "language_model.onnx", CPU, 1) as session:
+        assert {"Attention", "MatMul", "TensorScatter", "Shape"} <= _operators_on_the_cpu(session._session)
 
 
 def test_a_graph_that_does_not_load_names_its_file(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""The peer of `benchmarks.export`: the language model merged by peft and traced by torch, as one would do without this project.
+
+    python -m benchmarks.export_peer MODEL LAYERS OUT
+
+Loads the first LAYERS layers of the synthetic model in bf16, applies its LoRA with peft, merges, converts to FP16, and exports the language
+model from embeddings to logits and KV cache with torch.onnx. Vision, SAM2, tokenizer and checks are not in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from transformers import AutoConfig, DynamicCache, Qwen2ForCausalLM
+
+from vessel_export.base_model import open_base
+from vessel_export.checkpoint import LORA_PREFIX, open_checkpoint
+
+
+class _Prefill(torch.nn.Module):
+    """inputs_embeds [batch, sequence, hidden] -> logits, and each layer's keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        cache = DynamicCache()
+        logits = self.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True).logits
+        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+def main() -> None:
+    folder, layers, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    [file] = folder.glob("iter_*.pth")
+    base, state = open_base(str(folder / "base")), open_checkpoint(file).tensors
+    config = AutoConfig.for_model("qwen2", **_sizes(base.language, layers))
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    weights = {name: base.tensor(f"language_model.{name}") for name, _ in model.named_parameters()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is a buffer, which no checkpoint holds
+    model.resize_token_embeddings(state[LORA_PREFIX + "lm_head.weight"].shape[0], mean_resizing=False)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=64, lora_alpha=128, target_modules=targets, modules_to_save=["embed_tokens", "lm_head"])
+    adapted = get_peft_model(model, lora)
+    prefix = LORA_PREFIX.removesuffix("base_model.model.")
+    ours = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(LORA_PREFIX) and _kept(name, layers)}
+    set_peft_model_state_dict(adapted, ours)
+    merged = adapted.merge_and_unload().half().eval()
+    out.mkdir(parents=True)
+    torch.onnx.export(
+        _Prefill(merged),
+        (torch.zeros(1, 64, config.hidden_size, dtype=torch.float16),),
+        out / "language_model.onnx",
+        dynamo=True,
+        external_data=True,
+        input_names=["inputs_embeds"],
+        dynamic_shapes=({1: torch.export.Dim("sequence", min=2, max=4096)},),
+    )
+
+
+def _kept(name: str, layers: int) -> bool:
+    parts = name.split(".layers.")
+    return len(parts) == 1 or int(parts[1].split(".")[0]) < layers
+
+
+def _sizes(language: Any, layers: int) -> dict[str, Any]:
+    return {
+        "hidden_size": language.hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "intermediate_size": language.intermediate_size,
+        "vocab_size": language.vocabulary,
+        "rope_theta": language.rope_theta,
+        "rms_norm_eps": language.norm_eps,
+        "max_position_embeddings": language.max_positions,
+        "tie_word_embeddings": False,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What benchmarks share: a command run under observation, the machine it ran on, and where results are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Usage", "machine", "publish", "run"]
+
+RESULTS = Path(__file__).parent / "results"
+
+_INTERVAL = 0.05  # seconds between two looks at a command's memory
+_LIBRARIES = ("torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """One command: wall time, the peak of the anonymous memory of all its processes together, bytes it gave to write(2), its end."""
+
+    seconds: float
+    peak_anonymous_bytes: int
+    bytes_written: int
+    exit_code: int
+    errors: str
+
+
+def run(command: Sequence[str | Path], *, limit_bytes: int | None = None) -> Usage:
+    """Run `command` to its end, or until its anonymous memory exceeds `limit_bytes`: then it is killed. Linux only."""
+    began = time.perf_counter()
+    peak = written = 0
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([str(part) for part in command], stdout=sys.stderr, stderr=errors)
+        while process.poll() is None:
+            family = _family(process.pid)
+            anonymous = sum(_field(pid, "status", "RssAnon:") * 1024 for pid in family)
+            peak, written = max(peak, anonymous), max(written, sum(_field(pid, "io", "wchar:") for pid in family))
+            if limit_bytes is not None and anonymous > limit_bytes:
+                process.kill()
+            time.sleep(_INTERVAL)
+        errors.seek(0)
+        text = errors.read().decode(errors="replace")
+    return Usage(time.perf_counter() - began, peak, written, process.returncode, text)
+
+
+def _family(pid: int) -> list[int]:
+    """`pid` and its descendants."""
+    members = [pid]
+    for member in members:
+        try:
+            for task in Path(f"/proc/{member}/task").iterdir():
+                members += map(int, (task / "children").read_text().split())
+        except OSError:  # ended meanwhile
+            continue
+    return members
+
+
+def _field(pid: int, file: str, name: str) -> int:
+    """A number of /proc/<pid>/<file>; 0 once the process has ended."""
+    try:
+        text = Path(f"/proc/{pid}/{file}").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name)), 0)
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the libraries of this environment."""
+    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def publish(name: str, result: dict[str, Any]) -> None:
+    """Keep `result` as results/<name>.json, and print it as the last line."""
+    document = {"benchmark": name, "machine": machine(), **result}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))

@@ -1,0 +1,101 @@
+"""A bundle on a device: which device, which file each stage is loaded from there, and the proof that no such file was changed.
+
+Nothing of a bundle is loaded but through `deploy`: what reaches ONNX Runtime has been hashed before, once, and nothing else has been read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.engine import EngineSet, Target, builder_version, writable_by_anyone
+from vessel_rt.errors import BundleError, EngineError
+from vessel_rt.gpu import list_gpus
+from vessel_rt.session import Device, EngineCache, Session, device_fault, open_device
+from vessel_rt.shapes import Workload, stage_profile
+
+__all__ = ["AUTO", "Deployment", "deploy", "deployment_fault"]
+
+_NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
+
+AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which at first spends minutes on building engines
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """A bundle whose files were found unchanged, on a device that works: `graphs` has the file of each stage."""
+
+    bundle: Bundle
+    device: Device
+    graphs: dict[str, Path]
+
+    def session(self, stage: str, threads: int = 0) -> Session:
+        """Load a stage. See Session for `threads` and errors; EngineError where `tensorrt` would keep engines in a folder open to all."""
+        return Session(self.graphs[stage], self.device, threads, cache=self._cache(stage) if self.device.kind == "tensorrt" else None)
+
+    def _cache(self, stage: str) -> EngineCache:
+        """In the user's own folder, since engines are code, and named by the bundle's content, since ONNX Runtime looks at no weights."""
+        folder = Path.home() / ".cache" / "vessel-rt" / sha256_of(self.bundle.folder / BUNDLE_FILE)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if writable_by_anyone(folder):
+            raise EngineError(f"{folder}: may be written by anyone; remove it, since what is in it would be run")
+        return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], Workload()))
+
+
+def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object] | None = None) -> Deployment:
+    """Choose the device, and check every file that will be read there; `progress` is told of each bytes read, and of all there are.
+
+    `auto` is the first of AUTO that runs this bundle. On `rtx` the graphs' own files are not read, the engines built from them are.
+
+    Raises:
+        VesselError: a device asked for by name cannot be used; nothing else is taken in its place.
+        BundleError: a file of the bundle is missing or was changed.
+        EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX.
+    """
+    device = _choose(wanted, bundle)
+    if _lacks_kernels(bundle, device):
+        raise BundleError(f"{bundle.folder}: {_NO_BF16}")
+    engines = _engines(bundle, device) if device.kind == "rtx" else None
+    records = bundle.used_files(graphs=engines is None)
+    total = sum(record.bytes for record in [*records.values(), *(engines.files.values() if engines else ())] if record)
+
+    def advance(read: int) -> None:
+        if progress:
+            progress(read, total)
+
+    bundle.verify_files(advance, graphs=engines is None)
+    if engines is None:
+        return Deployment(bundle, device, {name: bundle.folder / stage.file for name, stage in bundle.stages.items()})
+    engines.verify(advance)
+    return Deployment(bundle, device, {name: engines.folder / f"{name}.onnx" for name in bundle.stages})
+
+
+def deployment_fault(bundle: Bundle, device: Device) -> str | None:
+    """Why `bundle` cannot run on `device`, and what would mend it; None if it can. The contents of files are not read."""
+    fault = device_fault(device)
+    if fault is None and device.kind == "rtx":
+        try:
+            _engines(bundle, device)
+        except EngineError as e:
+            return str(e)
+    return fault or (_NO_BF16 if _lacks_kernels(bundle, device) else None)
+
+
+def _lacks_kernels(bundle: Bundle, device: Device) -> bool:
+    return bundle.precision == "bf16" and device.kind == "cpu"
+
+
+def _choose(wanted: Device, bundle: Bundle) -> Device:
+    if wanted.kind != "auto":
+        return open_device(wanted)
+    return next((device for device in map(Device, AUTO) if deployment_fault(bundle, device) is None), Device("cpu"))
+
+
+def _engines(bundle: Bundle, device: Device) -> EngineSet:
+    """The bundle's engines for the GPU `device`. Raises EngineError as EngineSet.open does."""
+    version = builder_version(device.kind)
+    if version is None:
+        raise EngineError(f"--device {device}: TensorRT-RTX does not tell its version; pip install --force-reinstall 'vessel-rt[rtx]'")
+    return EngineSet.open(bundle, Target(device.kind, list_gpus()[device.index].architecture, version))

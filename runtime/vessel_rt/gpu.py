@@ -1,0 +1,61 @@
+"""NVIDIA's GPUs, as CUDA's driver lists them: name, compute capability, memory. Knows nothing of ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import sys
+
+from vessel_rt.errors import VesselError
+
+__all__ = ["Gpu", "list_gpus"]
+
+_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU: its number in CUDA's order, its name, its compute capability as in `sm86`, all of its memory in bytes."""
+
+    index: int
+    name: str
+    architecture: str
+    memory: int
+
+
+def list_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that CUDA sees, at least one.
+
+    Raises:
+        VesselError: there is no driver, or no GPU, or the driver fails.
+    """
+    try:
+        cuda = ctypes.CDLL(_LIBRARY)
+    except OSError:
+        raise VesselError(f"there is no NVIDIA driver here ({_LIBRARY} is missing): install it, where there is a GPU") from None
+    code = cuda.cuInit(0)
+    count = ctypes.c_int()
+    if code == 0:
+        code = cuda.cuDeviceGetCount(ctypes.byref(count))
+    if code == _NO_DEVICE or (code == 0 and count.value == 0):
+        raise VesselError("NVIDIA's driver sees no GPU here")
+    if code:
+        raise VesselError(f"NVIDIA's driver fails (CUDA error {code}): nvidia-smi may say why")
+    return tuple(_gpu(cuda, index) for index in range(count.value))
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    device, major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    codes = (
+        cuda.cuDeviceGet(ctypes.byref(device), index),
+        cuda.cuDeviceGetName(name, len(name), device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device),
+    )
+    if any(codes):
+        raise VesselError(f"NVIDIA's driver does not describe GPU {index} (CUDA errors {codes}): nvidia-smi may say why")
+    return Gpu(index, name.value.decode("utf-8", "replace"), f"sm{major.value}{minor.value}", memory.value)

@@ -1,0 +1,37 @@
+"""Sidecars as `vessel-export build` writes them, beside files that no GPU will see: the checks before loading need no engine."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from vessel_rt.bundle import STAGES, Bundle, FileRecord
+from vessel_rt.engine import Engine, Target
+
+TARGET = Target("rtx", "sm86", "1.7.1")
+
+
+def write_engines(bundle: Bundle, target: Target = TARGET) -> Path:
+    """Write all stages' files to the bundle's folder for `target`, and return it."""
+    folder = target.folder(bundle)
+    folder.mkdir(parents=True)
+    for stage in STAGES:
+        contents = {f"{stage}.onnx": f"wraps {stage}", f"{stage}_0.engine": f"engine of {stage}"}
+        for name, content in contents.items():
+            (folder / name).write_text(content)
+            (folder / name).chmod(0o644)
+        engine = Engine(
+            stage=stage,
+            builder=target.builder,
+            architecture=target.architecture,
+            gpu="NVIDIA GeForce RTX 3090",
+            precision=bundle.precision,
+            files={name: FileRecord(len(content), hashlib.sha256(content.encode()).hexdigest()) for name, content in contents.items()},
+            sources={bundle.stages[stage].file: bundle.files[bundle.stages[stage].file].sha256},
+            profile={},
+            versions={target.builder: target.version, "onnxruntime": "1.31.1", "driver": None},
+        )
+        (folder / f"{stage}.json").write_text(engine.to_json())
+        (folder / f"{stage}.json").chmod(0o644)
+    folder.chmod(0o755)
+    return folder

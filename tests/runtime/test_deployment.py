@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runtime.engine_files import write_engines
+from vessel_rt.bundle import Bundle
+from vessel_rt.deployment import AUTO, Deployment, deploy, deployment_fault
+from vessel_rt.errors import BundleError, EngineError, VesselError
+from vessel_rt.gpu import list_gpus
+from vessel_rt.session import PROVIDERS, Device
+
+CPU = Device("cpu")
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(list_gpus())
+    except VesselError:
+        return False
+
+
+NO_GPU = pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+
+
+@pytest.fixture
+def copy(standin: Bundle, tmp_path: Path) -> Bundle:
+    """A bundle that may be damaged."""
+    return Bundle.load(Path(shutil.copytree(standin.folder, tmp_path / "bundle")))
+
+
+def test_a_stage_is_loaded_from_its_graph(standin: Bundle) -> None:
+    deployment = deploy(standin, CPU)
+    assert deployment.device == CPU
+    assert deployment.graphs == {name: standin.folder / stage.file for name, stage in standin.stages.items()}
+    with deployment.session("sam2_image_encoder", threads=1) as session:
+        assert session.run({"pixel_values": np.ones((1, 3, 64, 64), np.float32)})["fpn_0"].shape == (1, 3, 16, 16)
+
+
+def test_every_byte_is_read_once_and_told(standin: Bundle) -> None:
+    told: list[tuple[int, int]] = []
+    deploy(standin, CPU, lambda read, total: told.append((read, total)))
+    assert {total for _, total in told} == {sum(record.bytes for record in standin.files.values())}
+    assert sum(read for read, _ in told) == told[0][1]
+
+
+def test_a_changed_file_is_never_loaded(copy: Bundle) -> None:
+    graph = copy.folder / "language_model.onnx"
+    graph.write_bytes(graph.read_bytes() + b"\0")
+    with pytest.raises(BundleError, match=r"language_model\.onnx has"):
+        deploy(copy, CPU)
+
+
+def test_a_bundle_whose_files_are_gone(standin: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"tokenizer\.json is missing"):
+        deploy(dataclasses.replace(standin, folder=tmp_path), CPU)
+
+
+def test_what_engines_replace_is_not_read(copy: Bundle) -> None:
+    """Where engines run, the graphs may even be gone; the tokenizer and the embeddings are of every device."""
+    (copy.folder / "vision_encoder.onnx").unlink()
+    read: list[int] = []
+    copy.verify_files(read.append, graphs=False)
+    used = ("tokenizer.json", "weights/embed_tokens.safetensors")
+    assert sum(read) == sum(copy.files[name].bytes for name in used)
+    (copy.folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json has 2 bytes"):
+        copy.verify_files(graphs=False)
+
+
+@NO_GPU
+@pytest.mark.parametrize("kind", sorted(PROVIDERS.keys() - {"cpu"}))
+def test_a_gpu_asked_for_and_absent_is_an_error_whatever_engines_there_are(copy: Bundle, kind: str) -> None:
+    write_engines(copy)
+    with pytest.raises(VesselError, match=f"--device {kind}:0: "):
+        deploy(copy, Device(kind))
+    assert deployment_fault(copy, Device(kind))
+
+
+@NO_GPU
+def test_auto_takes_the_cpu_where_there_is_nothing_better(copy: Bundle) -> None:
+    write_engines(copy)
+    assert deploy(copy, Device("auto")).device == CPU
+
+
+def test_auto_ends_with_what_is_always_there() -> None:
+    assert AUTO[-1] == "cpu"
+    assert set(AUTO) <= PROVIDERS.keys()
+
+
+def test_tensorrts_engines_are_kept_for_this_user_and_this_bundle(
+    standin: Bundle, copy: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    changed = copy.folder / "bundle.json"
+    changed.write_text(changed.read_text().replace("iter_1.pth", "iter_2.pth"))
+    deployments = [Deployment(bundle, Device("tensorrt"), {}) for bundle in (standin, Bundle.load(copy.folder))]
+    caches = [deployment._cache("vision_encoder") for deployment in deployments]
+    assert caches[0].folder != caches[1].folder
+    assert caches[0].folder.is_relative_to(tmp_path / ".cache")
+    assert caches[0].profile.greatest["pixel_values"] == (13, 3, 448, 448)
+    assert caches[0].folder.stat().st_mode & 0o077 == 0
+    caches[0].folder.chmod(0o777)
+    with pytest.raises(EngineError, match="may be written by anyone"):
+        deployments[0]._cache("vision_encoder")
