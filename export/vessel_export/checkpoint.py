@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import math
 import pickle
 import re
 import zipfile
@@ -106,7 +107,7 @@ def faults_in(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             faults.append(f"{name} is empty")
-        elif not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.reshape(-1), 1 << 24)):
+        elif tensor.is_floating_point() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN passes through
             faults.append(f"{name} holds NaN or infinity")
     return faults
 

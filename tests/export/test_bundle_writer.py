@@ -28,6 +28,7 @@ from vessel_export.bundle_writer import ExportRequest, export_bundle
 from vessel_export.cli import main
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_rt.bundle import Bundle
+from vessel_rt.deployment import deploy
 from vessel_rt.errors import RecipeError
 from vessel_rt.recipe import LanguageModelRecipe
 from vessel_rt.segmenter import Segmenter
@@ -82,7 +83,7 @@ FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safete
 def beside(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> ExportRequest:
     """A request for another checkpoint of the same run, its bundle to lie beside the first one's copy, `iter_12192`."""
     shutil.copytree(small_fp32, tmp_path / "iter_12192")
-    state = {name: tensor * 1.5 for name, tensor in fine_tuned_state(Path(small.sam2)).items()}
+    state = {name: tensor * 1.5 for name, tensor in fine_tuned_state().items()}
     return dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "iter_10000.pth", state), out=tmp_path / "iter_10000")
 
 
@@ -96,7 +97,7 @@ def test_what_training_freezes_is_not_written_again(beside: ExportRequest) -> No
     assert export.bytes_written == sum(record.bytes for record in second.files.values()) - frozen
     second.verify_files()
     shutil.rmtree(first.folder)
-    with Segmenter(Bundle.load(beside.out), device=Device("cpu")) as segmenter:  # ONNX Runtime takes the links, and outlives the first
+    with Segmenter(deploy(Bundle.load(beside.out), Device("cpu"))) as segmenter:  # ONNX Runtime takes the links, and outlives the first
         segmenter.segment(Image.new("RGB", (64, 64)), "Please segment vessel in this image.")
 
 
@@ -233,7 +234,7 @@ def test_overwrite_never_takes_a_folder_that_is_no_bundle(small: ExportRequest, 
 
 def test_a_run_killed_between_its_renames_loses_nothing(small_fp32: Path, tmp_path: Path) -> None:
     shutil.copytree(small_fp32, tmp_path / ".bundle.old")
-    with pytest.raises(KeyboardInterrupt), bundle_writer._staging(tmp_path / "bundle"):
+    with pytest.raises(KeyboardInterrupt), bundle_writer.staging(tmp_path / "bundle"):
         raise KeyboardInterrupt
     Bundle.load(tmp_path / "bundle").verify_files()
 
@@ -276,7 +277,7 @@ def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: P
 
 
 def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
-    state = fine_tuned_state(Path(small.sam2))
+    state = fine_tuned_state()
     state["mllm.model.mlp1.1.bias"][0] = 1e5
     checkpoint = write_checkpoint(tmp_path / "wide.pth", state)
     request = dataclasses.replace(
@@ -287,7 +288,7 @@ def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
 
 
 def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "silent.pth", fine_tuned_state(Path(small.sam2)), alpha=None)
+    checkpoint = write_checkpoint(tmp_path / "silent.pth", fine_tuned_state(), alpha=None)
     request = dataclasses.replace(small, checkpoint=checkpoint, out=tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"--lora-alpha \(Sa2VA trains with 2 r = 8\)"):
         export_bundle(request)
@@ -295,7 +296,7 @@ def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) 
 
 
 def test_an_unknown_tensor_can_be_left_out_by_name(small: ExportRequest, tmp_path: Path) -> None:
-    state = fine_tuned_state(Path(small.sam2)) | {"ema.steps": torch.ones(1)}
+    state = fine_tuned_state() | {"ema.steps": torch.ones(1)}
     request = dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "more.pth", state), out=tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"ema.steps is unknown.*--skip NAME"):
         export_bundle(request)

@@ -10,13 +10,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.export.small_models import LANGUAGE, fine_tuned_state, lora_targets, write_checkpoint
+from tests.export.small_models import LANGUAGE, fine_tuned_state, write_checkpoint
 from vessel_export.base_model import open_base, open_sam2
 from vessel_export.bundle_writer import ExportRequest
 from vessel_export.checkpoint import LORA_PREFIX, open_checkpoint
 from vessel_export.errors import CheckpointError
 from vessel_export.merge import MergePlan, plan_merge
 from vessel_export.safetensors_writer import OutputTensor
+from vessel_export.synth import lora_targets
 
 ALPHA, RANK = 8, 4
 MERGED = "weights/language_model.safetensors"
@@ -107,7 +108,7 @@ def _poison(state: dict[str, torch.Tensor]) -> None:
     ids=["missing", "renamed", "nan", "shape", "empty", "unknown", "decoder"],
 )
 def test_every_fault_is_named(small: ExportRequest, tmp_path: Path, damage: Damage, messages: list[str]) -> None:
-    state = fine_tuned_state(Path(small.sam2))
+    state = fine_tuned_state()
     damage(state)
     with pytest.raises(CheckpointError) as raised:
         _plan(small, checkpoint=write_checkpoint(tmp_path / "damaged.pth", state))
@@ -123,7 +124,7 @@ def test_a_checkpoint_of_another_model(small: ExportRequest, tmp_path: Path) -> 
 
 
 def test_both_spellings_merge_alike(small: ExportRequest, tmp_path: Path) -> None:
-    state = fine_tuned_state(Path(small.sam2))
+    state = fine_tuned_state()
     spelled = {
         "module."
         + name.replace(".lora_A.", ".lora_A.default.")
