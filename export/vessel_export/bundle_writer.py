@@ -8,23 +8,27 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import vessel_rt
 from vessel_export.base_model import BaseModel, Sam2, open_base, open_sam2
+from vessel_export.beside import beside
 from vessel_export.checkpoint import Checkpoint, open_checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
-from vessel_export.graphs.assemble import TO_IR, Graph, save_graph
+from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
-from vessel_export.graphs.sam2_image_encoder import trace_sam2_image_encoder
-from vessel_export.graphs.sam2_mask_decoder import trace_sam2_mask_decoder
 from vessel_export.graphs.vision_encoder import build_vision_encoder
 from vessel_export.merge import NEW_TOKENS, MergePlan, plan_merge
+from vessel_export.neighbours import find_neighbours, link_engines, older_file
 from vessel_export.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
+from vessel_export.sam2_stages import write_sam2_stages
 from vessel_export.tokenizer import extend_tokenizer
 from vessel_rt.bundle import (
     BUNDLE_FILE,
@@ -39,11 +43,10 @@ from vessel_rt.bundle import (
     TileSpec,
     sha256_of,
 )
-from vessel_rt.engine import ENGINES, Engine
-from vessel_rt.errors import BundleError, EngineError, RecipeError
+from vessel_rt.errors import RecipeError
 from vessel_rt.recipe import Recipe
 
-__all__ = ["DTYPES", "Export", "ExportRequest", "export_bundle"]
+__all__ = ["Export", "ExportRequest", "export_bundle", "staging"]
 
 # Sa2VA's own constants, which the base model does not set: inference (modeling_sa2va_chat.py, templates.py), training (datasets/common.py).
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,11 +57,6 @@ _STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _QUESTION = "Please segment vessel in this image."
 _ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
 _TEXT_TOKENS = 256  # room in the cache for the question and the template around it
-
-# TensorRT has a kernel for the fused Attention (opset 23) in FP16; on the CPU, where FP32 runs, the spelled-out form is faster.
-_SAM2_OPSET = {"fp32": 20, "fp16": 23, "bf16": 23}
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
@@ -107,12 +105,13 @@ def export_bundle(request: ExportRequest) -> Export:
     plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=sizes.capacity, dtype=dtype)
     tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
     prompt = _prompt(tokenizer, base)
-    neighbours = _neighbours(out, request)
-    with _staging(out) as folder:
-        tokenizer.save(str(folder / prompt.tokenizer))
+    neighbours = find_neighbours(out, request.base, request.recipe.precision)
+    with ThreadPoolExecutor(1) as thread, staging(out) as folder:
+        sha256 = thread.submit(sha256_of, request.checkpoint)  # beside the rest
         stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours)
+        tokenizer.save(str(folder / prompt.tokenizer))
         files = _records(folder, written)
-        engines = _link_engines(folder, files, neighbours)
+        engines = link_engines(folder, files, neighbours)
         bundle = Bundle(
             folder=folder,
             precision=request.recipe.precision,
@@ -132,7 +131,7 @@ def export_bundle(request: ExportRequest) -> Export:
             ),
             embed_tokens=EmbeddingTable("weights/embed_tokens.safetensors", "embed_tokens.weight"),
             stages=stages,
-            provenance=_provenance(request, checkpoint, alpha),
+            provenance=_provenance(request, checkpoint, sha256.result(), alpha),
             files=files,
         )
         (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
@@ -168,73 +167,37 @@ def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
         )
 
 
-def _neighbours(out: Path, request: ExportRequest) -> list[Bundle]:
-    """The bundles in the folder of `out`, itself included: first those of the same base model and precision, of these the newest."""
-    found: list[tuple[bool, float, Bundle]] = []
-    for path in out.parent.glob(f"*/{BUNDLE_FILE}"):
-        if path.parent.name.startswith("."):
-            continue
-        with contextlib.suppress(BundleError):  # a damaged neighbour is of no use, and no concern of this export's
-            bundle = Bundle.load(path.parent)
-            alike = (bundle.provenance.base, bundle.precision) == (request.base, request.recipe.precision)
-            found.append((alike, path.stat().st_mtime, bundle))
-    return [bundle for _, _, bundle in sorted(found, key=lambda entry: entry[:2], reverse=True)]
-
-
 def _write_stages(
     folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, recipe: Recipe, neighbours: Sequence[Bundle]
 ) -> tuple[dict[str, StageSpec], dict[str, WrittenFile]]:
-    """Weights first, then the graphs that point into them; the stages by name, the weights' files by theirs."""
-    dtype, opset = DTYPES[recipe.precision], _SAM2_OPSET[recipe.precision]
-    (folder / "weights").mkdir()
+    """Weights first, then the graphs that point into them; the stages by name, the weights' files by theirs. SAM2's, which take long to
+    trace, are made meanwhile in another process."""
+    dtype = DTYPES[recipe.precision]
     graphs = [
         build_vision_encoder(base.vision, base.language.hidden_size, TO_IR[dtype]),
         build_language_model(base.language, plan.vocabulary, recipe.language_model.capacity, TO_IR[dtype]),
     ]
-    files = dict(plan.files)
-    sam2_model = sam2.build(plan.sam2_updates)
-    traced: list[tuple[Graph, list[OutputTensor]]] = [
-        trace_sam2_image_encoder(sam2_model, sam2.image_size, dtype, opset=opset),
-        trace_sam2_mask_decoder(sam2_model, _prompt_head(plan), base.language.hidden_size, dtype, opset=opset),
-    ]
-    for graph, weights in traced:
-        graphs.append(graph)
-        files[f"weights/{graph.name}.safetensors"] = weights
-    _check_weights(graphs, files, base)
-    older = {file: _older(neighbours, file, file_size(tensors)) for file, tensors in files.items()}
-    _check_space(folder, sum(file_size(tensors) for file, tensors in files.items() if older[file] is None))
-    written: dict[str, WrittenFile] = {}
-    total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
-        for file, tensors in files.items():
-            written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
-    locations = {name: location for file in written.values() for name, location in file.locations.items()}
-    return {graph.name: save_graph(graph, folder, locations) for graph in graphs}, written
+    _check_weights(graphs, plan.files, base)
+    older = {file: older_file(neighbours, file, file_size(tensors)) for file, tensors in plan.files.items()}
+    fresh = sum(file_size(tensors) for file, tensors in plan.files.items() if older[file] is None)
+    _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
+    (folder / "weights").mkdir()
+    trained = _as_arrays(plan.sam2_updates), _as_arrays(plan.prompt_head)
+    with beside(write_sam2_stages, folder, sam2.path, *trained, recipe.precision, neighbours) as sam2_stages:
+        written: dict[str, WrittenFile] = {}
+        total = sum(tensor.bytes for tensors in plan.files.values() for tensor in tensors)
+        with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
+            for file, tensors in plan.files.items():
+                written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
+        locations = {name: location for file in written.values() for name, location in file.locations.items()}
+        stages = {graph.name: save_graph(graph, folder, locations) for graph in graphs}
+        traced, traced_weights = sam2_stages()
+    return stages | traced, written | traced_weights
 
 
-def _older(neighbours: Sequence[Bundle], file: str, size: int) -> Path | None:
-    """The first neighbour's file of that name and size: what the new one may turn out equal to."""
-    for bundle in neighbours:
-        if file in bundle.files and bundle.files[file].bytes == size and (bundle.folder / file).is_file():
-            return bundle.folder / file
-    return None
-
-
-def _link_engines(folder: Path, files: Mapping[str, FileRecord], neighbours: Sequence[Bundle]) -> tuple[str, ...]:
-    """Hard-link the neighbours' engines that were built from files equal to these; their names."""
-    linked: list[str] = []
-    for sidecar in (path for bundle in neighbours for path in sorted(bundle.folder.glob(f"{ENGINES}/*/*.json"))):
-        target = folder / ENGINES / sidecar.parent.name
-        name = f"{sidecar.parent.name}/{sidecar.stem}"
-        with contextlib.suppress(EngineError, OSError):  # a damaged engine, or a disk without hard links: it is built again
-            engine = Engine.load(sidecar)
-            if name in linked or any(source not in files or files[source].sha256 != sha for source, sha in engine.sources.items()):
-                continue
-            target.mkdir(parents=True, exist_ok=True)
-            for file in (*engine.files, sidecar.name):
-                os.link(sidecar.parent / file, target / file)
-            linked.append(name)
-    return tuple(linked)
+def _as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[np.float32]]:
+    """For another process: NumPy has no bf16, and FP32 holds it exactly."""
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def _check_weights(graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
@@ -250,13 +213,6 @@ def _check_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise CheckpointError(f"{folder.parent}: {free / 1e9:.1f} GB free, the bundle takes {need / 1e9:.1f}; choose another --out")
-
-
-def _prompt_head(plan: MergePlan) -> torch.nn.Sequential:
-    hidden, narrow = plan.prompt_head["0.weight"].shape[0], plan.prompt_head["2.weight"].shape[0]
-    head = torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, narrow))
-    head.load_state_dict({name: tensor.float() for name, tensor in plan.prompt_head.items()}, strict=True)
-    return head.eval()
 
 
 def _prompt(tokenizer: Tokenizer, base: BaseModel) -> PromptSpec:
@@ -282,11 +238,11 @@ def _token_id(tokenizer: Tokenizer, token: str, base: BaseModel) -> int:
     return int(found)
 
 
-def _provenance(request: ExportRequest, checkpoint: Checkpoint, alpha: float) -> Provenance:
+def _provenance(request: ExportRequest, checkpoint: Checkpoint, sha256: str, alpha: float) -> Provenance:
     versions = {"vessel-rt": vessel_rt.__version__} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return Provenance(
         checkpoint=request.checkpoint.name,
-        checkpoint_sha256=sha256_of(request.checkpoint),
+        checkpoint_sha256=sha256,
         iteration=checkpoint.iteration,
         lora_rank=checkpoint.lora_rank,
         lora_alpha=alpha,
@@ -309,7 +265,7 @@ def _records(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, File
 
 
 @contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
+def staging(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when the block succeeds, and vanishes when it does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")

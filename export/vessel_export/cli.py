@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vessel_rt
+from vessel_export.engines import add_arguments as add_build_arguments
+from vessel_export.ranges import add_arguments as add_ranges_arguments
 from vessel_export.verify import add_arguments as add_verify_arguments
 from vessel_rt.errors import VesselError
+from vessel_rt.recipe import PRECISIONS
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
   vessel-export export --ckpt work_dirs/iter_12192.pth
   vessel-export export --ckpt tiny.pth --base examples/tiny/base --sam2 examples/tiny/sam2_tiny.pt --recipe engines/cpu.toml
+  vessel-export build --bundle engines/iter_12192-fp16 --describe sm86
   vessel-export verify --bundle engines/iter_12192-fp16 --ckpt work_dirs/iter_12192.pth --images frames/
 """
 
@@ -56,27 +60,40 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0: a .pt or a Hugging Face id (default: facebook/sam2-hiera-large)")
     export.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<precision>)")
     export.add_argument("--recipe", type=Path, metavar="TOML", help="what to make (default: engines/rtx3090.toml)")
-    export.add_argument("--precision", choices=("fp32", "fp16"), help="instead of the recipe's: fp16 for GPUs, fp32 for CPUs")
+    export.add_argument("--precision", choices=PRECISIONS, help="instead of the recipe's: fp16 or bf16 for GPUs, fp32 for CPUs")
     export.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
     export.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a tensor that nothing uses; may be repeated")
     export.add_argument("--overwrite", action="store_true", help="replace the bundle at --out, once the new one is complete")
     export.set_defaults(run=_export)
 
+    build = commands.add_parser("build", help="compile a bundle's graphs to engines for one kind of GPU, here or elsewhere")
+    add_build_arguments(build)
+
+    ranges = commands.add_parser("ranges", help="measure what of a bundle FP16 can hold, and set its scales by that")
+    add_ranges_arguments(ranges)
+
     verify = commands.add_parser("verify", help="compare a bundle with the PyTorch reference, stage by stage and end to end")
     add_verify_arguments(verify)
+
+    synth = commands.add_parser("synth", help="write a random model of the real one's size: base, SAM2 and checkpoint")
+    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make (20 GB at full size)")
+    synth.add_argument("--layers", type=int, default=28, metavar="N", help="less depth, at every width of the real one (default: 28, all)")
+    synth.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes (default: 0)")
+    synth.add_argument("--no-outliers", dest="outliers", action="store_false", help="without activations beyond FP16's range")
+    synth.set_defaults(run=_synth)
     return parser
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from vessel_export.base_model import DEFAULT_BASE, DEFAULT_SAM2
     from vessel_export.bundle_writer import ExportRequest, export_bundle
-    from vessel_export.recipe import load_recipe
+    from vessel_rt.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe or Path("engines/rtx3090.toml"))
     if arguments.precision:
         recipe = dataclasses.replace(recipe, precision=arguments.precision)
     out = arguments.out or Path("engines") / f"{arguments.ckpt.stem}-{recipe.precision}"
-    bundle = export_bundle(
+    export = export_bundle(
         ExportRequest(
             checkpoint=arguments.ckpt,
             base=arguments.base or DEFAULT_BASE,
@@ -88,6 +105,22 @@ def _export(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
         )
     )
-    size = sum(record.bytes for record in bundle.files.values())
-    print(f"{out}: {bundle.precision} bundle of {arguments.ckpt.name}, {len(bundle.files)} files, {size / 1e6:.1f} MB")
+    files = export.bundle.files
+    size = sum(record.bytes for record in files.values())
+    for name in export.reused_files:
+        print(f"reused: {name}, {files[name].bytes / 1e6:.1f} MB")
+    for name in export.reused_engines:
+        print(f"reused: engine {name}")
+    print(
+        f"{out}: {recipe.precision} bundle of {arguments.ckpt.name}, {len(files)} files, {size / 1e6:.1f} MB"
+        f" ({export.bytes_written / 1e6:.1f} MB written)"
+    )
+    return 0
+
+
+def _synth(arguments: argparse.Namespace) -> int:
+    from vessel_export.synth import full_size, write_synth
+
+    size = write_synth(arguments.out, full_size(arguments.layers, seed=arguments.seed, outliers=arguments.outliers))
+    print(f"{arguments.out}: random model of {arguments.layers} layers, {size / 1e9:.2f} GB")
     return 0

@@ -9,6 +9,7 @@ for the whole checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,7 @@ NEW_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")  # what Sa2VA's fine-tuni
 _PROJECTOR = "mllm.model.mlp1."
 _PROMPT_HEAD = "text_hidden_fcs."
 _SAM2 = "grounding_encoder.sam2_model."
+_HOST = {torch.bfloat16: torch.float32}  # what the runtime reads into NumPy, which has no BF16; exact, and never read whole
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -52,8 +54,9 @@ def plan_merge(checkpoint: Checkpoint, base: BaseModel, sam2: Sam2, *, alpha: fl
             "weights/vision_model.safetensors": _vision_model(base, dtype),
             "weights/projector.safetensors": _projector(ledger, base, dtype),
             "weights/language_model.safetensors": _language_model(ledger, base, vocabulary, alpha, dtype)
-            + _rotary_tables(base, capacity, dtype),
-            "weights/embed_tokens.safetensors": _embedding(ledger, base, vocabulary, dtype),
+            + _rotary_tables(base, capacity)
+            + _common_keys(base, capacity),
+            "weights/embed_tokens.safetensors": _embedding(ledger, base, vocabulary, _HOST.get(dtype, dtype)),
         },
         vocabulary=vocabulary,
         sam2_updates=_sam2_updates(ledger, sam2),
@@ -153,8 +156,8 @@ def _language_model(ledger: _Ledger, base: BaseModel, vocabulary: int, alpha: fl
         for module in [f"self_attn.{name}" for name in _ATTENTION] + [f"mlp.{name}" for name in _MLP]:
             tensors.append(_merged(ledger, base, f"model.layers.{i}.{module}", f"layers.{i}.{module}.weight", alpha, dtype))
         root = f"language_model.model.layers.{i}."
-        for name in _ATTENTION[:3]:
-            tensors.append(_stored(f"layers.{i}.self_attn.{name}.bias", base, f"{root}self_attn.{name}.bias", dtype))
+        for name, kind in (("q_proj", torch.float32), ("k_proj", torch.float32), ("v_proj", dtype)):  # rotation is FP32
+            tensors.append(_stored(f"layers.{i}.self_attn.{name}.bias", base, f"{root}self_attn.{name}.bias", kind))
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors.append(_stored(f"layers.{i}.{name}.weight", base, f"{root}{name}.weight", torch.float32))
     tensors.append(_stored("norm.weight", base, "language_model.model.norm.weight", torch.float32))
@@ -163,11 +166,32 @@ def _language_model(ledger: _Ledger, base: BaseModel, vocabulary: int, alpha: fl
     return tensors
 
 
-def _rotary_tables(base: BaseModel, capacity: int, dtype: torch.dtype) -> list[OutputTensor]:
-    """cos and sin [capacity, head_dim / 2], computed in FP32 as transformers does: the angle's FP32 rounding is part of the model."""
+def _rotary_tables(base: BaseModel, capacity: int) -> list[OutputTensor]:
+    angles = _angles(base, capacity)
+    return [_given("rotary_cos", angles.cos(), torch.float32), _given("rotary_sin", angles.sin(), torch.float32)]
+
+
+def _angles(base: BaseModel, capacity: int) -> torch.Tensor:
+    """[capacity, head_dim / 2], computed in FP32 as transformers does: the angle's FP32 rounding is part of the model."""
     exponents = torch.arange(0, base.language.head_dim, 2, dtype=torch.int64).float() / base.language.head_dim
-    angles = torch.outer(torch.arange(capacity).float(), 1.0 / (base.language.rope_theta**exponents))
-    return [_given("rotary_cos", angles.cos(), dtype), _given("rotary_sin", angles.sin(), dtype)]
+    return torch.outer(torch.arange(capacity).float(), 1.0 / (base.language.rope_theta**exponents))
+
+
+def _common_keys(base: BaseModel, capacity: int) -> list[OutputTensor]:
+    """For each layer, what k_proj's bias adds to a key on average over all positions: [kv_heads * head_dim]."""
+    turn = _angles(base, capacity)
+    cos, sin = turn.cos().mean(0), turn.sin().mean(0)
+
+    def common(key: str) -> Iterator[torch.Tensor]:
+        first, second = base.tensor(key).float().reshape(base.language.kv_heads, 2, -1).unbind(1)
+        yield torch.stack([first * cos - second * sin, second * cos + first * sin], dim=1).reshape(-1)
+
+    tensors = []
+    for i in range(base.language.layers):
+        key = f"language_model.model.layers.{i}.self_attn.k_proj.bias"
+        name = f"layers.{i}.self_attn.k_proj.common"
+        tensors.append(OutputTensor(name, base.shape(key), torch.float32, functools.partial(common, key)))
+    return tensors
 
 
 def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: float, dtype: torch.dtype) -> OutputTensor:

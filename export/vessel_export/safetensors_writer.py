@@ -9,13 +9,16 @@ A file that turns out equal to an older one, byte for byte, is not written but h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,11 +30,13 @@ import torch
 
 from vessel_export.errors import CheckpointError
 
-__all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
+__all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "link_or_copy", "write_safetensors"]
 
 PIECE = 1 << 21  # values computed at a time: small enough for malloc to use the same memory again and again
 
 _PAGE = 4096
+_IN_FLIGHT = 4  # pieces between being computed and being written
+_STRIP = 64  # columns of a transposed view read at a time: 128 bytes of each of its rows, whole lines of the processor's cache
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
 
 
@@ -75,7 +80,8 @@ def in_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if tensor.ndim == 0 or tensor.numel() <= PIECE:
         yield tensor
     else:
-        yield from torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel()))
+        least = _STRIP if _is_transposed(tensor) else 1
+        yield from torch.split(tensor, max(least, PIECE * len(tensor) // tensor.numel()))
 
 
 def file_size(tensors: Iterable[OutputTensor]) -> int:
@@ -101,20 +107,32 @@ def write_safetensors(
     ordered = _ordered(tensors)
     header = _header(ordered)
     locations, position = {}, len(header)
-    with _Sink(folder / file, older) as sink:
-        sink.put(memoryview(header))
+    with _one_torch_thread(), _Sink(folder / file, older) as sink:
+        sink.put(lambda: memoryview(header))
         for tensor in ordered:
             locations[tensor.name] = TensorLocation(file, position, tensor.bytes, tensor.shape, tensor.dtype)
             made = 0
             for piece in tensor.pieces():
-                data = _as_bytes(piece, tensor)
-                sink.put(data)
-                progress(len(data))
-                made += len(data)
+                sink.put(functools.partial(_as_bytes, piece, tensor))
+                size = piece.numel() * tensor.dtype.itemsize
+                progress(size)
+                made += size
             if made != tensor.bytes:
                 raise ValueError(f"{tensor.name}: made {made} bytes, planned {tensor.bytes}")
             position += made
     return WrittenFile(locations, position, sink.sha256, sink.bytes_written)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Hard-link `target` to `source`, or copy it where the disk will not; whether it is a link."""
+    try:
+        os.link(source, target)
+    except OSError as e:  # another disk, or one without hard links
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copyfile(source, target)
+        return False
+    return True
 
 
 def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
@@ -146,9 +164,22 @@ def _is_transposed(piece: torch.Tensor) -> bool:
     return piece.ndim == 2 and piece.stride(0) == 1
 
 
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Pieces are small: cores are better used by computing, rounding and hashing different ones at once than by sharing each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Sink:
-    """A file in the making: compared with `older` as long as they agree, written once they do not. One piece is hashed and written
-    while the next is computed."""
+    """A file in the making: compared with `older` as long as they agree, written once they do not.
+
+    Pieces are computed by the caller, rounded by a second thread, hashed and written by a third, in order.
+    """
 
     def __init__(self, path: Path, older: Path | None) -> None:
         self._path, self._older = path, older
@@ -156,22 +187,24 @@ class _Sink:
         self._target: BinaryIO | None = None
         self._digest = hashlib.sha256()
         self._position = 0
-        self._worker = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._rounder, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
         self.bytes_written = 0
 
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def put(self, data: memoryview) -> None:
-        """Take the next bytes, and raise what went wrong with those before."""
-        self._settle()
-        self._pending = self._worker.submit(self._take, data)
+    def put(self, piece: Callable[[], memoryview]) -> None:
+        """Take the next bytes, once `piece` has made them, and raise what went wrong with earlier ones."""
+        rounded = self._rounder.submit(piece)
+        self._pending.append(self._writer.submit(lambda: self._take(rounded.result())))
+        self._settle(_IN_FLIGHT)
 
-    def _settle(self) -> None:
-        if self._pending:
-            self._pending.result()
+    def _settle(self, unfinished: int) -> None:
+        """Wait until at most so many pieces are unfinished."""
+        while len(self._pending) > unfinished:
+            self._pending.popleft().result()
 
     def _take(self, data: memoryview) -> None:
         self._digest.update(data)
@@ -200,10 +233,11 @@ class _Sink:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
             if kind is None:
-                self._settle()
+                self._settle(0)
                 self._finish()
         finally:
-            self._worker.shutdown()
+            self._rounder.shutdown(cancel_futures=True)
+            self._writer.shutdown(cancel_futures=True)
             for file in (self._source, self._target):
                 if file:
                     file.close()
@@ -214,10 +248,5 @@ class _Sink:
         if self._source.read(1):  # the older file goes on
             self._part_from_older()
             return
-        try:
-            os.link(self._older, self._path)
-        except OSError as e:  # another disk, or one without hard links
-            if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-                raise
-            shutil.copyfile(self._older, self._path)
+        if not link_or_copy(self._older, self._path):
             self.bytes_written = self._position

@@ -18,17 +18,31 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from vessel_rt.bundle import Bundle, sha256_of
+from vessel_export.emulate import emulate
+from vessel_rt.bundle import Bundle, LanguageModelSpec, sha256_of
+from vessel_rt.deployment import Deployment, deploy
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.image import SUFFIXES, mask_pixels, read_image, tile_pixels
 from vessel_rt.prompt import PromptTokenizer
 from vessel_rt.segmenter import Segmenter
-from vessel_rt.session import Device, Session, open_device
+from vessel_rt.session import Device, Session
 
 if TYPE_CHECKING:
     from vessel_export.reference import Reference, ReferenceResult
 
-__all__ = ["TOLERANCES", "Check", "Report", "Sample", "Tolerances", "add_arguments", "drawn_samples", "read_samples", "run", "verify"]
+__all__ = [
+    "TOLERANCES",
+    "Check",
+    "Report",
+    "Sample",
+    "Tolerances",
+    "add_arguments",
+    "drawn_samples",
+    "one_pass",
+    "read_samples",
+    "run",
+    "verify",
+]
 
 Array = npt.NDArray[Any]
 
@@ -47,6 +61,7 @@ class Tolerances:
 TOLERANCES = {
     "fp32": Tolerances(relative_error=1e-4, mask_iou=0.9999),
     "fp16": Tolerances(relative_error=3e-2, mask_iou=0.995),
+    "bf16": Tolerances(relative_error=2e-1, mask_iou=0.95),
 }
 
 
@@ -145,19 +160,19 @@ class _Expected:
 
 
 def verify(
-    bundle: Bundle, reference: Reference, samples: Sequence[Sample], questions: Sequence[str], *, device: Device = _CPU, threads: int = 0
+    deployment: Deployment, reference: Reference, samples: Sequence[Sample], questions: Sequence[str], *, threads: int = 0
 ) -> Report:
-    """Compare `bundle` with `reference` (FP32) on every sample and question, with `bundle`'s graphs on `device`.
+    """Compare a bundle, where it is deployed, with `reference` (FP32) on every sample and question.
 
     Raises:
         VesselError: the bundle cannot be loaded or run there.
     """
+    bundle = deployment.bundle
     tolerances = TOLERANCES[bundle.precision]
     measurements: list[_Measurement] = []
     expected: list[_Expected] = []
     with ExitStack() as stack:
-        place = open_device(device)
-        sessions = {name: stack.enter_context(Session(bundle.folder / stage.file, place, threads)) for name, stage in bundle.stages.items()}
+        sessions = {name: stack.enter_context(deployment.session(name, threads)) for name in bundle.stages}
         tokenizer = PromptTokenizer(bundle)
         for sample in samples:
             for question in questions:
@@ -167,7 +182,7 @@ def verify(
                 measurements += _compare_inputs(bundle, tokenizer, run, result)
                 measurements += _compare_stages(bundle, sessions, tolerances, reference, run, result)
                 expected.append(run)
-    with Segmenter(bundle, device=device, threads=threads) as segmenter:
+    with Segmenter(deployment, threads) as segmenter:
         for run in expected:
             measurements += _compare_end_to_end(segmenter, tolerances, run)
     return Report(bundle.precision, len(expected), sum(len(run.masks) for run in expected), tuple(_worst(measurements)))
@@ -194,7 +209,10 @@ def _compare_stages(
     prediction = {name: _array(getattr(result.prediction, name)) for name in ("low_res_logits", "iou", "object_score")}
     stages: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {
         "vision_encoder": ({"pixel_values": _array(result.pixel_values)}, {"image_embeds": _array(result.image_embeds)}),
-        "language_model": (_language_model_feeds(bundle, reference, result), {"hidden_states": _array(result.hidden_states)[None]}),
+        "language_model": (
+            one_pass(bundle.language_model, _embeds(reference, result), kept=len(result.answer_ids)),
+            {"hidden_states": _array(result.hidden_states)[None]},
+        ),
         "sam2_image_encoder": ({"pixel_values": _array(result.sam2_pixel_values)}, features),
     }
     if len(run.masks):
@@ -210,23 +228,26 @@ def _compare_stages(
             yield _equal(stage, "next ids identical", np.array_equal(got["next_ids"][0], _array(result.answer_ids)), run.name)
 
 
-def _language_model_feeds(bundle: Bundle, reference: Reference, result: ReferenceResult) -> dict[str, Array]:
-    """Prompt and answer in one pass over an empty cache, kept at the positions that gave the answer's tokens."""
+def _embeds(reference: Reference, result: ReferenceResult) -> Array:
+    """Prompt and answer, up to the last token but one: the last is not consumed."""
     import torch
 
-    sizes = bundle.language_model
     with torch.inference_mode():
         prompt = reference.embed(result.prompt_ids, result.image_embeds)
         consumed = reference.embed(result.answer_ids[:-1], result.image_embeds[:0])
-        embeds = _array(torch.cat([prompt, consumed], dim=1))
-    length, answer = embeds.shape[1], len(result.answer_ids)
+        return _array(torch.cat([prompt, consumed], dim=1))
+
+
+def one_pass(sizes: LanguageModelSpec, embeds: Array, kept: int) -> dict[str, Array]:
+    """What language_model is fed to take `embeds` [1, tokens, hidden_size] at once, over an empty FP32 cache, and keep the last `kept`."""
+    length = embeds.shape[1]
     cache = np.zeros((1, sizes.kv_heads, sizes.capacity, sizes.head_dim), np.float32)
     return {
         "inputs_embeds": embeds,
         "position_ids": np.arange(length)[None],
         "write_indices": np.zeros(1, np.int64),
         "kv_positions": np.arange(length),
-        "gather_positions": np.arange(length - answer, length)[None],
+        "gather_positions": np.arange(length - kept, length)[None],
         **{f"past_{part}.{layer}": cache for layer in range(sizes.layers) for part in ("key", "value")},
     }
 
@@ -330,6 +351,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question; may be repeated (default: the bundle's)")
     parser.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, instead of the bundle's")
     parser.add_argument("--device", type=Device.parse, default=_CPU, metavar="DEVICE", help="where the bundle runs (default: cpu)")
+    parser.add_argument("--emulate", action="store_true", help="round as a GPU does, on the CPU (always so for bf16 on the CPU)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads for one operator (default: all cores)")
     parser.set_defaults(run=run)
 
@@ -344,7 +366,8 @@ def run(arguments: argparse.Namespace) -> int:
     from vessel_export.reference import Reference
 
     bundle = Bundle.load(arguments.bundle)
-    bundle.verify_files()
+    emulated = arguments.emulate or (bundle.precision == "bf16" and arguments.device.kind == "cpu")
+    deployment = emulate(bundle) if emulated else deploy(bundle, arguments.device)
     if sha256_of(arguments.ckpt) != bundle.provenance.checkpoint_sha256:
         made_from = f"{bundle.provenance.checkpoint} of SHA-256 {bundle.provenance.checkpoint_sha256[:12]}..."
         raise BundleError(f"{bundle.folder}: not made from {arguments.ckpt}; give --ckpt the {made_from}")
@@ -358,8 +381,10 @@ def run(arguments: argparse.Namespace) -> int:
         skip=bundle.provenance.skipped,
     )
     questions = arguments.prompt or [bundle.prompt.default_question]
-    report = verify(bundle, reference, samples, questions, device=arguments.device, threads=arguments.threads)
+    report = verify(deployment, reference, samples, questions, threads=arguments.threads)
     print(report.table())
+    if emulated:
+        print(f"emulated: every operator computed in FP32 on the CPU, its result rounded to {bundle.precision}")
     if not report.passed:
         print(f"vessel-export: {bundle.folder}: beyond tolerance", file=sys.stderr)
     return 0 if report.passed else 1

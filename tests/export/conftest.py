@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.export.small_models import fine_tuned_state, write_base, write_checkpoint, write_sam2
+from tests.export.small_models import MODEL, fine_tuned_state, write_base, write_checkpoint, write_sam2
 from vessel_export.bundle_writer import ExportRequest
+from vessel_export.synth import SynthModel
 from vessel_rt.recipe import load_recipe
+
+
+def _request(folder: Path, model: SynthModel) -> ExportRequest:
+    base, sam2 = write_base(folder / "base", model), write_sam2(folder / "sam2_small.pt", model)
+    checkpoint = write_checkpoint(folder / "iter_12192.pth", fine_tuned_state(model))
+    return ExportRequest(checkpoint, str(base), str(sam2), folder / "bundle", load_recipe(ROOT / "engines" / "cpu.toml"))
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
     """A random small model's inputs; `out` does not exist yet."""
-    folder = tmp_path_factory.mktemp("small")
-    base, sam2 = write_base(folder / "base"), write_sam2(folder / "sam2_small.pt")
-    checkpoint = write_checkpoint(folder / "iter_12192.pth", fine_tuned_state(sam2))
-    return ExportRequest(checkpoint, str(base), str(sam2), folder / "bundle", load_recipe(ROOT / "engines" / "cpu.toml"))
+    return _request(tmp_path_factory.mktemp("small"), MODEL)
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
+    """The same with activations beyond FP16's range: see `vessel_export.synth`."""
+    return _request(tmp_path_factory.mktemp("planted"), dataclasses.replace(MODEL, outliers=True))
+
+
+@pytest.fixture(scope="session")
+def planted_fp16(planted: ExportRequest) -> Path:
+    return _export(planted, "fp16")
+
+
+@pytest.fixture(scope="session")
+def planted_bf16(planted: ExportRequest) -> Path:
+    return _export(planted, "bf16")
 
 
 def _export(small: ExportRequest, precision: str) -> Path:
@@ -45,3 +67,19 @@ def small_bundle(request: pytest.FixtureRequest) -> Path:
     """The random small model's bundle, in each precision."""
     bundle: Path = request.getfixturevalue(request.param)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def full_width(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportRequest]:
+    """The real model's widths, 2 layers deep, with planted outliers, and at `out` its FP16 bundle; gone at the end: it is gigabytes."""
+    from vessel_export.bundle_writer import export_bundle
+    from vessel_export.synth import full_size, write_synth
+
+    folder = tmp_path_factory.mktemp("full-width")
+    write_synth(folder / "model", full_size(2))
+    [checkpoint], [sam2] = (folder / "model").glob("iter_*.pth"), (folder / "model").glob("sam2_*.pt")
+    recipe = load_recipe(ROOT / "engines" / "rtx3090.toml")
+    request = ExportRequest(checkpoint, str(folder / "model" / "base"), str(sam2), folder / "bundle", recipe)
+    export_bundle(request)
+    yield request
+    shutil.rmtree(folder)

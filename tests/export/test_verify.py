@@ -17,7 +17,9 @@ from tests.conftest import Tiny
 from vessel_export.reference import Reference
 from vessel_export.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, verify
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.deployment import deploy
 from vessel_rt.errors import BundleError, ImageError, VesselError
+from vessel_rt.session import Device
 
 QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
 
@@ -37,7 +39,7 @@ def command(*arguments: object) -> int:
 def test_parity_on_every_frame(tiny: Tiny, reference: Reference, precision: str, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.load(request.getfixturevalue(f"{precision}_bundle"))
     samples = read_samples([tiny.frames])
-    report = verify(bundle, reference, samples, QUESTIONS, threads=1)
+    report = verify(deploy(bundle, Device("cpu")), reference, samples, QUESTIONS, threads=1)
     assert report.passed, "\n" + report.table()
     assert report.runs == 2 * len(samples)
     assert report.masks == 3 * len(samples)

@@ -157,7 +157,7 @@ def test_plan_prints_and_refuses_what_does_not_fit(fp16_bundle: Path, tmp_path: 
     assert "lower engines.max_batch (--batch) to 1" in err
     recipe = tmp_path / "small.toml"
     text = (ROOT / "engines" / "rtx3090.toml").read_text()
-    recipe.write_text(re.sub(r"memory_gib = [\\d.]+", "memory_gib = 0.5", text))
+    recipe.write_text(re.sub(r"memory_gib = [\d.]+", "memory_gib = 0.5", text))
     assert main([*plan, "--recipe", str(recipe)]) == 1
     assert "no batch or capacity is small enough" in capsys.readouterr().err
     recipe.write_text(re.sub(r"capacity = \d+", "capacity = 5120", text))

@@ -14,10 +14,13 @@ from onnxscript import GraphBuilder, nn
 from vessel_export.safetensors_writer import TensorLocation
 from vessel_rt.bundle import StageSpec, TensorSpec
 
-__all__ = ["OPSET", "TO_IR", "Graph", "assemble", "save_graph"]
+__all__ = ["DTYPES", "OPSET", "TO_IR", "Graph", "assemble", "save_graph"]
 
 OPSET = 24  # the first with TensorScatter
 _IR_VERSION = 11
+_CACHE = ("past_", "present_")
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of a bundle's precision
 
 TO_IR = {
     torch.float32: ir.DataType.FLOAT,
@@ -66,10 +69,31 @@ def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocatio
         value.const_value = ir.ExternalTensor(
             place.file, place.offset, place.length, TO_IR[place.dtype], shape=ir.Shape(place.shape), name=value.name or "", base_dir=folder
         )
+    _widen_the_edge(graph.model.graph)
     file = f"{graph.name}.onnx"
     ir.save(graph.model, folder / file)
     _check(onnx.load(folder / file, load_external_data=False))
     return StageSpec(file, tuple(map(_describe, graph.model.graph.inputs)), tuple(map(_describe, graph.model.graph.outputs)))
+
+
+def _widen_the_edge(graph: ir.Graph) -> None:
+    """NumPy has no BF16, so what the host gives and takes is FP32 in a BF16 graph. The cache never leaves the device and stays as it is."""
+    bf16, fp32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for value in graph.inputs:
+        if value.dtype == bf16 and not str(value.name).startswith(_CACHE):
+            narrow = ir.node("Cast", [value], {"to": bf16})
+            narrow.outputs[0].name, narrow.outputs[0].dtype, narrow.outputs[0].shape = f"{value.name}/bf16", bf16, value.shape
+            value.replace_all_uses_with(narrow.outputs[0])
+            narrow.replace_input_with(0, value)
+            value.dtype = fp32
+            graph.insert_before(graph[0], narrow)
+    for i, value in enumerate(graph.outputs):
+        if value.dtype == bf16 and not str(value.name).startswith(_CACHE):
+            wide = ir.node("Cast", [value], {"to": fp32})
+            wide.outputs[0].name, wide.outputs[0].dtype, wide.outputs[0].shape = value.name, fp32, value.shape
+            value.name = f"{value.name}/bf16"
+            graph.append(wide)
+            graph.outputs[i] = wide.outputs[0]
 
 
 def _check(model: onnx.ModelProto) -> None:

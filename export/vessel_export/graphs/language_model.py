@@ -46,15 +46,15 @@ class _Step:
     write_indices: ir.Value  # [batch]
     live: ir.Value  # [1]: how much of the cache is in use
     mask: ir.Value  # bool [batch, 1, sequence, live]
-    cos: ir.Value  # [capacity, head_dim / 2]
+    cos: ir.Value  # FP32 [capacity, head_dim / 2]
     sin: ir.Value
 
 
 class _LanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig, vocabulary: int, capacity: int, dtype: ir.DataType) -> None:
         super().__init__("")
-        self.rotary_cos = nn.Parameter([capacity, config.head_dim // 2], dtype)
-        self.rotary_sin = nn.Parameter([capacity, config.head_dim // 2], dtype)
+        self.rotary_cos = nn.Parameter([capacity, config.head_dim // 2], FLOAT)
+        self.rotary_sin = nn.Parameter([capacity, config.head_dim // 2], FLOAT)
         self.layers = nn.ModuleList([_Layer(config, dtype) for _ in range(config.layers)])
         self.norm = _RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.lm_head = Linear(config.hidden_size, vocabulary, dtype, bias=False)
@@ -76,6 +76,7 @@ class _LanguageModel(nn.Module):
         present: list[ir.Value] = []
         for i, layer in enumerate(self.layers):
             x, key, value = layer(op, x, step, past[2 * i], past[2 * i + 1])
+            x.name = f"residual.{i}"  # where engines.py cuts the graph
             present += [key, value]
         kept = op.GatherND(x, op.Unsqueeze(gather_positions, [2]), batch_dims=1)
         hidden_states = self.norm(op, kept)
@@ -114,6 +115,28 @@ class _Layer(nn.Module):
         return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), key, value
 
 
+class _Rotated(nn.Module):
+    """`x @ weight + bias`, rotated: x F [batch, sequence, in] -> F [batch, heads, sequence, head_dim], with FP32 in between.
+
+    `common`, for keys, is what their bias adds to them on average over all positions. The softmax does not feel that all keys have lost
+    it, but the logits do: Qwen2's biases make them so large that FP16 has no digits left for where keys differ.
+    """
+
+    def __init__(self, in_features: int, heads: int, head_dim: int, dtype: ir.DataType, *, common: bool) -> None:
+        super().__init__()
+        out_features = heads * head_dim
+        self.weight = nn.Parameter([in_features, out_features], dtype)
+        self.bias = nn.Parameter([out_features], FLOAT)
+        self.common = nn.Parameter([out_features], FLOAT) if common else None
+        self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
+
+    def forward(self, op: OpBuilder, x: ir.Value, step: _Step) -> ir.Value:
+        y = op.Add(op.Cast(op.MatMul(x, self.weight), to=FLOAT), self.bias)
+        y = op.RotaryEmbedding(y, step.cos, step.sin, step.position_ids, num_heads=self.heads)
+        y = y if self.common is None else op.Sub(y, self.common)
+        return split_heads(op, op.Cast(y, to=self.dtype), self.heads, self.head_dim)
+
+
 class _Attention(nn.Module):
     """Grouped-query attention over the live part of the cache: FP32, and the cache."""
 
@@ -121,8 +144,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.config = config
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, dtype, bias=True)
-        self.k_proj = Linear(config.hidden_size, keys, dtype, bias=True)
+        self.q_proj = _Rotated(config.hidden_size, config.heads, config.head_dim, dtype, common=False)
+        self.k_proj = _Rotated(config.hidden_size, config.kv_heads, config.head_dim, dtype, common=True)
         self.v_proj = Linear(config.hidden_size, keys, dtype, bias=True)
         self.o_proj = ResidualLinear(queries, config.hidden_size, dtype, bias=False)
 
@@ -130,9 +153,7 @@ class _Attention(nn.Module):
         self, op: OpBuilder, x: ir.Value, step: _Step, past_key: ir.Value, past_value: ir.Value
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         c = self.config
-        q = op.RotaryEmbedding(self.q_proj(op, x), step.cos, step.sin, step.position_ids, num_heads=c.heads)
-        k = op.RotaryEmbedding(self.k_proj(op, x), step.cos, step.sin, step.position_ids, num_heads=c.kv_heads)
-        q, k = split_heads(op, q, c.heads, c.head_dim), split_heads(op, k, c.kv_heads, c.head_dim)
+        q, k = self.q_proj(op, x, step), self.k_proj(op, x, step)
         v = split_heads(op, self.v_proj(op, x), c.kv_heads, c.head_dim)
         key = op.TensorScatter(past_key, k, step.write_indices, axis=2)
         value = op.TensorScatter(past_value, v, step.write_indices, axis=2)

@@ -9,8 +9,11 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
+from onnxscript.optimizer import fold_constants
 
 from vessel_export.graphs.assemble import TO_IR, Graph
 from vessel_export.safetensors_writer import OutputTensor, in_pieces
@@ -46,14 +49,15 @@ def trace(
             output_names=list(outputs),
             dynamic_shapes=shapes,
             opset_version=opset,
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
     if program is None:
         raise RuntimeError(f"{name}: the exporter returned no program")
     model = program.model
+    _simplify(model)
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
-    _drop_metadata(model)
+    model.metadata_props.clear()
     parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
     return Graph(name, model), _move_weights_out(name, model, parameters)
 
@@ -75,20 +79,28 @@ def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -
 
 
 def _pieces(tensor: ir.TensorProtocol) -> Iterator[torch.Tensor]:
+    if tensor.dtype == ir.DataType.BFLOAT16:  # which NumPy has not
+        return in_pieces(torch.from_numpy(tensor.numpy().view(np.int16)).view(torch.bfloat16))
     return in_pieces(torch.from_numpy(tensor.numpy()))
 
 
-def _drop_metadata(model: ir.Model) -> None:
-    """The exporter notes stack traces on every node: paths of this machine, and most of the file's size."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
-        value.metadata_props.clear()
+def _simplify(model: ir.Model) -> None:
+    """What torch's own `optimize=True` does, but for its pattern rules: those take longest, and inference engines have better ones.
+
+    The exporter also notes stack traces on every node: paths of this machine, and most of the file's size.
+    """
+    passes.InlinePass()(model)
+    fold_constants(model, onnx_shape_inference=True)
+    for simplify in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.ClearMetadataAndDocStringPass(),
+        passes.NameFixPass(),
+    ):
+        simplify(model)
 
 
 @contextlib.contextmanager
