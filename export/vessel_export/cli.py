@@ -11,6 +11,7 @@ from pathlib import Path
 
 import vessel_rt
 from vessel_export.engines import add_arguments as add_build_arguments
+from vessel_export.engines import build_after_export
 from vessel_export.ranges import add_arguments as add_ranges_arguments
 from vessel_export.verify import add_arguments as add_verify_arguments
 from vessel_rt.errors import VesselError
@@ -115,6 +116,8 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{out}: {recipe.precision} bundle of {arguments.ckpt.name}, {len(files)} files, {size / 1e6:.1f} MB"
         f" ({export.bytes_written / 1e6:.1f} MB written)"
     )
+    if recipe.precision != "fp32":  # which is for CPUs
+        build_after_export(out, recipe)
     return 0
 
 

@@ -29,11 +29,12 @@ from vessel_export.parts import chain, cut, layer_cuts, weight_files
 from vessel_export.rtx_compiler import Compiled, compile_graph, shape_text
 from vessel_rt.bundle import STAGES, Bundle, FileRecord, changed_files, sha256_of
 from vessel_rt.engine import BUILDERS, Engine, Target, builder_version
-from vessel_rt.errors import BundleError, EngineError, RecipeError
+from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
+from vessel_rt.gpu import list_gpus
 from vessel_rt.recipe import EngineRecipe, Recipe, load_recipe
 from vessel_rt.shapes import Profile, Shapes, stage_profile, workload_of
 
-__all__ = ["Build", "BuildRequest", "Compiler", "add_arguments", "build_engines", "run"]
+__all__ = ["Build", "BuildRequest", "Compiler", "add_arguments", "build_after_export", "build_engines", "run"]
 
 # (graph, profile, the engine's file, called about once a second) -> what came of it
 Compiler: TypeAlias = "Callable[[onnx.ModelProto, Profile, Path, Callable[[], object]], Compiled]"
@@ -346,6 +347,36 @@ def run(arguments: argparse.Namespace) -> int:
     )
     build_engines(request, _print)
     return 0
+
+
+def build_after_export(bundle: Path, recipe: Recipe) -> None:
+    """Build the engines that `recipe` asks for, where its GPU is; elsewhere say in a line why there are none, and how to get them.
+
+    Raises:
+        VesselError: as build_engines does.
+    """
+    if recipe.engines is None:
+        return
+    fault = _fault_here(recipe.engines)
+    if fault:
+        print(
+            f"engines: none built, {fault}; `vessel-export build --bundle {bundle} --describe {recipe.engines.architecture}` needs no GPU"
+        )
+    else:
+        build_engines(BuildRequest(bundle, recipe), _print)
+
+
+def _fault_here(engines: EngineRecipe) -> str | None:
+    """Why TensorRT-RTX cannot build for the recipe's GPU on this machine as it is, or None."""
+    if builder_version("rtx") is None:
+        return "TensorRT-RTX is not installed"
+    try:
+        gpus = list_gpus()
+    except VesselError as e:
+        return str(e).partition(":")[0]
+    if engines.architecture not in {gpu.architecture for gpu in gpus}:
+        return f"no GPU here is of {engines.architecture}"
+    return None
 
 
 def _print(build: Build) -> None:

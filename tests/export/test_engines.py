@@ -14,16 +14,18 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Tiny
+from vessel_export.bundle_writer import ExportRequest
+from vessel_export.checkpoint import open_checkpoint
 from vessel_export.cli import main
 from vessel_export.described_gpu import ARCHITECTURES, described_provider
 from vessel_export.engines import Build, BuildRequest, build_engines
@@ -36,6 +38,7 @@ from vessel_rt.gpu import list_gpus
 from vessel_rt.recipe import Recipe, load_recipe
 from vessel_rt.shapes import Profile
 
+FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors")
 RECIPE = ROOT / "engines" / "rtx3090.toml"
 SMALL = "sam2_mask_decoder", "vision_encoder"  # the quickest to build
 
@@ -379,23 +382,34 @@ def test_the_properties_of_a_device_are_where_cuda_has_them(tmp_path: Path) -> N
     subprocess.run([compiler, "-fsyntax-only", f"-I{include}", str(tmp_path / "check.c")], check=True)
 
 
-@pytest.fixture(scope="module")
-def full_width_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """FP16, 2 layers, every width of the real model; gone at the end, since it is gigabytes."""
-    from vessel_export.bundle_writer import ExportRequest, export_bundle
-    from vessel_export.synth import full_size, write_synth
-
-    folder = tmp_path_factory.mktemp("full-width")
-    write_synth(folder / "model", full_size(2))
-    [checkpoint], [sam2] = (folder / "model").glob("iter_*.pth"), (folder / "model").glob("sam2_*.pt")
-    export_bundle(ExportRequest(checkpoint, str(folder / "model" / "base"), str(sam2), folder / "bundle", load_recipe(RECIPE)))
-    shutil.rmtree(folder / "model")
-    yield folder / "bundle"
-    shutil.rmtree(folder)
+def test_the_next_checkpoint_takes_over_what_training_froze(
+    bundle: Path, tiny: Tiny, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a bundle with engines: the frozen weights are not written again, and the frozen stage's engine is not built again."""
+    checkpoint = bundle.with_name("iter_1100.pth")
+    state = {name: tensor * 1.01 for name, tensor in open_checkpoint(tiny.checkpoint).tensors.items()}
+    torch.save({"state_dict": state, "meta": {"iter": 1100}}, checkpoint)
+    out = bundle.with_name("iter_1100-fp16")
+    arguments = ["export", "--ckpt", str(checkpoint), "--base", str(tiny.base), "--sam2", str(tiny.sam2), "--lora-alpha", "16"]
+    assert main([*arguments, "--recipe", str(RECIPE), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"reused: (\S+),", printed) == list(FROZEN)
+    assert "reused: engine rtx-sm86/sam2_image_encoder" in printed
+    assert "none built" in printed or (out / "engines").exists()
+    files = Bundle.load(out).files
+    written = sum(record.bytes for name, record in files.items() if name not in FROZEN)
+    assert f"({written / 1e6:.1f} MB written)" in printed
+    builds = build_engines(_request(out, recipe))
+    assert [build.engine.stage for build in builds if build.seconds is None] == ["sam2_image_encoder"]
+    assert len(builds) == len(STAGES)
+    frozen = "engines/rtx-sm86/sam2_image_encoder.engine"
+    assert (out / frozen).samefile(bundle / frozen)
+    EngineSet.open(Bundle.load(out), _target()).verify()
 
 
 @pytest.mark.full_width
-def test_every_stage_compiles_whole_at_full_width(full_width_bundle: Path, recipe: Recipe) -> None:
+def test_every_stage_compiles_whole_at_full_width(full_width: ExportRequest, recipe: Recipe) -> None:
+    full_width_bundle = full_width.out
     build_engines(_request(full_width_bundle, recipe))
     engines = EngineSet.open(Bundle.load(full_width_bundle), _target())
     _check_whole(full_width_bundle, engines)
