@@ -135,6 +135,8 @@ def _cause(code: int, log: str) -> str:
     if code == -signal.SIGKILL:
         return "it was killed, most likely for lack of memory; free some, or raise engines.language_model_parts in the recipe"
     text = re.sub(r"\x1b\[[0-9;]*m", "", log).strip()
+    if "engine stream" in text:  # all that the provider says when it cannot write on
+        return "the engine cannot be written to its end; is the disk full?"
     found = re.search(rf"ERROR: (.*?){_STAMP}", text, re.DOTALL) or re.search(rf"ERROR\] (.*?){_STAMP}", text, re.DOTALL)
     return " ".join(found[1].split())[:300] if found else text.rpartition("\n")[2] or f"exit code {code}"
 

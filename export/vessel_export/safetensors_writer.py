@@ -35,7 +35,7 @@ __all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pie
 PIECE = 1 << 21  # values computed at a time: small enough for malloc to use the same memory again and again
 
 _PAGE = 4096
-_IN_FLIGHT = 4  # pieces between being computed and being written
+_IN_FLIGHT = 16  # pieces between being computed and being written
 _STRIP = 64  # columns of a transposed view read at a time: 128 bytes of each of its rows, whole lines of the processor's cache
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
 

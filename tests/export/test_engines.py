@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,9 +76,11 @@ def built(fp16_bundle: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def bundle(built: Path, tmp_path: Path) -> Path:
+def bundle(built: Path, tmp_path: Path) -> Iterator[Path]:
     """The same, to be changed."""
-    return shutil.copytree(built, tmp_path / "bundle")
+    copy = shutil.copytree(built, tmp_path / "bundle")
+    yield copy
+    shutil.rmtree(copy)  # tens of megabytes for each test
 
 
 def _engines(bundle: Path) -> Path:
@@ -113,16 +116,18 @@ def test_every_stage_compiles_whole(built: Path, recipe: Recipe) -> None:
     assert Bundle.load(built).files.keys() == bundle.files.keys()
 
 
-def test_what_a_sidecar_says(built: Path) -> None:
+def test_what_a_sidecar_says(built: Path, recipe: Recipe) -> None:
+    assert recipe.engines is not None
+    batch = recipe.engines.max_batch
     engine, bundle = Engine.load(_engines(built) / "vision_encoder.json"), Bundle.load(built)
     assert (engine.builder, engine.architecture, engine.gpu, engine.precision) == ("rtx", "sm86", "NVIDIA GeForce RTX 3090", "fp16")
     names = ("vision_encoder.onnx", "weights/projector.safetensors", "weights/vision_model.safetensors")
     assert engine.sources == {name: bundle.files[name].sha256 for name in names}
-    assert engine.profile == {"pixel_values": "1x3x448x448, 1x3x448x448, 104x3x448x448"}  # 8 images of 13 tiles
+    assert engine.profile == {"pixel_values": f"1x3x448x448, 1x3x448x448, {13 * batch}x3x448x448"}
     assert engine.versions == {"rtx": builder_version("rtx"), "onnxruntime": engine.versions["onnxruntime"], "driver": None}
     cache = Engine.load(_engines(built) / "language_model.json").profile["past_key.0"]
     sizes = bundle.language_model
-    assert cache.endswith(f"8x{sizes.kv_heads}x{sizes.capacity}x{sizes.head_dim}")
+    assert cache.endswith(f", {batch}x{sizes.kv_heads}x{sizes.capacity}x{sizes.head_dim}")
 
 
 def test_engines_that_agree_are_kept(

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from tests.conftest import Tiny
 from vessel_export.bundle_writer import ExportRequest
 from vessel_export.checkpoint import LORA_PREFIX, open_checkpoint
+from vessel_export.cli import main
 from vessel_export.emulate import emulate, scaled_logits, serialized, spell_out_attention, wide_options, widen
 from vessel_export.ranges import LIMIT, apply, exponents_of, measure, set_exponents
 from vessel_export.reference import Reference
@@ -31,7 +32,8 @@ from vessel_export.safetensors_writer import link_or_copy
 from vessel_export.verify import TOLERANCES, Sample, drawn_samples, one_pass, read_samples, verify
 from vessel_rt.bundle import Bundle
 from vessel_rt.deployment import deploy
-from vessel_rt.prompt import PromptTokenizer
+from vessel_rt.errors import BundleError
+from vessel_rt.prompt import EmbedTokens, PromptTokenizer
 from vessel_rt.session import Device
 
 QUESTION = "Please segment vessel in this image."
@@ -193,6 +195,32 @@ def test_a_trained_model_with_measured_exponents(tiny: Tiny, fp16_bundle: Path, 
     for deployment in (emulate(bundle), deploy(bundle, Device("cpu"))):
         report = verify(deployment, trained, samples, [QUESTION], threads=1)
         assert report.passed, "\n" + report.table()
+
+
+def test_a_bf16_bundle_on_the_cpu(planted: ExportRequest, planted_bf16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It cannot run there, and says so; verify emulates it, and says that."""
+    bundle = Bundle.load(planted_bf16)
+    with pytest.raises(BundleError, match="computes no bf16 on the CPU: run it on a GPU"):
+        deploy(bundle, Device("cpu"))
+    drawn_samples()[2].runtime.save(tmp_path / "frame.png")
+    arguments = ["verify", "--bundle", planted_bf16, "--ckpt", planted.checkpoint, "--images", tmp_path / "frame.png", "--threads", 1]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "bf16: 1 runs, 1 masks: parity\nemulated: " in capsys.readouterr().out
+
+
+def test_numpy_never_meets_bf16(planted_bf16: Path) -> None:
+    """What the host gives and takes is FP32, and of the same values as the checkpoint's; only the cache is BF16."""
+    bundle = Bundle.load(planted_bf16)
+    for stage in bundle.stages.values():
+        types = {spec.name: spec.dtype for spec in (*stage.inputs, *stage.outputs) if spec.dtype != "int64"}
+        assert {name for name, dtype in types.items() if dtype != "float32"} == {
+            name for name in types if name.startswith(("past_", "present_"))
+        }
+        assert set(types.values()) <= {"float32", "bfloat16"}
+    with EmbedTokens(bundle) as table:
+        rows = table.rows([3, 5])
+    assert rows.dtype == np.float32
+    assert np.array_equal(rows, torch.from_numpy(rows).bfloat16().float().numpy())
 
 
 @dataclasses.dataclass(frozen=True)
