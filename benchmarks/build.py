@@ -56,8 +56,7 @@ def main() -> int:
 
 
 def _linked_copy(bundle: Bundle) -> Path:
-    copy = bundle.folder.with_name(f".{bundle.folder.name}.build")
-    shutil.rmtree(copy, ignore_errors=True)
+    copy = Path(tempfile.mkdtemp(prefix=f".{bundle.folder.name}.", dir=bundle.folder.parent))
     for name in (*bundle.files, "bundle.json"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(bundle.folder / name, copy / name)

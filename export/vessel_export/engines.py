@@ -262,16 +262,37 @@ def _compiler(request: BuildRequest, bundle: Bundle, engines: EngineRecipe) -> I
 
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that is gone when the block ends; what a killed build left in it goes first."""
+    """A folder beside `folder` that is gone when the block ends; what a killed build left in it goes first. One build at a time."""
     path = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(path, ignore_errors=True)
-    for place in (folder.parent, folder, path):
+    for place in (folder.parent, folder):
         place.mkdir(exist_ok=True)
         _close_to_others(place)
-    try:
-        yield path
-    finally:
+    with _alone(folder):
         shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which ends with the process. Windows has none on folders, and does without."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EngineError(f"{folder}: another build is at work here; wait until it ends") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _build(job: _Job, compiler: Compiler, staging: Path, bar: tqdm[Never]) -> Engine:

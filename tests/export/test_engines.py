@@ -173,6 +173,18 @@ def test_killed_halfway(bundle: Path, recipe: Recipe) -> None:
     EngineSet.open(Bundle.load(bundle), _target()).verify()
 
 
+def test_two_builds_at_once(bundle: Path, recipe: Recipe) -> None:
+    import fcntl  # not on Windows, where this file is skipped
+
+    (_engines(bundle) / "sam2_mask_decoder.json").unlink()
+    handle = os.open(_engines(bundle), os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(EngineError, match="another build is at work here"):
+        build_engines(_request(bundle, recipe))
+    os.close(handle)
+    build_engines(_request(bundle, recipe))
+
+
 def _flip_a_byte(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
