@@ -6,6 +6,7 @@ Knows nothing of images, tokens or bundles. A new kind of device is a new row of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import io
@@ -134,6 +135,9 @@ def _probe_rtx(device: Device) -> None:
     ort = onnxruntime()
     if rtx.get_ep_name() not in ort.get_available_providers():
         try:
+            # CUDA's runtime is packed with it under a name that the loader does not look for; where CUDA is not installed, none other is there.
+            for library in Path(rtx.get_library_path()).parent.glob("libcudart.so.*"):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             ort.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
         except Exception as e:  # ONNX Runtime's errors share no base class
             raise VesselError(first_line(e).rpartition("with error: ")[2]) from e
