@@ -135,7 +135,7 @@ def _probe_rtx(device: Device) -> None:
     ort = onnxruntime()
     if rtx.get_ep_name() not in ort.get_available_providers():
         try:
-            # CUDA's runtime is packed with it under a name that the loader does not look for; where CUDA is not installed, none other is there.
+            # CUDA's runtime is packed with it, under a name that the loader does not look for.
             for library in Path(rtx.get_library_path()).parent.glob("libcudart.so.*"):
                 ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             ort.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
