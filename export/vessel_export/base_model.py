@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vessel_export.errors import BaseModelError
+from vessel_export.page_cache import let_go
 from vessel_rt.errors import first_line
 
 __all__ = [
@@ -105,6 +106,12 @@ class BaseModel:
             with safe_open(file, "pt") as opened:
                 pieces.append(opened.get_tensor(key))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def let_go(self, name: str) -> None:
+        """Tell the system that tensor `name`, of which nobody holds a view, was read and is not needed again."""
+        for file, _ in self._pieces(name):
+            with file.open("rb") as opened:
+                let_go(opened)
 
     def _pieces(self, name: str) -> tuple[tuple[Path, str], ...]:
         try:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 import vessel_rt
 from vessel_export.base_model import BaseModel, Sam2, open_base, open_sam2
-from vessel_export.beside import beside
+from vessel_export.beside import Beside, beside
 from vessel_export.checkpoint import Checkpoint, open_checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
@@ -28,7 +26,8 @@ from vessel_export.graphs.vision_encoder import build_vision_encoder
 from vessel_export.merge import NEW_TOKENS, MergePlan, plan_merge
 from vessel_export.neighbours import find_neighbours, link_engines, older_file
 from vessel_export.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
-from vessel_export.sam2_stages import write_sam2_stages
+from vessel_export.sam2_stages import Written, write_sam2_stages
+from vessel_export.staging import staging
 from vessel_export.tokenizer import extend_tokenizer
 from vessel_rt.bundle import (
     BUNDLE_FILE,
@@ -39,14 +38,13 @@ from vessel_rt.bundle import (
     MaskSpec,
     PromptSpec,
     Provenance,
-    StageSpec,
     TileSpec,
     sha256_of,
 )
 from vessel_rt.errors import RecipeError
 from vessel_rt.recipe import Recipe
 
-__all__ = ["Export", "ExportRequest", "export_bundle", "staging"]
+__all__ = ["Export", "ExportRequest", "export_bundle"]
 
 # Sa2VA's own constants, which the base model does not set: inference (modeling_sa2va_chat.py, templates.py), training (datasets/common.py).
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,18 +95,18 @@ def export_bundle(request: ExportRequest) -> Export:
     """
     out = request.out.absolute()
     _check_out(out, request.overwrite)
-    checkpoint = open_checkpoint(request.checkpoint, request.skip)
-    base, sam2 = open_base(request.base), open_sam2(request.sam2)
-    _check_capacity(request.recipe, base)
-    alpha = _alpha(checkpoint, request.lora_alpha)
-    sizes, dtype = request.recipe.language_model, DTYPES[request.recipe.precision]
-    plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=sizes.capacity, dtype=dtype)
-    tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
-    prompt = _prompt(tokenizer, base)
-    neighbours = find_neighbours(out, request.base, request.recipe.precision)
-    with ThreadPoolExecutor(1) as thread, staging(out) as folder:
-        sha256 = thread.submit(sha256_of, request.checkpoint)  # beside the rest
-        stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours)
+    with staging(out) as folder, beside(write_sam2_stages) as sam2_stages, ThreadPoolExecutor(1) as thread:
+        checkpoint = open_checkpoint(request.checkpoint, request.skip)
+        sha256 = thread.submit(sha256_of, request.checkpoint)
+        base, sam2 = open_base(request.base), open_sam2(request.sam2)
+        _check_capacity(request.recipe, base)
+        alpha = _alpha(checkpoint, request.lora_alpha)
+        sizes, dtype = request.recipe.language_model, DTYPES[request.recipe.precision]
+        plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=sizes.capacity, dtype=dtype)
+        tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
+        prompt = _prompt(tokenizer, base)
+        neighbours = find_neighbours(out, request.base, request.recipe.precision)
+        stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
         tokenizer.save(str(folder / prompt.tokenizer))
         files = _records(folder, written)
         engines = link_engines(folder, files, neighbours)
@@ -168,10 +166,15 @@ def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
 
 
 def _write_stages(
-    folder: Path, plan: MergePlan, base: BaseModel, sam2: Sam2, recipe: Recipe, neighbours: Sequence[Bundle]
-) -> tuple[dict[str, StageSpec], dict[str, WrittenFile]]:
-    """Weights first, then the graphs that point into them; the stages by name, the weights' files by theirs. SAM2's, which take long to
-    trace, are made meanwhile in another process."""
+    folder: Path,
+    plan: MergePlan,
+    base: BaseModel,
+    sam2: Sam2,
+    recipe: Recipe,
+    neighbours: Sequence[Bundle],
+    sam2_stages: Beside[..., Written],
+) -> Written:
+    """Weights first, then the graphs that point into them. SAM2's, which take long to trace, are made meanwhile in another process."""
     dtype = DTYPES[recipe.precision]
     graphs = [
         build_vision_encoder(base.vision, base.language.hidden_size, TO_IR[dtype]),
@@ -183,15 +186,15 @@ def _write_stages(
     _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
     (folder / "weights").mkdir()
     trained = _as_arrays(plan.sam2_updates), _as_arrays(plan.prompt_head)
-    with beside(write_sam2_stages, folder, sam2.path, *trained, recipe.precision, neighbours) as sam2_stages:
-        written: dict[str, WrittenFile] = {}
-        total = sum(tensor.bytes for tensors in plan.files.values() for tensor in tensors)
-        with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
-            for file, tensors in plan.files.items():
-                written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
-        locations = {name: location for file in written.values() for name, location in file.locations.items()}
-        stages = {graph.name: save_graph(graph, folder, locations) for graph in graphs}
-        traced, traced_weights = sam2_stages()
+    sam2_stages.call(folder, sam2.path, *trained, recipe.precision, neighbours)
+    written: dict[str, WrittenFile] = {}
+    total = sum(tensor.bytes for tensors in plan.files.values() for tensor in tensors)
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
+        for file, tensors in plan.files.items():
+            written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
+    locations = {name: location for file in written.values() for name, location in file.locations.items()}
+    stages = {graph.name: save_graph(graph, folder, locations) for graph in graphs}
+    traced, traced_weights = sam2_stages.result()
     return stages | traced, written | traced_weights
 
 
@@ -262,28 +265,3 @@ def _records(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, File
         sha256 = written[name].sha256 if name in written else sha256_of(path)
         records[name] = FileRecord(path.stat().st_size, sha256)
     return records
-
-
-@contextlib.contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block succeeds, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    if old.exists() and not out.exists():  # a run was killed between its two renames
-        os.replace(old, out)
-    for leftover in (folder, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

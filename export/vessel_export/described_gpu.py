@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from vessel_rt.engine import packed_cuda_runtime
 from vessel_rt.errors import EngineError, first_line
 
 __all__ = ["ARCHITECTURES", "Provider", "described_provider", "installed_provider"]
@@ -51,8 +52,7 @@ def installed_provider() -> Provider:
     import onnxruntime_ep_nv_tensorrt_rtx as package
 
     library = Path(package.get_library_path())
-    # Its CUDA runtime is packed with it under a name that the loader does not look for; where CUDA is not installed, none other is there.
-    return Provider(package.get_ep_name(), library, tuple(sorted(library.parent.glob("libcudart.so.*"))))
+    return Provider(package.get_ep_name(), library, packed_cuda_runtime(library))
 
 
 @contextlib.contextmanager

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from vessel_export.described_gpu import ARCHITECTURES, described_provider, installed_provider
 from vessel_export.parts import chain, cut, layer_cuts, weight_files
-from vessel_export.rtx_compiler import Compiled, compile_graph, shape_text
+from vessel_export.rtx_compiler import Compiled, compile_graph
 from vessel_rt.bundle import STAGES, Bundle, FileRecord, changed_files, sha256_of
 from vessel_rt.engine import BUILDERS, Engine, Target, builder_version
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
 from vessel_rt.gpu import list_gpus
 from vessel_rt.recipe import EngineRecipe, Recipe, load_recipe
-from vessel_rt.shapes import Profile, Shapes, stage_profile, workload_of
+from vessel_rt.shapes import Profile, Shapes, engine_recipe, shape_text, stage_profile, workload_of
 
 __all__ = ["Build", "BuildRequest", "Compiler", "add_arguments", "build_after_export", "build_engines", "run"]
 
@@ -102,7 +102,7 @@ def build_engines(request: BuildRequest, report: Callable[[Build], object] = lam
     """
     bundle = Bundle.load(request.bundle)
     workload = workload_of(bundle, request.recipe)
-    engines = _engine_recipe(request.recipe)
+    engines = engine_recipe(request.recipe)
     target = _target(request, engines)
     driver = None if request.describe else _driver_version()
     jobs = [_job(bundle, stage, stage_profile(bundle, bundle.stages[stage], workload), engines, target, driver) for stage in request.stages]
@@ -129,12 +129,6 @@ def build_engines(request: BuildRequest, report: Callable[[Build], object] = lam
             builds.append(Build(engine, time.perf_counter() - start))
             report(builds[-1])
     return builds
-
-
-def _engine_recipe(recipe: Recipe) -> EngineRecipe:
-    if recipe.engines is None:
-        raise RecipeError(f"engines/{recipe.name}.toml: has no [engines]; engines/rtx3090.toml shows one")
-    return recipe.engines
 
 
 def _target(request: BuildRequest, engines: EngineRecipe) -> Target:

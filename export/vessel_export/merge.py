@@ -207,7 +207,9 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
         step = max(1, PIECE // out_features)
         for start in range(0, in_features, step):
             columns = slice(start, start + step)
-            yield weight[:, columns].float().add_((wide @ narrow[:, columns]).mul_(alpha / rank)).T
+            yield weight[:, columns].float().addmm_(wide, narrow[:, columns], alpha=alpha / rank).T
+        del weight
+        base.let_go(key)
 
     return OutputTensor(name, (in_features, out_features), dtype, pieces)
 

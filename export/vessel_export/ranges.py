@@ -23,10 +23,10 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from vessel_export.bundle_writer import staging
 from vessel_export.emulate import MOVES, scaled_logits, serialized, wide_options, widen
 from vessel_export.neighbours import link_engines
 from vessel_export.safetensors_writer import link_or_copy
+from vessel_export.staging import staging
 from vessel_export.verify import Sample, drawn_samples, one_pass, read_samples
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, FileRecord, sha256_of
 from vessel_rt.engine import ENGINES

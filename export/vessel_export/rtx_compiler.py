@@ -23,9 +23,9 @@ import onnx
 from vessel_export.described_gpu import Provider
 from vessel_export.parts import EP_CONTEXT, Context
 from vessel_rt.errors import EngineError, first_line
-from vessel_rt.shapes import Profile, Shapes
+from vessel_rt.shapes import Profile
 
-__all__ = ["Compiled", "compile_graph", "shape_text"]
+__all__ = ["Compiled", "compile_graph"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NO_DEVICE = 3  # the exit code
@@ -70,9 +70,7 @@ def compile_graph(
         options={
             "nv_target_sm": architecture,
             "nv_use_external_data_initializer": "1",  # halves time and memory
-            "nv_profile_min_shapes": _shapes_text(profile.least),
-            "nv_profile_opt_shapes": _shapes_text(profile.likeliest),
-            "nv_profile_max_shapes": _shapes_text(profile.greatest),
+            **profile.options("nv_profile"),
         },
         weights=str(weights.absolute()),
         folder=str(folder.absolute()),
@@ -93,15 +91,6 @@ def compile_graph(
     attributes = {attribute.name: _plain(onnx.helper.get_attribute_value(attribute)) for attribute in nodes[0].attribute}
     context = Context(tuple(nodes[0].input), tuple(nodes[0].output), attributes | {"ep_cache_context": engine.name})
     return Compiled(context, {entry.key: entry.value for entry in compiled.metadata_props})
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as the provider's options have it: `1x3x448x448`."""
-    return "x".join(map(str, shape))
-
-
-def _shapes_text(shapes: Shapes) -> str:
-    return ",".join(f"{name}:{shape_text(shape)}" for name, shape in shapes.items())
 
 
 def _plain(value: object) -> str | int:

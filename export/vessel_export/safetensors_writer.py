@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from vessel_export.errors import CheckpointError
+from vessel_export.page_cache import let_go
 
 __all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "link_or_copy", "write_safetensors"]
 
@@ -36,6 +37,7 @@ PIECE = 1 << 21  # values computed at a time: small enough for malloc to use the
 
 _PAGE = 4096
 _IN_FLIGHT = 16  # pieces between being computed and being written
+_FLUSH = 1 << 26  # bytes between two of the times at which what was written is let go of
 _STRIP = 64  # columns of a transposed view read at a time: 128 bytes of each of its rows, whole lines of the processor's cache
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
 
@@ -214,6 +216,8 @@ class _Sink:
             self._target = self._target or self._path.open("wb")
             self._target.write(data)
             self.bytes_written += len(data)
+            if self._position // _FLUSH != (self._position + len(data)) // _FLUSH:
+                let_go(self._target)
         self._position += len(data)
 
     def _part_from_older(self) -> None:

@@ -17,7 +17,7 @@ from vessel_export.neighbours import older_file
 from vessel_export.safetensors_writer import WrittenFile, file_size, write_safetensors
 from vessel_rt.bundle import Bundle, StageSpec
 
-__all__ = ["write_sam2_stages"]
+__all__ = ["Written", "write_sam2_stages"]
 
 # TensorRT has a kernel for the fused Attention (opset 23) in FP16 and BF16; on the CPU, where FP32 runs, the spelled-out form is faster.
 _ENCODER_OPSET = {"fp32": 20, "fp16": 23, "bf16": 23}
@@ -26,13 +26,14 @@ _ENCODER_OPSET = {"fp32": 20, "fp16": 23, "bf16": 23}
 _DECODER_OPSET = 20
 _DECODER_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
 
+Written = tuple[dict[str, StageSpec], dict[str, WrittenFile]]  # stages by name, the weights' files by theirs
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 
 
 def write_sam2_stages(
     folder: Path, sam2: Path, updates: Arrays, prompt_head: Arrays, precision: str, neighbours: Sequence[Bundle]
-) -> tuple[dict[str, StageSpec], dict[str, WrittenFile]]:
-    """Write both stages into the bundle at `folder`; the stages by name, the weights' files by theirs.
+) -> Written:
+    """Write both stages into the bundle at `folder`.
 
     `sam2` is SAM2's own file, `updates` what training changed in it, `prompt_head` text_hidden_fcs: "0" and "2", weight and bias.
 

@@ -16,12 +16,10 @@ computes nobody's here.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.resources
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +35,7 @@ from vessel_export.checkpoint import LORA_PREFIX
 from vessel_export.errors import SynthError
 from vessel_export.merge import NEW_TOKENS
 from vessel_export.safetensors_writer import OutputTensor, file_size, write_safetensors
+from vessel_export.staging import staging
 from vessel_export.synth_formats import (
     ANSWER_END,
     FIRST_TOKEN,
@@ -134,7 +133,7 @@ def write_synth(out: Path, model: SynthModel) -> int:
         raise SynthError(f"{out}: exists and is not an empty folder; choose another --out")
     parts = base_tensors(model), sam2_tensors(model), checkpoint_tensors(model)
     sizes = [file_size(tensors) for tensors in parts]
-    with _one_thread(), _staging(out) as folder, tqdm(total=sum(sizes), desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
+    with staging(out) as folder, tqdm(total=sum(sizes), desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
         need = sum(sizes) + max(sizes[1:])  # a .pt and a .pth are made from a scratch file
         free = shutil.disk_usage(folder).free
         if free < need:
@@ -450,28 +449,3 @@ def _vision_plants(v: VisionConfig) -> dict[str, list[_Set]]:
         first + "mlp.fc2.weight": [_Set(None, neuron, 0), _Set(massive, neuron, _VISION_BRANCH_PEAK / fires)],
         first + "ls2": [_Set(massive, None, _VISION_RESIDUAL_PEAK / _VISION_BRANCH_PEAK)],
     }
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks of rows are small and another thread hashes and writes them: torch's threads would spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the block succeeds, and vanishes when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        os.replace(folder, out)  # takes the place of an empty folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from typing import Self
 from vessel_rt.bundle import STAGES, Bundle, FileRecord, changed_files, decode
 from vessel_rt.errors import EngineError
 
-__all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version", "writable_by_anyone"]
+__all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version", "packed_cuda_runtime", "writable_by_anyone"]
 
 ENGINES = "engines"  # the folder in a bundle
 BUILDERS = ("rtx", "tensorrt")
@@ -165,6 +165,14 @@ class EngineSet:
 def writable_by_anyone(path: Path) -> bool:
     """Whether every user of this machine may write to `path`. Windows' permissions are of another kind, and not looked at."""
     return os.name == "posix" and path.exists() and bool(path.stat().st_mode & stat.S_IWOTH)
+
+
+def packed_cuda_runtime(provider: Path) -> tuple[Path, ...]:
+    """CUDA's runtime that comes with TensorRT-RTX's `provider`, under a name that the loader does not look for; to be loaded before it.
+
+    Where CUDA is not installed, none other is there.
+    """
+    return tuple(sorted(provider.parent.glob("libcudart.so.*")))
 
 
 def builder_version(builder: str) -> str | None:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vessel_rt.engine import packed_cuda_runtime
 from vessel_rt.errors import ImageError, VesselError, first_line
 from vessel_rt.gpu import list_gpus
-from vessel_rt.shapes import Profile, Shapes
+from vessel_rt.shapes import Profile
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -135,8 +136,7 @@ def _probe_rtx(device: Device) -> None:
     ort = onnxruntime()
     if rtx.get_ep_name() not in ort.get_available_providers():
         try:
-            # CUDA's runtime is packed with it, under a name that the loader does not look for.
-            for library in Path(rtx.get_library_path()).parent.glob("libcudart.so.*"):
+            for library in packed_cuda_runtime(Path(rtx.get_library_path())):
                 ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             ort.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
         except Exception as e:  # ONNX Runtime's errors share no base class
@@ -163,13 +163,8 @@ def _choose_tensorrt(options: Any, device: Device, cache: EngineCache | None) ->
     if cache:
         for key in ("trt_engine_cache", "trt_timing_cache"):
             settings |= {f"{key}_enable": "1", f"{key}_path": str(cache.folder)}
-        for key, shapes in (("min", cache.profile.least), ("opt", cache.profile.likeliest), ("max", cache.profile.greatest)):
-            settings[f"trt_profile_{key}_shapes"] = _shapes_text(shapes)
+        settings |= cache.profile.options("trt_profile")
     return [(PROVIDERS["tensorrt"].name, settings), *_choose_cuda(options, device, cache)]
-
-
-def _shapes_text(shapes: Shapes) -> str:
-    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _choose_rtx(options: Any, device: Device, cache: EngineCache | None) -> None:

@@ -9,9 +9,9 @@ import dataclasses
 
 from vessel_rt.bundle import Bundle, StageSpec
 from vessel_rt.errors import RecipeError
-from vessel_rt.recipe import Recipe
+from vessel_rt.recipe import EngineRecipe, Recipe
 
-__all__ = ["MASKS_AN_IMAGE", "MOST_KEPT", "Profile", "Shapes", "Workload", "stage_profile", "workload_of"]
+__all__ = ["MASKS_AN_IMAGE", "MOST_KEPT", "Profile", "Shapes", "Workload", "engine_recipe", "shape_text", "stage_profile", "workload_of"]
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,6 +37,26 @@ class Profile:
     likeliest: Shapes
     greatest: Shapes
 
+    def options(self, prefix: str) -> dict[str, str]:
+        """As ONNX Runtime's TensorRT providers are told: `<prefix>_min_shapes`, `_opt_` and `_max_`, each `name:1x3x448x448,...`."""
+        kinds = {"min": self.least, "opt": self.likeliest, "max": self.greatest}
+        return {
+            f"{prefix}_{kind}_shapes": ",".join(f"{name}:{shape_text(shape)}" for name, shape in shapes.items())
+            for kind, shapes in kinds.items()
+        }
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape in words: `1x3x448x448`."""
+    return "x".join(map(str, shape))
+
+
+def engine_recipe(recipe: Recipe) -> EngineRecipe:
+    """What `recipe` says of engines; RecipeError if it makes none."""
+    if recipe.engines is None:
+        raise RecipeError(f"engines/{recipe.name}.toml: has no [engines]; engines/rtx3090.toml shows one")
+    return recipe.engines
+
 
 def workload_of(bundle: Bundle, recipe: Recipe) -> Workload:
     """What `recipe` makes engines for.
@@ -44,9 +64,7 @@ def workload_of(bundle: Bundle, recipe: Recipe) -> Workload:
     Raises:
         RecipeError: it makes none, is not what `bundle` was exported with, or asks for more tiles than an image can have.
     """
-    engines, name = recipe.engines, f"engines/{recipe.name}.toml"
-    if engines is None:
-        raise RecipeError(f"{name}: has no [engines]; engines/rtx3090.toml shows one")
+    engines, name = engine_recipe(recipe), f"engines/{recipe.name}.toml"
     asked = {"precision": recipe.precision, "language_model.capacity": recipe.language_model.capacity}
     has = {"precision": bundle.precision, "language_model.capacity": bundle.language_model.capacity}
     for key in asked:

@@ -28,6 +28,7 @@ from vessel_export.bundle_writer import ExportRequest, export_bundle
 from vessel_export.cli import main
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.safetensors_writer import OutputTensor, in_pieces, write_safetensors
+from vessel_export.staging import staging
 from vessel_rt.bundle import Bundle
 from vessel_rt.deployment import deploy
 from vessel_rt.errors import RecipeError
@@ -236,7 +237,7 @@ def test_overwrite_never_takes_a_folder_that_is_no_bundle(small: ExportRequest, 
 
 def test_a_run_killed_between_its_renames_loses_nothing(small_fp32: Path, tmp_path: Path) -> None:
     shutil.copytree(small_fp32, tmp_path / ".bundle.old")
-    with pytest.raises(KeyboardInterrupt), bundle_writer.staging(tmp_path / "bundle"):
+    with pytest.raises(KeyboardInterrupt), staging(tmp_path / "bundle"):
         raise KeyboardInterrupt
     Bundle.load(tmp_path / "bundle").verify_files()
 
