@@ -61,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders or globs (JPG, PNG, TIFF, BMP)")
     infer.add_argument("-o", "--output", type=Path, metavar="DIR", help="where results go (default: out/<bundle name>)")
     infer.add_argument("--bundle", type=Path, metavar="DIR", help="what to run (default: $VESSEL_BUNDLE, else the newest under ./engines)")
-    infer.add_argument("--prompt", metavar="TEXT", help="the question (default: the bundle's, 'Please segment vessel in this image.')")
+    infer.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the question; again for another, of every image (default: the bundle's, 'Please segment vessel in this image.')",
+    )
     infer.add_argument("--num-images", type=_positive, metavar="N", help="only the first N images")
     infer.add_argument(
         "--device",
@@ -71,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, cpu, cuda, rtx or tensorrt, or cuda:N for a GPU's number N (default: auto; see vessel-rt devices)",
     )
     infer.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads (default: all physical cores)")
+    infer.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: 1 on a CPU, what fits on a GPU)")
+    infer.add_argument(
+        "--no-draft", action="store_true", help="decode token by token, as training's own code does; the answers are the same"
+    )
     infer.add_argument("--overwrite", action="store_true", help="replace an earlier run's results in DIR; other files there are kept")
     infer.set_defaults(run=_infer)
 
@@ -102,10 +111,12 @@ def _infer(arguments: argparse.Namespace) -> int:
     options = InferOptions(
         inputs=tuple(arguments.inputs),
         output=arguments.output or Path("out") / bundle.folder.resolve().name,
-        question=bundle.prompt.default_question if arguments.prompt is None else arguments.prompt,
+        questions=tuple(dict.fromkeys(arguments.prompt or [bundle.prompt.default_question])),
         num_images=arguments.num_images,
         device=arguments.device,
         threads=arguments.threads,
+        batch=arguments.batch,
+        draft=not arguments.no_draft,
         overwrite=arguments.overwrite,
     )
     summary = infer(bundle, options)
@@ -118,8 +129,11 @@ def _infer(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from vessel_rt.evaluate import evaluate
 
-    for score in evaluate(arguments.output, arguments.gt):
-        print(f"mean Dice {score.concept}: {score.mean:.3f} over {len(score.dice)} images")
+    scores = evaluate(arguments.output, arguments.gt)
+    several = len({score.question for score in scores}) > 1
+    for score in scores:
+        asked = f", asked {score.question!r}" if several else ""
+        print(f"mean Dice {score.concept}: {score.mean:.3f} over {len(score.dice)} images{asked}")
     return 0
 
 

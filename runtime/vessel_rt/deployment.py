@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.engine import EngineSet, Target, builder_version, writable_by_anyone
 from vessel_rt.errors import BundleError, EngineError
 from vessel_rt.gpu import list_gpus
+from vessel_rt.plan import make_plan
 from vessel_rt.session import Device, EngineCache, Session, device_fault, open_device
 from vessel_rt.shapes import Workload, stage_profile
 
@@ -20,20 +22,31 @@ __all__ = ["AUTO", "Deployment", "deploy", "deployment_fault"]
 
 _NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
+MOST_IMAGES = 8  # of a batch, unless more are asked for
 AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which at first spends minutes on building engines
 
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A bundle whose files were found unchanged, on a device that works: `graphs` has the file of each stage."""
+    """A bundle whose files were found unchanged, on a device that works.
+
+    `graphs` has the file of each stage; `batch` images run at once.
+    """
 
     bundle: Bundle
     device: Device
     graphs: dict[str, Path]
+    batch: int = 1
 
     def session(self, stage: str, threads: int = 0) -> Session:
         """Load a stage. See Session for `threads` and errors; EngineError where `tensorrt` would keep engines in a folder open to all."""
         return Session(self.graphs[stage], self.device, threads, cache=self._cache(stage) if self.device.kind == "tensorrt" else None)
+
+    def sessions(self, threads: int = 0) -> dict[str, Session]:
+        """Load every stage, side by side; if one cannot be loaded, none stays. See `session`."""
+        with ThreadPoolExecutor(len(self.graphs)) as pool:
+            loading = {stage: pool.submit(self.session, stage, threads) for stage in self.graphs}
+        return {stage: future.result() for stage, future in loading.items()}
 
     def _cache(self, stage: str) -> EngineCache:
         """In the user's own folder, since engines are code, and named by the bundle's content, since ONNX Runtime looks at no weights."""
@@ -41,23 +54,28 @@ class Deployment:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if writable_by_anyone(folder):
             raise EngineError(f"{folder}: may be written by anyone; remove it, since what is in it would be run")
-        return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], Workload()))
+        return EngineCache(
+            folder, stage_profile(self.bundle, self.bundle.stages[stage], Workload(max_batch=self.batch, opt_batch=self.batch))
+        )
 
 
-def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object] | None = None) -> Deployment:
+def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object] | None = None, *, batch: int | None = None) -> Deployment:
     """Choose the device, and check every file that will be read there; `progress` is told of each bytes read, and of all there are.
 
     `auto` is the first of AUTO that runs this bundle. On `rtx` the graphs' own files are not read, the engines built from them are.
+    `batch` images run at once; None leaves it to the device: one on a CPU, which gains nothing by more (docs/performance.md), on a GPU as
+    many, up to MOST_IMAGES, as its engines take and `vessel-rt plan` finds room for.
 
     Raises:
         VesselError: a device asked for by name cannot be used; nothing else is taken in its place.
         BundleError: a file of the bundle is missing or was changed.
-        EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX.
+        EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX, or for batches so large.
     """
     device = _choose(wanted, bundle)
     if _lacks_kernels(bundle, device):
         raise BundleError(f"{bundle.folder}: {_NO_BF16}")
     engines = _engines(bundle, device) if device.kind == "rtx" else None
+    images = _batch(bundle, device, engines, batch)
     records = bundle.used_files(graphs=engines is None)
     total = sum(record.bytes for record in [*records.values(), *(engines.files.values() if engines else ())] if record)
 
@@ -67,9 +85,21 @@ def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object
 
     bundle.verify_files(advance, graphs=engines is None)
     if engines is None:
-        return Deployment(bundle, device, {name: bundle.folder / stage.file for name, stage in bundle.stages.items()})
+        return Deployment(bundle, device, {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}, images)
     engines.verify(advance)
-    return Deployment(bundle, device, {name: engines.folder / f"{name}.onnx" for name in bundle.stages})
+    return Deployment(bundle, device, {name: engines.folder / f"{name}.onnx" for name in bundle.stages}, images)
+
+
+def _batch(bundle: Bundle, device: Device, engines: EngineSet | None, asked: int | None) -> int:
+    """How many images run at once."""
+    if engines and asked and asked > engines.max_batch:
+        build = "raise engines.max_batch in the recipe and vessel-export build again"
+        raise EngineError(f"{engines.folder}: built for {engines.max_batch} images at once, not {asked}; lower --batch, or {build}")
+    if asked or device.kind == "cpu":
+        return asked or 1
+    memory = list_gpus()[device.index].memory
+    most = engines.max_batch if engines else MOST_IMAGES
+    return max((images for images in range(2, most + 1) if make_plan(bundle, images, memory).fits), default=1)
 
 
 def deployment_fault(bundle: Bundle, device: Device) -> str | None:

@@ -151,6 +151,12 @@ class EngineSet:
         """Every file of the engines, relative to the folder."""
         return {name: record for engine in self.engines.values() for name, record in engine.files.items()}
 
+    @property
+    def max_batch(self) -> int:
+        """How many images at once the engines were built for: the greatest first axis of SAM2's pixels."""
+        greatest = self.engines["sam2_image_encoder"].profile["pixel_values"].rpartition(", ")[2]
+        return int(greatest.partition("x")[0])
+
     def verify(self, progress: Callable[[int], object] | None = None) -> None:
         """Compare the contents of every file with its SHA-256; `progress` is told of each bytes read.
 

@@ -1,6 +1,6 @@
 """The one base class of errors that a user can mend."""
 
-__all__ = ["BundleError", "EngineError", "ImageError", "RecipeError", "VesselError", "first_line"]
+__all__ = ["BundleError", "EngineError", "ImageError", "OutOfMemory", "RecipeError", "VesselError", "first_line"]
 
 
 class VesselError(Exception):
@@ -24,6 +24,10 @@ class EngineError(VesselError):
 
 class ImageError(VesselError):
     """An image that cannot be read or that the model cannot take: a run goes on, and the image's line in results.jsonl says why."""
+
+
+class OutOfMemory(ImageError):
+    """A device without room for what it was given: a smaller batch may pass."""
 
 
 def first_line(error: BaseException) -> str:

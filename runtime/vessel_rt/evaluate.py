@@ -20,8 +20,9 @@ __all__ = ["ConceptScore", "dice", "evaluate"]
 
 @dataclasses.dataclass(frozen=True)
 class ConceptScore:
-    """The Dice coefficients of one concept, one for each image that was both segmented and annotated with it."""
+    """The Dice coefficients of one concept that a question named, one for each image that was both segmented and annotated with it."""
 
+    question: str
     concept: str
     dice: tuple[float, ...]
 
@@ -40,7 +41,7 @@ def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
     """Score the run in `output` against annotations in Sa2VA's fine-tuning format.
 
     That is a list of `{"image": name, "mask": [polygons of an object, ...], "text": [its concept, ...]}`. The concepts are those
-    that the run's question names, in its order: the first mask of a result is the first concept's, and so on; a mask that an
+    that a question of the run names, in its order: the first mask of a result is the first concept's, and so on; a mask that an
     answer does not give counts as empty, and an image that failed is left out.
 
     Raises:
@@ -49,23 +50,27 @@ def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
     run, results = _read(output / RUN_FILE, json.loads), _read(output / RESULTS_FILE, _json_lines)
     try:
         truth = {item["image"]: _polygons_by_concept(item) for item in _read(annotations, json.loads)}
-        concepts = _concepts_in(run["options"]["question"], {concept for item in truth.values() for concept in item})
+        known = {concept for item in truth.values() for concept in item}
         scored = [result for result in results if result["status"] == "ok" and result["image"] in truth]
-        scores = [_score(concept, number, scored, truth) for number, concept in enumerate(concepts)]
+        questions = run["options"]["questions"]
+        scores = [score for question in questions for score in _scores(question, _concepts_in(question, known), scored, truth)]
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise VesselError(f"{annotations} or {output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
-    if not concepts:
-        raise VesselError(f"{annotations}: annotates no concept that the run's question names ({run['options']['question']!r})")
+    if not scores:
+        raise VesselError(f"{annotations}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
     for score in scores:
         if not score.dice:
             raise VesselError(f"{annotations}: annotates {score.concept!r} in none of the images of {output}")
     return scores
 
 
-def _score(concept: str, number: int, results: Sequence[Any], truth: dict[str, dict[str, list[Any]]]) -> ConceptScore:
-    """The score of mask `number` of each result as `concept`."""
-    annotated = [(result["masks"], truth[result["image"]][concept]) for result in results if concept in truth[result["image"]]]
-    return ConceptScore(concept, tuple(_dice_of(masks, number, polygons) for masks, polygons in annotated))
+def _scores(question: str, concepts: Sequence[str], results: Sequence[Any], truth: dict[str, dict[str, list[Any]]]) -> list[ConceptScore]:
+    """The scores of the masks of each result of `question`, each as the concept of its place."""
+    asked = [(result["masks"], truth[result["image"]]) for result in results if result["question"] == question]
+    return [
+        ConceptScore(question, concept, tuple(_dice_of(masks, number, drawn[concept]) for masks, drawn in asked if concept in drawn))
+        for number, concept in enumerate(concepts)
+    ]
 
 
 def _dice_of(masks: Sequence[Any], number: int, polygons: Sequence[Any]) -> float:

@@ -1,4 +1,8 @@
-"""Many images through one Segmenter: which they are, one after the other, and the account of the run."""
+"""Many images through one Segmenter: which they are, how they share the time, and the account of the run.
+
+Three things go on at once: threads read images and make their pixels, a few ahead; this thread runs batches of them through the graphs; one
+more thread makes the masks and writes them, in order. What waits between them is bounded, so memory does not grow with the folder.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -20,38 +26,56 @@ import vessel_rt
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.deployment import Deployment, deploy
 from vessel_rt.engine import ENGINES
-from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.errors import ImageError, OutOfMemory, VesselError
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.outputs import OutputFolder
-from vessel_rt.segmenter import Result, Segmenter
+from vessel_rt.segmenter import Answer, Pixels, Segmenter
 from vessel_rt.session import Device, onnxruntime
 
 __all__ = ["InferOptions", "Summary", "find_images", "infer"]
 
+S = TypeVar("S")
+T = TypeVar("T")
+
+_READERS = 2  # threads: reading and resizing an image takes less time than its masks, on any device
 _LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
 
 
 @dataclasses.dataclass(frozen=True)
 class InferOptions:
-    """What `infer` is asked to do: `inputs` are files, folders and globs, of which None takes all; 0 `threads` is ONNX Runtime's choice."""
+    """What `infer` is asked to do.
+
+    `inputs` are files, folders and globs, of which `num_images` None takes all; every question is asked of every image. 0 `threads` is ONNX
+    Runtime's choice; `batch` images run at once, None is the device's choice. `draft`: see Segmenter.
+    """
 
     inputs: tuple[str, ...]
     output: Path
-    question: str
+    questions: tuple[str, ...]
     num_images: int | None = None
     device: Device = Device("auto")  # noqa: RUF009 (immutable)
     threads: int = 0
+    batch: int | None = None
+    draft: bool = True
     overwrite: bool = False
 
 
 @dataclasses.dataclass
 class Summary:
-    """What became of the images of a run, and the seconds that loading the bundle and running them took."""
+    """What became of the images of a run, and the seconds that loading the bundle and running them took.
+
+    `masks`, `without_mask`, `undrafted` (runs of language_model after the first were needed) and `answers` count results: an image has one
+    for each question. `batch` images ran at once at first, `least_batch` after the device had run out of memory.
+    """
 
     images: int = 0
     failed: int = 0
+    answers: int = 0
+    undrafted: int = 0
     masks: int = 0
     without_mask: int = 0
+    batch: int = 1
+    least_batch: int = 1
     load_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -100,17 +124,120 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
     began, started, summary = time.perf_counter(), datetime.datetime.now(datetime.UTC), Summary()
     images = find_images(options.inputs, options.num_images)
     outputs = OutputFolder(options.output, images, options.overwrite)
-    deployment = _deploy(bundle, options.device)
-    with Segmenter(deployment, options.threads) as segmenter:
-        segmenter.check_question(options.question)
+    deployment = _deploy(bundle, options)
+    with Segmenter(deployment, options.threads, draft=options.draft) as segmenter:
+        for question in options.questions:
+            segmenter.check_question(question)
         _announce(options.device, deployment)
+        summary.batch = summary.least_batch = deployment.batch
         summary.load_seconds = time.perf_counter() - began
-        with outputs:
-            for path in tqdm(images, unit="image", disable=None, dynamic_ncols=True):  # None: a bar on terminals only
-                _infer_one(path, options.question, segmenter, outputs, summary)
+        with outputs, tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:  # None: a bar on terminals only
+            _Run(segmenter, options.questions, outputs, summary, bar).over(images)
         summary.seconds = time.perf_counter() - began - summary.load_seconds
         outputs.write_run(_report(bundle, options, deployment.device, started, summary))
     return summary
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Frame:
+    """An image on its way: read and prepared, or the error that came of it."""
+
+    path: Path
+    image: Image.Image | None = None
+    pixels: Pixels | None = None
+    error: str | None = None
+    ms: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class _Run:
+    """The images of one run on their way through the three steps."""
+
+    def __init__(self, segmenter: Segmenter, questions: Sequence[str], outputs: OutputFolder, summary: Summary, bar: tqdm[Any]) -> None:
+        self._segmenter, self._questions, self._outputs, self._summary, self._bar = segmenter, questions, outputs, summary, bar
+
+    def over(self, images: Sequence[Path]) -> None:
+        """Take every image through. Interrupted, or out of disk, it ends with what is in hand written whole."""
+        with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(_READERS, "read") as readers:
+            writing: deque[Future[None]] = deque()
+            try:
+                for batch in self._batches(_ahead(readers, self._read, images, self._summary.batch + _READERS)):
+                    for frame, answers in self._answered(batch):
+                        writing.append(writer.submit(self._write, frame, answers))
+                    while len(writing) > self._summary.batch:
+                        writing.popleft().result()
+                for written in writing:
+                    written.result()
+            finally:
+                readers.shutdown(cancel_futures=True)
+
+    def _read(self, path: Path) -> _Frame:
+        try:
+            began = time.perf_counter()
+            image = read_image(path)
+            ms = {"read": (time.perf_counter() - began) * 1e3}
+            return _Frame(path, image, self._segmenter.prepare(image), ms=ms)
+        except ImageError as e:
+            return _Frame(path, error=str(e))
+
+    def _batches(self, frames: Iterable[_Frame]) -> Iterator[list[_Frame]]:
+        """As many frames as run together now; one that could not be read goes with them, for the order's sake."""
+        batch: list[_Frame] = []
+        for frame in frames:
+            batch.append(frame)
+            if sum(frame.error is None for frame in batch) >= self._summary.least_batch:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _answered(self, batch: Sequence[_Frame]) -> Iterator[tuple[_Frame, list[Answer]]]:
+        """Each frame with its answers. A batch that fails is run again in halves, down to the image that fails alone."""
+        good = [frame.pixels for frame in batch if frame.pixels]
+        if len(good) <= self._summary.least_batch:
+            try:
+                answers = iter(self._segmenter.run(good, self._questions) if good else [])
+                yield from ((frame, next(answers) if frame.pixels else []) for frame in batch)
+                return
+            except ImageError as e:
+                if len(good) == 1:
+                    yield from ((dataclasses.replace(f, error=f"{f.path}: {e}", pixels=None) if f.pixels else f, []) for f in batch)
+                    return
+                if isinstance(e, OutOfMemory):
+                    self._summary.least_batch = len(good) // 2
+                    text = f"no memory for {len(good)} images at once, going on with {len(good) // 2}"
+                    tqdm.write(f"vessel-rt: warning: {text}", file=sys.stderr)
+        yield from self._answered(batch[: len(batch) // 2])
+        yield from self._answered(batch[len(batch) // 2 :])
+
+    def _write(self, frame: _Frame, answers: Sequence[Answer]) -> None:
+        """Runs in the writer's thread, which alone counts."""
+        summary = self._summary
+        summary.images += 1
+        self._bar.update()
+        if frame.error or not frame.pixels or not frame.image:
+            summary.failed += 1
+            tqdm.write(f"vessel-rt: error: {frame.error}", file=sys.stderr)
+            self._outputs.write_error(frame.path, self._questions, str(frame.error))
+            return
+        results = [self._segmenter.finish(frame.pixels, answer) for answer in answers]
+        results = [dataclasses.replace(result, ms=frame.ms | result.ms) for result in results]
+        self._outputs.write_results(frame.path, frame.image, results)
+        for result in results:
+            summary.answers += 1
+            summary.undrafted += result.decode_steps > 0
+            summary.masks += len(result.masks)
+            summary.without_mask += not result.masks
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], bound: int) -> Iterator[T]:
+    """`function` of each of `items`, in order, computed by `pool` while earlier ones are used; `bound` of them wait at most."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > bound:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _announce(wanted: Device, deployment: Deployment) -> None:
@@ -123,7 +250,7 @@ def _announce(wanted: Device, deployment: Deployment) -> None:
     print(f"device {device}{note}", file=sys.stderr)
 
 
-def _deploy(bundle: Bundle, device: Device) -> Deployment:
+def _deploy(bundle: Bundle, options: InferOptions) -> Deployment:
     """`deploy`, with a bar if the files take more than two seconds."""
     with tqdm(desc="checking the bundle", unit="B", unit_scale=True, disable=None, delay=2, leave=False) as bar:
 
@@ -131,32 +258,7 @@ def _deploy(bundle: Bundle, device: Device) -> Deployment:
             bar.total = total
             bar.update(read)
 
-        return deploy(bundle, device, advance)
-
-
-def _infer_one(path: Path, question: str, segmenter: Segmenter, outputs: OutputFolder, summary: Summary) -> None:
-    summary.images += 1
-    try:
-        began = time.perf_counter()
-        image = read_image(path)
-        read_ms = (time.perf_counter() - began) * 1e3
-        result = _named(path, segmenter, image, question)
-    except ImageError as e:
-        summary.failed += 1
-        tqdm.write(f"vessel-rt: error: {e}", file=sys.stderr)
-        outputs.write_error(path, str(e))
-        return
-    summary.masks += len(result.masks)
-    summary.without_mask += not result.masks
-    outputs.write_result(path, image, dataclasses.replace(result, ms={"read": read_ms, **result.ms}))
-
-
-def _named(path: Path, segmenter: Segmenter, image: Image.Image, question: str) -> Result:
-    """`Segmenter.segment`, which does not know the image's name, with the name put before its errors."""
-    try:
-        return segmenter.segment(image, question)
-    except ImageError as e:
-        raise ImageError(f"{path}: {e}") from e
+        return deploy(bundle, options.device, advance, batch=options.batch)
 
 
 def _report(bundle: Bundle, options: InferOptions, device: Device, started: datetime.datetime, summary: Summary) -> dict[str, Any]:
@@ -175,11 +277,14 @@ def _report(bundle: Bundle, options: InferOptions, device: Device, started: date
             "checkpoint": bundle.provenance.checkpoint,
         },
         "device": str(device),
+        "batch": {"at_first": summary.batch, "least": summary.least_batch},
         "options": dataclasses.asdict(options) | {"output": str(options.output), "device": str(options.device)},
         "counts": {
             "images": summary.images,
             "ok": summary.images - summary.failed,
             "failed": summary.failed,
+            "answers": summary.answers,
+            "with_decode_steps": summary.undrafted,
             "masks": summary.masks,
             "without_mask": summary.without_mask,
         },

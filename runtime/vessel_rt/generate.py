@@ -1,5 +1,8 @@
 """Greedy decoding with a KV cache, and the hidden states that become masks.
 
+An answer that is expected, a draft, is run through the model together with the prompt. Of its tokens those are taken that the model would
+have said itself, up to the first one that it would not; from there on it speaks. So a draft changes the number of runs, never the answer.
+
 Knows the language_model graph (docs/architecture.md) and token ids; knows nothing of text, images or masks.
 """
 
@@ -16,6 +19,7 @@ from vessel_rt.bundle import Bundle
 from vessel_rt.errors import ImageError
 from vessel_rt.prompt import EmbedTokens
 from vessel_rt.session import Session
+from vessel_rt.shapes import MOST_KEPT
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -25,10 +29,15 @@ __all__ = ["Generation", "LanguageModel"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
-    """One answer: its ids without the stop token, a state [masks, hidden_size] for each [SEG] in it, and the runs after the first."""
+    """One answer: its ids without the stop token, and a state [masks, hidden_size] for each [SEG] in it.
+
+    `drafted` tokens were run with the prompt, of which the model would have said the first `accepted`; `decode_steps` runs came after.
+    """
 
     token_ids: tuple[int, ...]
     seg_states: npt.NDArray[Any]
+    drafted: int
+    accepted: int
     decode_steps: int
 
 
@@ -37,6 +46,8 @@ class _Row:
     """One prompt of the batch and what has been generated after it; the last emitted token is not yet consumed."""
 
     prompt_length: int
+    draft: tuple[int, ...]
+    accepted: int = 0
     emitted: list[int] = dataclasses.field(default_factory=list)
     seg_states: list[npt.NDArray[Any]] = dataclasses.field(default_factory=list)
     decode_steps: int = 0
@@ -66,9 +77,10 @@ class LanguageModel:
         self._cache: list[OrtValue] = []
         self._cache_rows = 0
 
-    def generate(self, prompts: Sequence[npt.NDArray[Any]]) -> list[Generation]:
+    def generate(self, prompts: Sequence[npt.NDArray[Any]], drafts: Sequence[Sequence[int]] | None = None) -> list[Generation]:
         """Answer each prompt, given as embeddings [tokens, hidden_size], until a stop token or `max_new_tokens`.
 
+        `drafts` are the ids of the answers expected, without a stop token; of a long one the beginning is tried.
         A [SEG] that is the last token of the budget is still consumed, since its state is the mask.
 
         Raises:
@@ -80,26 +92,45 @@ class LanguageModel:
                 f"its prompt has {longest} tokens, of which this bundle takes {room} "
                 f"({self._sizes.capacity} less {self._sizes.max_new_tokens} for the answer); export it with a larger capacity"
             )
-        rows = [_Row(len(prompt)) for prompt in prompts]
-        next_ids, _ = self._run(prompts, starts=[0] * len(rows), gather=[len(prompt) - 1 for prompt in prompts])
-        for row, token in zip(rows, next_ids, strict=True):
-            row.emitted.append(int(token))
+        tried = min(MOST_KEPT - 1, self._sizes.max_new_tokens)
+        rows = [_Row(len(prompt), tuple(draft[:tried])) for prompt, draft in zip(prompts, drafts or [()] * len(prompts), strict=True)]
+        self._begin(rows, prompts)
         while any(map(self._unfinished, rows)):
             self._step(rows)
         return [self._generation(row) for row in rows]
 
+    def _begin(self, rows: Sequence[_Row], prompts: Sequence[npt.NDArray[Any]]) -> None:
+        """Run every prompt with its draft, and accept of the draft what the model says itself."""
+        chunks = [np.concatenate([prompt, *self._embedded(row.draft)]) for row, prompt in zip(rows, prompts, strict=True)]
+        kept = 1 + max(len(row.draft) for row in rows)
+        gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(kept)] for row in rows]
+        next_ids, states = self._run(chunks, starts=[0] * len(rows), gather=gather)
+        for row, said, state in zip(rows, next_ids, states, strict=True):
+            row.emitted.append(int(said[0]))
+            for i, expected in enumerate(row.draft, start=1):
+                if row.emitted[-1] != expected or not self._unfinished(row):
+                    break
+                self._consumed(row, state[i], int(said[i]))
+                row.accepted += 1
+
+    def _embedded(self, token_ids: Sequence[int]) -> list[npt.NDArray[Any]]:
+        return [self._embed_tokens.rows(token_ids)] if token_ids else []
+
     def _step(self, rows: Sequence[_Row]) -> None:
         """Consume every row's last token. A finished row repeats its own, in place, and what comes of it is dropped."""
         tokens = self._embed_tokens.rows([row.emitted[-1] for row in rows])
-        next_ids, states = self._run(list(tokens[:, None]), starts=[row.position for row in rows], gather=[0] * len(rows))
-        for row, token, state in zip(rows, next_ids, states, strict=True):
-            if not self._unfinished(row):
-                continue
-            row.decode_steps += 1
-            if row.emitted[-1] == self._seg:
-                row.seg_states.append(state)
-            if len(row.emitted) < self._sizes.max_new_tokens:
-                row.emitted.append(int(token))
+        next_ids, states = self._run(list(tokens[:, None]), starts=[row.position for row in rows], gather=[[0]] * len(rows))
+        for row, said, state in zip(rows, next_ids, states, strict=True):
+            if self._unfinished(row):
+                row.decode_steps += 1
+                self._consumed(row, state[0], int(said[0]))
+
+    def _consumed(self, row: _Row, state: npt.NDArray[Any], said: int) -> None:
+        """Note that the row's last token led to `state` and to the token `said`."""
+        if row.emitted[-1] == self._seg:
+            row.seg_states.append(state)
+        if len(row.emitted) < self._sizes.max_new_tokens:
+            row.emitted.append(said)
 
     def _unfinished(self, row: _Row) -> bool:
         last = row.emitted[-1]
@@ -109,15 +140,16 @@ class LanguageModel:
     def _generation(self, row: _Row) -> Generation:
         answer = row.emitted[:-1] if row.emitted[-1] in self._stops else row.emitted
         states = np.stack(row.seg_states) if row.seg_states else np.empty((0, self._sizes.hidden_size), self._dtype)
-        return Generation(tuple(answer), states, row.decode_steps)
+        return Generation(tuple(answer), states, len(row.draft), row.accepted, row.decode_steps)
 
     def _run(
-        self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[int]
+        self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[Sequence[int]]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """Run the graph over one chunk of embeddings a row, written to the cache from position `starts[row]` on.
 
         Returns:
-            For each row, at its chunk's position `gather[row]`: the next token's id [rows], the hidden state [rows, hidden_size].
+            For each row, at its chunk's positions `gather[row]`, as many in each: the next tokens' ids [rows, positions], the hidden
+            states [rows, positions, hidden_size].
         """
         batch, sequence = len(chunks), max(map(len, chunks))
         embeds = np.zeros((batch, sequence, self._sizes.hidden_size), self._dtype)
@@ -133,16 +165,16 @@ class LanguageModel:
                 "position_ids": first[:, None] + np.arange(sequence),
                 "write_indices": first,
                 "kv_positions": np.arange(live),
-                "gather_positions": np.array(gather, np.int64)[:, None],
+                "gather_positions": np.array(gather, np.int64),
                 **dict(zip(past, cache, strict=True)),
             },
             into=dict(zip(present, cache, strict=True)),
         )
-        states = outputs["hidden_states"][:, 0]
+        states = outputs["hidden_states"]
         if not np.isfinite(states).all():
             self._cache_rows = 0  # it holds the same numbers: begin anew with the next prompt
             raise ImageError(f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32")
-        return outputs["next_ids"][:, 0], states
+        return outputs["next_ids"], states
 
     def _cache_names(self, when: str) -> list[str]:
         return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]

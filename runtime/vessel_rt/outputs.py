@@ -75,23 +75,30 @@ class OutputFolder:
         self._results.close()
         os.replace(self.folder / _PARTIAL_FILE, self.folder / RESULTS_FILE)
 
-    def write_result(self, path: Path, image: Image.Image, result: Result) -> None:
-        """Write the masks and the overlay of one image, then its line; if that is cut short, none of them."""
-        names = self._mask_names(path.stem, len(result.masks))
-        overlay = self.folder / _OVERLAYS / f"{path.stem}.jpg"
+    def write_results(self, path: Path, image: Image.Image, results: Sequence[Result]) -> None:
+        """Write the masks and the overlay of one image, then a line for each of its results; if that is cut short, none of them."""
+        names = iter(self._mask_names(path.stem, sum(len(result.masks) for result in results)))
+        overlay, written, lines = self.folder / _OVERLAYS / f"{path.stem}.jpg", [], []
         try:
-            records = [self._write_mask(name, mask) for name, mask in zip(names, result.masks, strict=True)]
+            for result in results:
+                records = []
+                for mask, name in zip(result.masks, names):  # noqa: B905 (masks first: a name is taken for each)
+                    written.append(self.folder / name)
+                    records.append(self._write_mask(name, mask))
+                lines.append(_line(path, result.question, result=result, masks=records))
+            written.append(overlay)
             with replacing(overlay) as temporary:
-                draw_overlay(image, [mask.pixels for mask in result.masks]).save(temporary, format="JPEG", quality=92, subsampling=0)
+                masks = [mask.pixels for result in results for mask in result.masks]
+                draw_overlay(image, masks).save(temporary, format="JPEG", quality=92, subsampling=0)
+            self._write_lines(lines)
         except BaseException:
-            for unlisted in (overlay, *(self.folder / name for name in names)):
+            for unlisted in written:
                 unlisted.unlink(missing_ok=True)
             raise
-        self._write_line(path, status="ok", answer=result.answer, decode_steps=result.decode_steps, ms=result.ms, masks=records)
 
-    def write_error(self, path: Path, error: str) -> None:
-        """Write the line of an image that failed."""
-        self._write_line(path, status="error", error=error)
+    def write_error(self, path: Path, questions: Sequence[str], error: str) -> None:
+        """Write the lines of an image that failed, one a question."""
+        self._write_lines([_line(path, question, error=error) for question in questions])
 
     def write_run(self, report: dict[str, Any]) -> None:
         """Write run.json."""
@@ -115,29 +122,29 @@ class OutputFolder:
         free = (name for name in numbered if name.casefold() not in self._stems)
         return [f"{_MASKS}/{name}.png" for name in itertools.islice(itertools.chain([stem], free), count)]
 
-    def _write_line(
-        self,
-        path: Path,
-        *,
-        status: str,
-        error: str | None = None,
-        answer: str | None = None,
-        decode_steps: int | None = None,
-        ms: dict[str, float] | None = None,
-        masks: Sequence[dict[str, Any]] = (),
-    ) -> None:
-        line = {
-            "image": path.name,
-            "status": status,
-            "error": error,
-            "answer": answer,
-            "decode_steps": decode_steps,
-            "ms": {stage: round(value, 3) for stage, value in (ms or {}).items()},
-            "masks": list(masks),
-        }
+    def _write_lines(self, lines: Sequence[dict[str, Any]]) -> None:
         with _writing(self.folder / _PARTIAL_FILE):
-            self._results.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._results.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             self._results.flush()
+
+
+def _line(
+    path: Path, question: str, *, error: str | None = None, result: Result | None = None, masks: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """A line of results.jsonl, which has the same keys whatever came of the image."""
+    return {
+        "image": path.name,
+        "question": question,
+        "status": "ok" if result else "error",
+        "error": error,
+        "answer": result.answer if result else None,
+        "drafted": result.drafted if result else None,
+        "accepted": result.accepted if result else None,
+        "decode_steps": result.decode_steps if result else None,
+        "batch": result.images if result else None,
+        "ms": {step: round(value, 3) for step, value in result.ms.items()} if result else {},
+        "masks": list(masks),
+    }
 
 
 def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> Image.Image:

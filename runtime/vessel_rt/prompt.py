@@ -51,6 +51,11 @@ class PromptTokenizer:
         encodings = self._tokenizer.encode_batch([before, after], add_special_tokens=False)
         return encodings[0].ids, encodings[1].ids
 
+    def encode_answer(self, answer: str) -> list[int]:
+        """Token ids of an answer, as training had them: special tokens such as [SEG] are one id each."""
+        ids: list[int] = self._tokenizer.encode(answer, add_special_tokens=False).ids
+        return ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of an answer, special tokens such as [SEG] shown, without blanks around it."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)

@@ -1,13 +1,19 @@
-"""The whole pipeline on one page: an image and a question in, an answer and its masks out."""
+"""The whole pipeline on one page: images and questions in, answers and their masks out.
+
+An image goes through three steps: `prepare` makes its pixels, `run` takes a batch through the graphs, `finish` makes its masks.
+The first and the last may be called from any thread, beside a `run`, of which there is one at a time.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +21,43 @@ from PIL import Image
 
 from vessel_rt.deployment import Deployment
 from vessel_rt.errors import ImageError
-from vessel_rt.generate import LanguageModel
+from vessel_rt.generate import Generation, LanguageModel
 from vessel_rt.image import mask_pixels, tile_pixels
 from vessel_rt.masks import upsample
 from vessel_rt.prompt import EmbedTokens, PromptTokenizer
+from vessel_rt.shapes import MASKS_AN_IMAGE
 
-__all__ = ["Mask", "Result", "Segmenter"]
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+__all__ = ["Answer", "Mask", "Pixels", "Result", "Segmenter"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels:
+    """An image as the graphs take it: `tiles` [tiles, 3, size, size], `square` [1, 3, size, size]; `ms` that making them took."""
+
+    width: int
+    height: int
+    tiles: npt.NDArray[Any]
+    square: npt.NDArray[Any]
+    ms: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """What the graphs made of one image and question; `low_res_logits` [masks, side, side], `iou` and `object_score` [masks]."""
+
+    question: str
+    generation: Generation
+    low_res_logits: npt.NDArray[np.float32]
+    iou: npt.NDArray[np.float32]
+    object_score: npt.NDArray[np.float32]
+    images: int
+    ms: dict[str, float]
+
+
+_Logits = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]  # low-res logits, IoUs and object scores of some masks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,14 +71,19 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What came of one image. `masks` follow the order of [SEG] in the answer and may be none.
+    """What came of one image and question. `masks` follow the order of [SEG] in the answer and may be none.
 
-    `decode_steps` counts the runs of language_model after the first; `ms` has each stage's wall time in milliseconds.
+    `decode_steps` counts the runs of language_model after the first; of the `drafted` tokens that were run with the prompt, the model would
+    have said the first `accepted`. `images` ran together; `ms` has each step's wall time in milliseconds, an equal share for each of them.
     """
 
+    question: str
     answer: str
     token_ids: tuple[int, ...]
+    drafted: int
+    accepted: int
     decode_steps: int
+    images: int
     ms: dict[str, float]
     masks: tuple[Mask, ...]
 
@@ -52,19 +94,26 @@ class Segmenter:
     Args:
         deployment: what to run, and where.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime.
+        draft: run the answer that is expected together with the prompt; the answers are the same without.
 
     Raises:
         VesselError: a file of the bundle cannot be loaded.
     """
 
-    def __init__(self, deployment: Deployment, threads: int = 0) -> None:
+    def __init__(self, deployment: Deployment, threads: int = 0, *, draft: bool = True) -> None:
         self._bundle = bundle = deployment.bundle
         with ExitStack() as stack:
             self._tokenizer = PromptTokenizer(bundle)
             self._embed_tokens = stack.enter_context(EmbedTokens(bundle))
-            self._sessions = {name: stack.enter_context(deployment.session(name, threads)) for name in bundle.stages}
+            self._sessions = {name: stack.enter_context(session) for name, session in deployment.sessions(threads).items()}
             self._language_model = LanguageModel(self._sessions["language_model"], bundle, self._embed_tokens)
+            # A GPU has room for SAM2's encoder beside the language model; the CPU's cores are all busy with one.
+            beside = deployment.device.kind != "cpu"
+            self._thread = stack.enter_context(ThreadPoolExecutor(1, "sam2_image_encoder")) if beside else None
             self._stack = stack.pop_all()
+        self._texts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+        self._first_draft = self._tokenizer.encode_answer(bundle.prompt.answers[0]) if draft and bundle.prompt.answers else None
+        self._drafts: dict[str, Sequence[int]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +123,7 @@ class Segmenter:
 
     def check_question(self, question: str) -> None:
         """Raise the VesselError that `segment` would raise for `question`."""
-        self._tokenizer.encode(question)
+        self._around(question)
 
     def segment(self, image: Image.Image, question: str) -> Result:
         """Answer `question` about `image` (RGB, as `read_image` gives it), and draw a mask for each [SEG] of the answer.
@@ -83,20 +132,77 @@ class Segmenter:
             VesselError: the question cannot be put into a prompt.
             ImageError: the image makes too long a prompt, or numbers that overflow the bundle's precision.
         """
+        pixels = self.prepare(image)
+        [[answer]] = self.run([pixels], [question])
+        return self.finish(pixels, answer)
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """What the graphs need of `image`."""
         ms: dict[str, float] = {}
         with _timed(ms, "tiles"):
             tiles = tile_pixels(image, self._bundle.tiles, self._input_dtype("vision_encoder"))
-        with _timed(ms, "vision_encoder"):
-            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": tiles})["image_embeds"]
-        with _timed(ms, "language_model"):
-            [generation] = self._language_model.generate([self._prompt(question, image_embeds)])
+        with _timed(ms, "square"):
+            square = mask_pixels(image, self._bundle.mask, self._input_dtype("sam2_image_encoder"))
+        return Pixels(image.width, image.height, tiles, square, ms)
+
+    def run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
+        """Every question about every image of `batch`: for each image, its answers in the questions' order. Each image is encoded once.
+
+        Raises:
+            VesselError: a question cannot be put into a prompt.
+            ImageError: an image of the batch makes too long a prompt, or numbers that overflow the bundle's precision.
+            OutOfMemory: the device has no room for so many images.
+        """
+        ms: dict[str, float] = {}
+        encoding = self._thread.submit(self._encode, batch, ms) if self._thread else None
+        try:
+            generations = self._generate(batch, questions, ms)
+        finally:
+            wait([encoding] if encoding else [])  # it works with what this call holds
+        decoded = self._decode(batch, generations, encoding, ms)
+        share = {step: value / len(batch) for step, value in ms.items()}
+        return [
+            [
+                Answer(question, generation, *logits, len(batch), share)
+                for question, generation, logits in zip(questions, of_image, of_masks, strict=True)
+            ]
+            for of_image, of_masks in zip(generations, decoded, strict=True)
+        ]
+
+    def finish(self, pixels: Pixels, answer: Answer) -> Result:
+        """The answer in words, and its masks at the image's size."""
+        ms = {**pixels.ms, **answer.ms}
+        with _timed(ms, "upsample"):
+            masks = upsample(answer.low_res_logits, self._bundle.mask.size, pixels.width, pixels.height) > 0  # sigmoid above one half
+        generation, scores = answer.generation, zip(masks, answer.iou, answer.object_score, strict=True)
         return Result(
+            question=answer.question,
             answer=self._tokenizer.decode(generation.token_ids),
             token_ids=generation.token_ids,
+            drafted=generation.drafted,
+            accepted=generation.accepted,
             decode_steps=generation.decode_steps,
-            masks=self._masks(image, generation.seg_states, ms) if len(generation.seg_states) else (),
+            images=answer.images,
             ms=ms,
+            masks=tuple(Mask(mask, float(iou), float(object_score)) for mask, iou, object_score in scores),
         )
+
+    def _generate(self, batch: Sequence[Pixels], questions: Sequence[str], ms: dict[str, float]) -> list[list[Generation]]:
+        """The answers, by image and question. The language model takes as many prompts at once as there are images."""
+        with _timed(ms, "vision_encoder"):
+            tiles = np.concatenate([pixels.tiles for pixels in batch]) if len(batch) > 1 else batch[0].tiles
+            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": tiles})["image_embeds"]
+        ends = np.cumsum([len(pixels.tiles) for pixels in batch])
+        of_images = np.split(image_embeds.reshape(len(tiles), -1, image_embeds.shape[-1]), ends[:-1])
+        generations: list[list[Generation]] = [[] for _ in batch]
+        with _timed(ms, "language_model"):
+            for question in questions:
+                draft = () if self._first_draft is None else self._drafts.get(question, self._first_draft)
+                prompts = [self._prompt(question, embeds) for embeds in of_images]
+                for answers, generation in zip(generations, self._language_model.generate(prompts, [draft] * len(prompts)), strict=True):
+                    answers.append(generation)
+                self._drafts[question] = generations[-1][-1].token_ids
+        return generations
 
     def _prompt(self, question: str, image_embeds: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size] between its texts'.
@@ -104,33 +210,61 @@ class Segmenter:
         They are joined on the host, whatever the device: ONNX Runtime copies whole values to a device, never into a part of one. A tile of
         the 8B model is 1.8 MB each way, less than a further graph, or two more runs of language_model, would cost.
         """
-        before, after = (self._embed_tokens.rows(ids) for ids in self._tokenizer.encode(question))
+        before, after = self._around(question)
         return np.concatenate([before, image_embeds.reshape(-1, image_embeds.shape[-1]), after])
 
-    def _masks(self, image: Image.Image, seg_states: npt.NDArray[Any], ms: dict[str, float]) -> tuple[Mask, ...]:
-        """A mask for each [SEG] state, from one run of each of SAM2's graphs; the features between them stay on the device."""
-        with _timed(ms, "square"):
-            square = mask_pixels(image, self._bundle.mask, self._input_dtype("sam2_image_encoder"))
+    def _around(self, question: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The embeddings before and after an image's, made once for a question."""
+        if question not in self._texts:
+            before, after = (self._embed_tokens.rows(ids) for ids in self._tokenizer.encode(question))
+            self._texts[question] = before, after
+        return self._texts[question]
+
+    def _encode(self, batch: Sequence[Pixels], ms: dict[str, float]) -> Mapping[str, OrtValue]:
+        """SAM2's features of every image, left on the device."""
         with _timed(ms, "sam2_image_encoder"):
-            encoder = self._sessions["sam2_image_encoder"]
-            features = encoder.run({"pixel_values": square}, keep=("fpn_0", "fpn_1", "image_features"))
-        with _timed(ms, "sam2_mask_decoder"):
-            image_index = np.zeros(len(seg_states), np.int64)
-            decoded = self._sessions["sam2_mask_decoder"].run({**features, "seg_states": seg_states, "image_index": image_index})
-        if not all(np.isfinite(output).all() for output in decoded.values()):
+            squares = np.concatenate([pixels.square for pixels in batch]) if len(batch) > 1 else batch[0].square
+            return self._sessions["sam2_image_encoder"].run({"pixel_values": squares}, keep=("fpn_0", "fpn_1", "image_features"))
+
+    def _decode(
+        self,
+        batch: Sequence[Pixels],
+        generations: Sequence[Sequence[Generation]],
+        encoding: Future[Mapping[str, OrtValue]] | None,
+        ms: dict[str, float],
+    ) -> list[list[_Logits]]:
+        """Low-res logits, IoUs and object scores of the masks, by image and question, from the [SEG] states.
+
+        Where SAM2's encoder does not run beside the language model, it runs now, on the images that have a mask.
+        """
+        states = [[generation.seg_states for generation in of_image] for of_image in generations]
+        encoded = [i for i, of_image in enumerate(states) if encoding or any(map(len, of_image))]
+        seg_states = np.concatenate([state for of_image in states for state in of_image])
+        image_index = np.array([encoded.index(i) for i, of_image in enumerate(states) for state in of_image for _ in state], np.int64)
+        side = self._bundle.mask.low_res_size
+        parts = [(np.empty((0, side, side), np.float32), np.empty(0, np.float32), np.empty(0, np.float32))]
+        if len(seg_states):
+            features = encoding.result() if encoding else self._encode([batch[i] for i in encoded], ms)
+            with _timed(ms, "sam2_mask_decoder"):
+                most = MASKS_AN_IMAGE * len(encoded)  # as many as engines are built and memory is planned for
+                for start in range(0, len(seg_states), most):
+                    some = slice(start, start + most)
+                    feeds = {**features, "seg_states": seg_states[some], "image_index": image_index[some]}
+                    outputs = self._sessions["sam2_mask_decoder"].run(feeds)
+                    parts.append((outputs["low_res_logits"], outputs["iou"], outputs["object_score"]))
+        whole = [np.concatenate(output) for output in zip(*parts, strict=True)]
+        if not all(np.isfinite(output).all() for output in whole):
             raise ImageError(f"its masks are not finite in {self._bundle.precision}; export the bundle with --precision fp32")
-        with _timed(ms, "upsample"):
-            logits = upsample(decoded["low_res_logits"], self._bundle.mask.size, image.width, image.height)
-            pixels = logits > 0  # sigmoid above one half
-        scores = zip(pixels, decoded["iou"], decoded["object_score"], strict=True)
-        return tuple(Mask(mask, float(iou), float(object_score)) for mask, iou, object_score in scores)
+        ends = np.cumsum([len(state) for of_image in states for state in of_image])
+        each = zip(*(np.split(output, ends[:-1]) for output in whole), strict=True)
+        return [list(itertools.islice(each, len(of_image))) for of_image in states]
 
     def _input_dtype(self, stage: str) -> np.dtype[Any]:
         return self._bundle.stages[stage].input_dtype("pixel_values")
 
 
 @contextmanager
-def _timed(ms: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(ms: dict[str, float], step: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
-    ms[stage] = (time.perf_counter() - began) * 1e3
+    ms[step] = (time.perf_counter() - began) * 1e3

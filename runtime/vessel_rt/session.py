@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.engine import packed_cuda_runtime
-from vessel_rt.errors import ImageError, VesselError, first_line
+from vessel_rt.errors import ImageError, OutOfMemory, VesselError, first_line
 from vessel_rt.gpu import list_gpus
 from vessel_rt.shapes import Profile
 
@@ -36,6 +36,9 @@ _ONNX_TYPES = {"float32": (1, np.uint32), "float16": (10, np.uint16), "bfloat16"
 
 # Operators that on the CPU would make a GPU wait: ONNX Runtime places shape arithmetic there by design, these for want of a kernel.
 _HEAVY = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "RotaryEmbedding", "TensorScatter"})
+
+# What ONNX Runtime's arenas, CUDA and TensorRT say when there is none left.
+_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +299,8 @@ class Session:
             Every output by name, except those of `into`: arrays, or OrtValues for those in `keep`.
 
         Raises:
-            ImageError: the device fails, as it does without memory; a smaller image may pass.
+            OutOfMemory: the device has no room for these shapes.
+            ImageError: the device fails.
         """
         binding, into = self._session.io_binding(), into or {}
         for name, value in feeds.items():
@@ -315,7 +319,8 @@ class Session:
         try:
             self._session.run_with_iobinding(binding)
         except _run_faults() as e:
-            raise ImageError(f"{self._path.stem} fails on {self._device}: {first_line(e)}") from e
+            kind = OutOfMemory if _OUT_OF_MEMORY.search(str(e)) else ImageError
+            raise kind(f"{self._path.stem} fails on {self._device}: {first_line(e)}") from e
         values = binding.get_outputs()[len(into) :]  # in the order of binding
         return {name: value if name in keep else value.numpy() for name, value in zip(fresh, values, strict=True)}
 

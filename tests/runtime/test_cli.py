@@ -54,7 +54,7 @@ def test_the_environment_names_a_bundle_and_the_option_goes_before_it(
     assert f"bundle {engines / 'old'}" in capsys.readouterr().err
     assert infer(frames, "--bundle", engines / "new", "-o", "here", "--num-images", "1", "--prompt", "Where?") == 0
     run = json.loads(Path("here/run.json").read_text())
-    assert (run["bundle"]["name"], run["counts"]["images"], run["options"]["question"]) == ("new", 1, "Where?")
+    assert (run["bundle"]["name"], run["counts"]["images"], run["options"]["questions"]) == ("new", 1, ["Where?"])
 
 
 def test_no_bundle(tmp_path: Path, frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

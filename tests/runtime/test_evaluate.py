@@ -23,9 +23,12 @@ def square(x0: int, y0: int, x1: int, y1: int) -> list[float]:
 
 
 def run_folder(tmp_path: Path, question: str, results: list[tuple[str, list[np.ndarray]]]) -> Path:
-    (tmp_path / "run.json").write_text(json.dumps({"options": {"question": question}}))
-    lines = [{"image": name, "status": "ok", "masks": [{"rle": run_lengths(mask)} for mask in masks]} for name, masks in results]
-    lines.append({"image": "failed.png", "status": "error", "masks": []})
+    (tmp_path / "run.json").write_text(json.dumps({"options": {"questions": [question]}}))
+    lines = [
+        {"image": name, "question": question, "status": "ok", "masks": [{"rle": run_lengths(mask)} for mask in masks]}
+        for name, masks in results
+    ]
+    lines.append({"image": "failed.png", "question": question, "status": "error", "masks": []})
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ from tests.runtime.conftest import make_frame
 from tests.runtime.engine_files import write_engines
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.engine import Target
-from vessel_rt.errors import BundleError, VesselError
+from vessel_rt.errors import BundleError, OutOfMemory, VesselError
 from vessel_rt.folder import InferOptions, find_images, infer
+from vessel_rt.segmenter import Segmenter
 from vessel_rt.session import Device
 
 
@@ -20,8 +22,12 @@ def names(paths: list[Path]) -> list[str]:
     return [path.name for path in paths]
 
 
-def options(inputs: Path | str, output: Path, question: str = "Please segment vessel in this image.", **more: Any) -> InferOptions:
-    return InferOptions((str(inputs),), output, question, threads=1, **more)
+def options(inputs: Path | str, output: Path, *questions: str, **more: Any) -> InferOptions:
+    return InferOptions((str(inputs),), output, questions or ("Please segment vessel in this image.",), threads=1, **more)
+
+
+def lines(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 def test_a_folder_is_sorted_and_not_descended(frames: Path) -> None:
@@ -58,14 +64,21 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     summary = infer(standin, options(frames, tmp_path / "out"))
     assert (summary.images, summary.failed, summary.masks, summary.without_mask) == (3, 0, 3, 0)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["counts"] == {"images": 3, "ok": 3, "failed": 0, "masks": 3, "without_mask": 0}
+    assert run["counts"] == {
+        "images": 3,
+        "ok": 3,
+        "failed": 0,
+        "answers": 3,
+        "with_decode_steps": 0,
+        "masks": 3,
+        "without_mask": 0,
+    }
     assert run["bundle"]["sha256"] == sha256_of(standin.folder / BUNDLE_FILE)
     assert run["device"] == "cpu"
-    assert run["options"]["question"] == "Please segment vessel in this image."
+    assert run["options"]["questions"] == ["Please segment vessel in this image."]
     assert run["peak_memory_bytes"] is None or run["peak_memory_bytes"] > 1 << 24
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [line["image"] for line in lines] == ["a.jpg", "b.png", "c.tif"]
-    assert "read" in lines[0]["ms"]
+    assert [line["image"] for line in lines(tmp_path / "out")] == ["a.jpg", "b.png", "c.tif"]
+    assert "read" in lines(tmp_path / "out")[0]["ms"]
 
 
 def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Path, tmp_path: Path) -> None:
@@ -74,9 +87,8 @@ def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Pa
     (frames / "ac_empty.png").write_bytes(b"")
     summary = infer(standin, options(frames, tmp_path / "out"))
     assert (summary.images, summary.failed, summary.masks) == (6, 3, 3)
-    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [line["status"] for line in lines] == ["ok", "error", "error", "error", "ok", "ok"]
-    for line, message in zip(lines[1:4], ["not a JPG", "cannot be decoded", "an empty file"], strict=True):
+    assert [line["status"] for line in lines(tmp_path / "out")] == ["ok", "error", "error", "error", "ok", "ok"]
+    for line, message in zip(lines(tmp_path / "out")[1:4], ["not a JPG", "cannot be decoded", "an empty file"], strict=True):
         assert str(frames / line["image"]) in line["error"]
         assert message in line["error"]
 
@@ -86,8 +98,108 @@ def test_an_image_that_the_model_cannot_take_is_named(standin: Bundle, frames: P
     question = "x" * 180  # with one tile's tokens it fits, with ten tiles' it does not
     summary = infer(standin, options(frames, tmp_path / "out", question))
     assert (summary.images, summary.failed) == (4, 1)
-    error = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[2])["error"]
+    error = lines(tmp_path / "out")[2]["error"]
     assert error.startswith(f"{frames / 'b_large.png'}: its prompt has")
+
+
+def many(folder: Path, count: int) -> Path:
+    """Frames of three sizes, that is of 1, 7 and 10 tiles, each with its own picture, and one file that is no image."""
+    folder.mkdir()
+    for i in range(count):
+        frame = make_frame(*[(200, 160), (900, 448), (448, 448)][i % 3])
+        frame.rotate(7 * i).save(folder / f"{i:03}.png")
+    (folder / "004_text.png").write_text("This is not an image.")
+    return folder
+
+
+def results(folder: Path) -> list[Any]:
+    """What may not depend on how the work was done: everything but times and counts of runs."""
+    own = ("ms", "drafted", "accepted", "decode_steps", "batch")
+    found = [{key: value for key, value in line.items() if key not in own} for line in lines(folder)]
+    for line in found:
+        for mask in line["masks"]:  # float32, through matrices of other lengths
+            mask["iou"], mask["object_score"] = round(mask["iou"], 4), round(mask["object_score"], 4)
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*g") if path.is_file()}
+
+
+@pytest.mark.parametrize(("batch", "draft"), [(2, True), (3, False), (8, True), (100, True)])
+def test_a_batch_changes_nothing_but_the_time(standin: Bundle, tmp_path: Path, batch: int, draft: bool) -> None:
+    frames = many(tmp_path / "frames", 11)
+    infer(standin, options(frames, tmp_path / "single", draft=False))
+    summary = infer(standin, options(frames, tmp_path / "batch", batch=batch, draft=draft))
+    assert (summary.images, summary.failed, summary.batch) == (12, 1, batch)
+    assert results(tmp_path / "batch") == results(tmp_path / "single")
+    assert files(tmp_path / "batch") == files(tmp_path / "single")
+    assert {line["batch"] for line in lines(tmp_path / "batch") if line["status"] == "ok"} <= {min(batch, 11), 11 % batch}
+
+
+def test_two_questions_are_two_runs(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    asked = "Where?", "Please segment vessel in this image."
+    infer(standin, options(frames, tmp_path / "both", *asked, batch=2))
+    apart = []
+    for i, question in enumerate(asked):
+        infer(standin, options(frames, tmp_path / str(i), question))
+        apart.append(results(tmp_path / str(i)))
+    both = results(tmp_path / "both")
+    assert [(line["image"], line["question"]) for line in both] == [(n, q) for n in ("a.jpg", "b.png", "c.tif") for q in asked]
+    for line, alone in zip(both, [line for pair in zip(*apart, strict=True) for line in pair], strict=True):
+        assert [mask["rle"] for mask in line["masks"]] == [mask["rle"] for mask in alone["masks"]]
+    assert [line["masks"][0]["file"] for line in both[:2]] == ["masks/a.png", "masks/a_1.png"]
+
+
+def test_without_memory_for_a_batch_smaller_ones_go_on(
+    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A device that has room for two images stands in for the GPU."""
+    run = Segmenter.run
+
+    def run_small(self: Segmenter, batch: Any, questions: Any) -> Any:
+        if len(batch) > 2:
+            raise OutOfMemory("vision_encoder fails: Failed to allocate memory")
+        return run(self, batch, questions)
+
+    frames = many(tmp_path / "frames", 11)
+    infer(standin, options(frames, tmp_path / "single"))
+    monkeypatch.setattr(Segmenter, "run", run_small)
+    summary = infer(standin, options(frames, tmp_path / "batch", batch=8))
+    assert (summary.images, summary.failed, summary.least_batch) == (12, 1, 2)
+    assert results(tmp_path / "batch") == results(tmp_path / "single")
+    assert json.loads((tmp_path / "batch" / "run.json").read_text())["batch"] == {"at_first": 8, "least": 2}
+    assert "no memory for 8 images at once, going on with 4" in capsys.readouterr().err
+
+
+def test_one_image_that_fails_does_not_take_its_batch_along(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    make_frame(1344, 1344).save(frames / "b_large.png")
+    summary = infer(standin, options(frames, tmp_path / "out", "x" * 180, batch=4))
+    assert (summary.images, summary.failed) == (4, 1)
+    assert [line["status"] for line in lines(tmp_path / "out")] == ["ok", "ok", "error", "ok"]
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_an_interrupted_run_leaves_whole_results_and_nothing_else(
+    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    run, calls = Segmenter.run, itertools.count(1)
+
+    def interrupted(self: Segmenter, batch: Any, questions: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return run(self, batch, questions)
+
+    monkeypatch.setattr(Segmenter, "run", interrupted)
+    frames = many(tmp_path / "frames", 8)
+    with pytest.raises(KeyboardInterrupt):
+        infer(standin, options(frames, tmp_path / "out"))
+    names = [f"{i:03}.png" for i in range(8)]
+    done = [line["image"] for line in lines(tmp_path / "out") if line["status"] == "ok"]
+    assert done == names[: call - 1]
+    assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == set(done)
+    assert {path.stem for path in (tmp_path / "out" / "overlays").iterdir()} == {Path(name).stem for name in done}
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def test_nothing_is_touched_when_the_run_cannot_begin(standin: Bundle, frames: Path, tmp_path: Path) -> None:
@@ -95,7 +207,7 @@ def test_nothing_is_touched_when_the_run_cannot_begin(standin: Bundle, frames: P
     infer(standin, options(frames, out))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(VesselError, match="question is empty"):
-        infer(standin, options(frames, out, question=" ", overwrite=True))
+        infer(standin, options(frames, out, " ", overwrite=True))
     with pytest.raises(VesselError, match="--overwrite"):
         infer(standin, options(frames, out))
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

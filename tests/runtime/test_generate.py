@@ -16,6 +16,7 @@ from vessel_rt.errors import ImageError
 from vessel_rt.generate import LanguageModel
 from vessel_rt.prompt import EmbedTokens
 from vessel_rt.session import Device, Session
+from vessel_rt.shapes import MOST_KEPT
 
 # The length of a matrix decides the order of its sums: float32 rounding, some 1e-7 of values about 1, through two layers.
 ROUNDING = 2e-6
@@ -126,6 +127,56 @@ def test_every_seg_within_the_budget_has_its_state(tmp_path: Path, max_new_token
     assert generation.decode_steps == decode_steps
     consumed = [len(start) + i for i, token in enumerate(generation.token_ids) if token == bundle.prompt.seg_token_id]
     np.testing.assert_allclose(generation.seg_states, states_by_one_pass(bundle, embeds, consumed), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("draft", "accepted"),
+    [
+        ("", 0),
+        ("Mask [SEG].", 7),
+        ("Mask", 4),  # the answer goes on
+        ("Mask [SEG]. And", 7),  # and here the draft does
+        ("Mask [SEG]. And many more words than are tried at once", 7),
+        ("Mask [SEG][SEG]", 6),  # two masks drafted, one said
+        ("It is [SEG].", 0),
+        ("Musk [SEG].", 1),
+        ("<|im_end|>", 0),
+        ("Mask [SEG].<|im_end|>Mask", 7),  # what stands behind a stop token was never said
+    ],
+)
+def test_a_draft_never_changes_the_answer(standin: Bundle, draft: str, accepted: int) -> None:
+    start, ids = prompt(standin, "Where?"), Tokenizer.from_file(str(standin.folder / "tokenizer.json")).encode(draft).ids
+    with language_model(standin) as model:
+        [plain] = model.generate([start])
+        [drafted] = model.generate([start], [ids])
+    assert drafted.token_ids == plain.token_ids
+    np.testing.assert_allclose(drafted.seg_states, plain.seg_states, rtol=0, atol=ROUNDING)
+    assert (drafted.drafted, drafted.accepted) == (min(len(ids), MOST_KEPT - 1), accepted)
+    assert drafted.decode_steps == len(plain.token_ids) - accepted
+
+
+@pytest.mark.parametrize("max_new_tokens", range(1, 9))
+@pytest.mark.parametrize("draft", ["[SEG]", "[SEG],", "[SEG],[SEG]", "[SEG],[SEG],[SEG],[SEG],[SEG],[SEG]", "[SEG],Mask"])
+def test_a_draft_never_changes_what_a_budget_cuts_short(tmp_path: Path, max_new_tokens: int, draft: str) -> None:
+    bundle = build_standin(tmp_path / "bundle", answer="[SEG],[SEG]", max_new_tokens=max_new_tokens)  # goes round and round
+    start, ids = prompt(bundle, "All?"), Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).encode(draft).ids
+    with language_model(bundle) as model:
+        [plain] = model.generate([start])
+        [drafted] = model.generate([start], [ids])
+    assert drafted.token_ids == plain.token_ids
+    np.testing.assert_allclose(drafted.seg_states, plain.seg_states, rtol=0, atol=ROUNDING)
+
+
+def test_drafts_of_different_lengths_share_a_batch(standin: Bundle) -> None:
+    prompts = [prompt(standin, text) for text in ("A", "a much longer question than the others are", "Where is the catheter?")]
+    tokenizer = Tokenizer.from_file(str(standin.folder / "tokenizer.json"))
+    drafts = [tokenizer.encode(text).ids for text in ("Mask [SEG].", "", "Mask it")]
+    with language_model(standin) as model:
+        together = model.generate(prompts, drafts)
+        alone = [model.generate([one])[0] for one in prompts]
+    for drafted, single in zip(together, alone, strict=True):
+        assert drafted.token_ids == single.token_ids
+        np.testing.assert_allclose(drafted.seg_states, single.seg_states, rtol=0, atol=ROUNDING)
 
 
 def test_an_answer_without_seg_has_no_states(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vessel_rt.segmenter import Mask, Result
 
 
 def result_with(*masks: np.ndarray) -> Result:
-    return Result("It is [SEG].", (1, 2), 7, {"read": 1.23456}, tuple(Mask(mask, 0.5, 2.25) for mask in masks))
+    return Result("Where?", "It is [SEG].", (1, 2), 6, 5, 7, 1, {"read": 1.23456}, tuple(Mask(mask, 0.5, 2.25) for mask in masks))
 
 
 def box_mask(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
@@ -37,27 +37,32 @@ def files(folder: Path) -> set[str]:
 def write(folder: Path, names: list[str], count: int = 1, overwrite: bool = False) -> None:
     with OutputFolder(folder, [Path(name) for name in names], overwrite) as outputs:
         for name in names:
-            outputs.write_result(Path(name), make_frame(), result_with(*[box_mask(3, 5, 20, 30)] * count))
+            outputs.write_results(Path(name), make_frame(), [result_with(*[box_mask(3, 5, 20, 30)] * count)])
 
 
 def test_what_is_written_of_an_image(tmp_path: Path) -> None:
     first, second = box_mask(3, 5, 20, 30), box_mask(0, 0, 0, 0)
     with OutputFolder(tmp_path / "out", [Path("in/a.jpg"), Path("in/b.jpg")]) as outputs:
-        outputs.write_result(Path("in/a.jpg"), make_frame(), result_with(first, second))
-        outputs.write_error(Path("in/b.jpg"), "in/b.jpg: an empty file")
+        outputs.write_results(Path("in/a.jpg"), make_frame(), [result_with(first, second)])
+        outputs.write_error(Path("in/b.jpg"), ["Where?"], "in/b.jpg: an empty file")
         outputs.write_run({"seconds": 1})
     out = tmp_path / "out"
     assert files(out) == {"masks/a.png", "masks/a_1.png", "overlays/a.jpg", "results.jsonl", "run.json"}
     a, b = lines(out)
-    assert list(a) == list(b) == ["image", "status", "error", "answer", "decode_steps", "ms", "masks"]
-    assert (a["image"], a["status"], a["error"], a["answer"], a["decode_steps"]) == ("a.jpg", "ok", None, "It is [SEG].", 7)
+    assert list(a) == list(b)
+    assert (a["image"], a["question"], a["status"], a["error"], a["answer"]) == ("a.jpg", "Where?", "ok", None, "It is [SEG].")
+    assert (a["drafted"], a["accepted"], a["decode_steps"], a["batch"]) == (6, 5, 7, 1)
     assert a["ms"] == {"read": 1.235}
     assert b == {
         "image": "b.jpg",
+        "question": "Where?",
         "status": "error",
         "error": "in/b.jpg: an empty file",
         "answer": None,
+        "drafted": None,
+        "accepted": None,
         "decode_steps": None,
+        "batch": None,
         "ms": {},
         "masks": [],
     }
@@ -151,7 +156,7 @@ def test_an_input_is_never_removed(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_keeps_whole_lines_and_has_no_run_json(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path, [Path("a.png"), Path("b.png")]) as outputs:  # noqa: PT012
-        outputs.write_result(Path("a.png"), make_frame(), result_with(box_mask(0, 0, 1, 1)))
+        outputs.write_results(Path("a.png"), make_frame(), [result_with(box_mask(0, 0, 1, 1))])
         raise KeyboardInterrupt
     assert files(tmp_path) == {"masks/a.png", "overlays/a.jpg", "results.jsonl"}
     assert [line["image"] for line in lines(tmp_path)] == ["a.png"]

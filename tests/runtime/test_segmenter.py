@@ -13,7 +13,7 @@ from vessel_rt.bundle import Bundle
 from vessel_rt.deployment import deploy
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.image import mask_pixels
-from vessel_rt.segmenter import Segmenter
+from vessel_rt.segmenter import Result, Segmenter
 from vessel_rt.session import Device
 
 CPU = Device("cpu")
@@ -34,13 +34,13 @@ def test_the_whole_pipeline(standin: Bundle, size: tuple[int, int]) -> None:
     with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
         result = segmenter.segment(image, standin.prompt.default_question)
     assert result.answer == "Mask [SEG]."
-    assert result.decode_steps == len(result.token_ids) == 7
+    assert (result.drafted, result.accepted, result.decode_steps, result.images) == (7, 7, 0, 1)
     [mask] = result.masks
     assert mask.pixels.dtype == np.bool_
     np.testing.assert_array_equal(mask.pixels, mask_by_torch(standin, image))
     assert 0 < mask.iou < 1
     assert mask.object_score == pytest.approx(3 - mask.iou, abs=1e-6)
-    assert list(result.ms) == ["tiles", "vision_encoder", "language_model", "square", "sam2_image_encoder", "sam2_mask_decoder", "upsample"]
+    assert list(result.ms) == ["tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample"]
 
 
 def test_every_seg_gives_a_mask_in_order(tmp_path: Path) -> None:
@@ -85,3 +85,37 @@ def test_the_trained_model(fp32_bundle: Path, tiny_frames: list[Path]) -> None:
             assert result.answer in bundle.prompt.answers
             [mask] = result.masks
             assert 0.005 < mask.pixels.mean() < 0.5
+
+
+def test_the_draft_follows_what_the_model_said(tmp_path: Path) -> None:
+    bundle = build_standin(tmp_path / "bundle", answer="Dark [SEG]!")  # none of the answers in the bundle
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
+        first, second = (segmenter.segment(make_frame(), "Where?") for _ in range(2))
+        other = segmenter.segment(make_frame(), "And where?")
+    assert first.answer == second.answer == "Dark [SEG]!"
+    assert (first.accepted, second.accepted, other.accepted) == (0, 7, 0)
+    assert (first.decode_steps, second.decode_steps) == (7, 0)
+
+
+def same(one: Result, other: Result) -> None:
+    assert (one.question, one.token_ids) == (other.question, other.token_ids)
+    for ours, theirs in zip(one.masks, other.masks, strict=True):
+        np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+        assert ours.iou == pytest.approx(theirs.iou, abs=1e-5)
+
+
+@pytest.mark.parametrize("answer", ["Mask [SEG].", "None.", "[SEG],[SEG]"])
+def test_a_batch_equals_single_images_and_questions(tmp_path: Path, answer: str) -> None:
+    """Images of 1, 3 and 10 tiles, three questions: nine answers, each its own; with drafts and without."""
+    bundle = build_standin(tmp_path / "bundle", answer=answer, max_new_tokens=9)
+    images = [make_frame(512, 512), make_frame(900, 448), make_frame(1344, 1344)]
+    questions = ["Where?", "Please segment vessel in this image.", "All of them?"]
+    with Segmenter(deploy(bundle, CPU), threads=1, draft=False) as plain:
+        single = [[plain.segment(image, question) for question in questions] for image in images]
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
+        pixels = [segmenter.prepare(image) for image in images]
+        for of_one, of_image, answers in zip(single, pixels, segmenter.run(pixels, questions), strict=True):
+            for one, answer_ in zip(of_one, answers, strict=True):
+                result = segmenter.finish(of_image, answer_)
+                same(one, result)
+                assert (result.images, one.drafted) == (3, 0)
