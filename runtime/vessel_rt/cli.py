@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DEVICE",
         help="auto, cpu, cuda, rtx or tensorrt, or cuda:N for a GPU's number N (default: auto; see vessel-rt devices)",
     )
-    infer.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads (default: all physical cores)")
+    infer.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads of all streams together (default: all cores)")
+    infer.add_argument("--streams", type=_positive, metavar="N", help="batches in work at one time (default: up to 4 on a CPU, 1 on a GPU)")
     infer.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: 1 on a CPU, what fits on a GPU)")
     infer.add_argument(
         "--no-draft", action="store_true", help="decode token by token, as training's own code does; the answers are the same"
@@ -115,6 +116,7 @@ def _infer(arguments: argparse.Namespace) -> int:
         num_images=arguments.num_images,
         device=arguments.device,
         threads=arguments.threads,
+        streams=arguments.streams,
         batch=arguments.batch,
         draft=not arguments.no_draft,
         overwrite=arguments.overwrite,

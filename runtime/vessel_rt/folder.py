@@ -1,7 +1,7 @@
 """Many images through one Segmenter: which they are, how they share the time, and the account of the run.
 
-Three things go on at once: threads read images and make their pixels, a few ahead; this thread runs batches of them through the graphs; one
-more thread makes the masks and writes them, in order. What waits between them is bounded, so memory does not grow with the folder.
+Three things go on at once: threads read images and make their pixels, a few ahead; others run batches of them through the graphs; one more
+makes the masks and writes them, in order. What waits between them is bounded, so memory does not grow with the folder.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import dataclasses
 import datetime
 import glob
 import importlib.metadata
+import os
 import platform
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +39,7 @@ __all__ = ["InferOptions", "Summary", "find_images", "infer"]
 S = TypeVar("S")
 T = TypeVar("T")
 
+_STREAMS = 4  # at most, unless more are asked for: each has a KV cache and activations of its own
 _READERS = 2  # threads: reading and resizing an image takes less time than its masks, on any device
 _LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
 
@@ -45,8 +48,9 @@ _LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
 class InferOptions:
     """What `infer` is asked to do.
 
-    `inputs` are files, folders and globs, of which `num_images` None takes all; every question is asked of every image. 0 `threads` is ONNX
-    Runtime's choice; `batch` images run at once, None is the device's choice. `draft`: see Segmenter.
+    `inputs` are files, folders and globs, of which `num_images` None takes all; every question is asked of every image. `threads` of the
+    CPU are shared by `streams` of batches, in which `batch` images run at once; 0 and None leave the choice to the machine.
+    `draft`: see Segmenter.
     """
 
     inputs: tuple[str, ...]
@@ -55,6 +59,7 @@ class InferOptions:
     num_images: int | None = None
     device: Device = Device("auto")  # noqa: RUF009 (immutable)
     threads: int = 0
+    streams: int | None = None
     batch: int | None = None
     draft: bool = True
     overwrite: bool = False
@@ -65,7 +70,8 @@ class Summary:
     """What became of the images of a run, and the seconds that loading the bundle and running them took.
 
     `masks`, `without_mask`, `undrafted` (runs of language_model after the first were needed) and `answers` count results: an image has one
-    for each question. `batch` images ran at once at first, `least_batch` after the device had run out of memory.
+    for each question. In each of `streams`
+    `batch` images ran at once at first, `least_batch` after the device had run out of memory.
     """
 
     images: int = 0
@@ -74,6 +80,7 @@ class Summary:
     undrafted: int = 0
     masks: int = 0
     without_mask: int = 0
+    streams: int = 1
     batch: int = 1
     least_batch: int = 1
     load_seconds: float = 0.0
@@ -125,17 +132,33 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
     images = find_images(options.inputs, options.num_images)
     outputs = OutputFolder(options.output, images, options.overwrite)
     deployment = _deploy(bundle, options)
-    with Segmenter(deployment, options.threads, draft=options.draft) as segmenter:
+    streams = _streams(options, deployment.device, len(images))
+    with Segmenter(deployment, _threads(options, streams), draft=options.draft) as segmenter:
         for question in options.questions:
             segmenter.check_question(question)
         _announce(options.device, deployment)
-        summary.batch = summary.least_batch = deployment.batch
+        summary.streams, summary.batch, summary.least_batch = streams, deployment.batch, deployment.batch
         summary.load_seconds = time.perf_counter() - began
         with outputs, tqdm(total=len(images), unit="image", disable=None, dynamic_ncols=True) as bar:  # None: a bar on terminals only
             _Run(segmenter, options.questions, outputs, summary, bar).over(images)
         summary.seconds = time.perf_counter() - began - summary.load_seconds
         outputs.write_run(_report(bundle, options, deployment.device, started, summary))
     return summary
+
+
+def _streams(options: InferOptions, device: Device, images: int) -> int:
+    """How many batches are in work at one time. A CPU gets more done with a core for each than with all for one (docs/performance.md)."""
+    most = options.streams or (min(options.threads or _cores(), _STREAMS) if device.kind == "cpu" else 1)
+    return min(most, images)
+
+
+def _threads(options: InferOptions, streams: int) -> int:
+    """Of one operator; 0 leaves it to ONNX Runtime."""
+    return options.threads if streams == 1 else max(1, (options.threads or _cores()) // streams)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,18 +180,12 @@ class _Run:
 
     def over(self, images: Sequence[Path]) -> None:
         """Take every image through. Interrupted, or out of disk, it ends with what is in hand written whole."""
-        with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(_READERS, "read") as readers:
-            writing: deque[Future[None]] = deque()
-            try:
-                for batch in self._batches(_ahead(readers, self._read, images, self._summary.batch + _READERS)):
-                    for frame, answers in self._answered(batch):
-                        writing.append(writer.submit(self._write, frame, answers))
-                    while len(writing) > self._summary.batch:
-                        writing.popleft().result()
-                for written in writing:
-                    written.result()
-            finally:
-                readers.shutdown(cancel_futures=True)
+        streams = self._summary.streams
+        with ThreadPoolExecutor(1, "write") as writer, _pool(streams, "run") as runners, _pool(_READERS, "read") as readers:
+            frames = _ahead(readers, self._read, images, self._summary.batch * streams + _READERS)
+            answered = _ahead(runners, self._answered, self._batches(frames), streams)
+            for _ in _ahead(writer, self._write, answered, streams):
+                pass
 
     def _read(self, path: Path) -> _Frame:
         try:
@@ -190,26 +207,27 @@ class _Run:
         if batch:
             yield batch
 
-    def _answered(self, batch: Sequence[_Frame]) -> Iterator[tuple[_Frame, list[Answer]]]:
+    def _answered(self, batch: Sequence[_Frame]) -> list[tuple[_Frame, list[Answer]]]:
         """Each frame with its answers. A batch that fails is run again in halves, down to the image that fails alone."""
         good = [frame.pixels for frame in batch if frame.pixels]
         if len(good) <= self._summary.least_batch:
             try:
                 answers = iter(self._segmenter.run(good, self._questions) if good else [])
-                yield from ((frame, next(answers) if frame.pixels else []) for frame in batch)
-                return
+                return [(frame, next(answers) if frame.pixels else []) for frame in batch]
             except ImageError as e:
                 if len(good) == 1:
-                    yield from ((dataclasses.replace(f, error=f"{f.path}: {e}", pixels=None) if f.pixels else f, []) for f in batch)
-                    return
+                    return [(dataclasses.replace(f, error=f"{f.path}: {e}", pixels=None) if f.pixels else f, []) for f in batch]
                 if isinstance(e, OutOfMemory):
                     self._summary.least_batch = len(good) // 2
                     text = f"no memory for {len(good)} images at once, going on with {len(good) // 2}"
                     tqdm.write(f"vessel-rt: warning: {text}", file=sys.stderr)
-        yield from self._answered(batch[: len(batch) // 2])
-        yield from self._answered(batch[len(batch) // 2 :])
+        return self._answered(batch[: len(batch) // 2]) + self._answered(batch[len(batch) // 2 :])
 
-    def _write(self, frame: _Frame, answers: Sequence[Answer]) -> None:
+    def _write(self, answered: Sequence[tuple[_Frame, Sequence[Answer]]]) -> None:
+        for frame, answers in answered:
+            self._write_one(frame, answers)
+
+    def _write_one(self, frame: _Frame, answers: Sequence[Answer]) -> None:
         """Runs in the writer's thread, which alone counts."""
         summary = self._summary
         summary.images += 1
@@ -234,10 +252,20 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable
     waiting: deque[Future[T]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > bound:
+        while len(waiting) > bound or (waiting and waiting[0].done()):
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+@contextmanager
+def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads for a block: what is in work when it ends is finished, and what is not begun, forgotten."""
+    pool = ThreadPoolExecutor(threads, name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _announce(wanted: Device, deployment: Deployment) -> None:
@@ -277,7 +305,7 @@ def _report(bundle: Bundle, options: InferOptions, device: Device, started: date
             "checkpoint": bundle.provenance.checkpoint,
         },
         "device": str(device),
-        "batch": {"at_first": summary.batch, "least": summary.least_batch},
+        "batch": {"streams": summary.streams, "at_first": summary.batch, "least": summary.least_batch},
         "options": dataclasses.asdict(options) | {"output": str(options.output), "device": str(options.device)},
         "counts": {
             "images": summary.images,

@@ -9,7 +9,8 @@ Knows the language_model graph (docs/architecture.md) and token ids; knows nothi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,9 +60,9 @@ class _Row:
 
 
 class LanguageModel:
-    """The language_model graph and its KV cache.
+    """The language_model graph and its KV caches: as many as there are threads that generate at one time.
 
-    The cache lies on the device, is written in place, and is used again for every prompt: what an earlier prompt left in it
+    A cache lies on the device, is written in place, and is used again for later prompts: what an earlier prompt left in it
     stands beyond the positions of the later one, which the graph masks. Its type is the graph's, which NumPy need not have.
     """
 
@@ -74,8 +75,7 @@ class LanguageModel:
         self._dtype = stage.input_dtype("inputs_embeds")  # the states' too
         self._cache_dtype = stage.input("past_key.0").dtype
         self._precision = bundle.precision
-        self._cache: list[OrtValue] = []
-        self._cache_rows = 0
+        self._unused: list[tuple[int, list[OrtValue]]] = []  # caches and their rows
 
     def generate(self, prompts: Sequence[npt.NDArray[Any]], drafts: Sequence[Sequence[int]] | None = None) -> list[Generation]:
         """Answer each prompt, given as embeddings [tokens, hidden_size], until a stop token or `max_new_tokens`.
@@ -94,17 +94,18 @@ class LanguageModel:
             )
         tried = min(MOST_KEPT - 1, self._sizes.max_new_tokens)
         rows = [_Row(len(prompt), tuple(draft[:tried])) for prompt, draft in zip(prompts, drafts or [()] * len(prompts), strict=True)]
-        self._begin(rows, prompts)
-        while any(map(self._unfinished, rows)):
-            self._step(rows)
+        with self._cache_of(len(rows)) as cache:
+            self._begin(rows, prompts, cache)
+            while any(map(self._unfinished, rows)):
+                self._step(rows, cache)
         return [self._generation(row) for row in rows]
 
-    def _begin(self, rows: Sequence[_Row], prompts: Sequence[npt.NDArray[Any]]) -> None:
+    def _begin(self, rows: Sequence[_Row], prompts: Sequence[npt.NDArray[Any]], cache: Sequence[OrtValue]) -> None:
         """Run every prompt with its draft, and accept of the draft what the model says itself."""
         chunks = [np.concatenate([prompt, *self._embedded(row.draft)]) for row, prompt in zip(rows, prompts, strict=True)]
         kept = 1 + max(len(row.draft) for row in rows)
         gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(kept)] for row in rows]
-        next_ids, states = self._run(chunks, starts=[0] * len(rows), gather=gather)
+        next_ids, states = self._run(chunks, [0] * len(rows), gather, cache)
         for row, said, state in zip(rows, next_ids, states, strict=True):
             row.emitted.append(int(said[0]))
             for i, expected in enumerate(row.draft, start=1):
@@ -116,10 +117,10 @@ class LanguageModel:
     def _embedded(self, token_ids: Sequence[int]) -> list[npt.NDArray[Any]]:
         return [self._embed_tokens.rows(token_ids)] if token_ids else []
 
-    def _step(self, rows: Sequence[_Row]) -> None:
+    def _step(self, rows: Sequence[_Row], cache: Sequence[OrtValue]) -> None:
         """Consume every row's last token. A finished row repeats its own, in place, and what comes of it is dropped."""
         tokens = self._embed_tokens.rows([row.emitted[-1] for row in rows])
-        next_ids, states = self._run(list(tokens[:, None]), starts=[row.position for row in rows], gather=[[0]] * len(rows))
+        next_ids, states = self._run(list(tokens[:, None]), [row.position for row in rows], [[0]] * len(rows), cache)
         for row, said, state in zip(rows, next_ids, states, strict=True):
             if self._unfinished(row):
                 row.decode_steps += 1
@@ -143,7 +144,7 @@ class LanguageModel:
         return Generation(tuple(answer), states, len(row.draft), row.accepted, row.decode_steps)
 
     def _run(
-        self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[Sequence[int]]
+        self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[Sequence[int]], cache: Sequence[OrtValue]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """Run the graph over one chunk of embeddings a row, written to the cache from position `starts[row]` on.
 
@@ -158,7 +159,6 @@ class LanguageModel:
         first = np.array(starts, np.int64)
         live = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
         past, present = self._cache_names("past"), self._cache_names("present")
-        cache = self._cache_for(batch)
         outputs = self._session.run(
             {
                 "inputs_embeds": embeds,
@@ -172,18 +172,22 @@ class LanguageModel:
         )
         states = outputs["hidden_states"]
         if not np.isfinite(states).all():
-            self._cache_rows = 0  # it holds the same numbers: begin anew with the next prompt
             raise ImageError(f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32")
         return outputs["next_ids"], states
 
     def _cache_names(self, when: str) -> list[str]:
         return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]
 
-    def _cache_for(self, batch: int) -> list[OrtValue]:
-        """The cache of `batch` rows, [batch, kv_heads, capacity, head_dim] a tensor, made once and kept while the batch stays the same."""
-        if batch != self._cache_rows:
+    @contextmanager
+    def _cache_of(self, batch: int) -> Iterator[list[OrtValue]]:
+        """A cache of `batch` rows, [batch, kv_heads, capacity, head_dim] a tensor, for this block alone.
+
+        It is kept for a later block, unless this one fails: the cache may then hold numbers that are not finite.
+        """
+        rows, cache = self._unused.pop() if self._unused else (0, [])
+        if rows != batch:
             shape = (batch, self._sizes.kv_heads, self._sizes.capacity, self._sizes.head_dim)
-            self._cache = []  # freed before its successor is made
-            self._cache = [self._session.zeros(shape, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
-            self._cache_rows = batch
-        return self._cache
+            cache = []  # freed before its successor is made
+            cache = [self._session.zeros(shape, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
+        yield cache
+        self._unused.append((batch, cache))

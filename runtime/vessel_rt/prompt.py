@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -78,6 +79,7 @@ class EmbedTokens:
                 raise BundleError(f"{path}: cannot read {bundle.embed_tokens.name} ({e}); export the bundle again") from e
             self._stack = stack.pop_all()
         self._rows: dict[int, npt.NDArray[Any]] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -87,6 +89,7 @@ class EmbedTokens:
 
     def rows(self, token_ids: Sequence[int]) -> npt.NDArray[Any]:
         """[len(token_ids), hidden_size], in the table's dtype."""
-        for token in set(token_ids) - self._rows.keys():
-            self._rows[token] = self._table[token : token + 1][0]
+        with self._lock:
+            for token in set(token_ids) - self._rows.keys():
+                self._rows[token] = self._table[token : token + 1][0]
         return np.stack([self._rows[token] for token in token_ids])

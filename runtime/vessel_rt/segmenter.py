@@ -1,7 +1,7 @@
 """The whole pipeline on one page: images and questions in, answers and their masks out.
 
 An image goes through three steps: `prepare` makes its pixels, `run` takes a batch through the graphs, `finish` makes its masks.
-The first and the last may be called from any thread, beside a `run`, of which there is one at a time.
+All may be called from several threads at a time.
 """
 
 from __future__ import annotations

@@ -259,6 +259,8 @@ class Session:
         ort, provider = onnxruntime(), PROVIDERS[device.kind]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads that wait by spinning take the cores from whatever else there is to do: resizing, writing, another graph.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; its warnings are for those who write graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:

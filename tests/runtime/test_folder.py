@@ -126,11 +126,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*g") if path.is_file()}
 
 
-@pytest.mark.parametrize(("batch", "draft"), [(2, True), (3, False), (8, True), (100, True)])
-def test_a_batch_changes_nothing_but_the_time(standin: Bundle, tmp_path: Path, batch: int, draft: bool) -> None:
+@pytest.mark.parametrize(
+    ("batch", "streams", "draft"), [(2, 1, True), (3, 1, False), (8, 2, True), (100, 1, True), (1, 4, True), (2, 3, False)]
+)
+def test_batches_and_streams_change_nothing_but_the_time(standin: Bundle, tmp_path: Path, batch: int, streams: int, draft: bool) -> None:
     frames = many(tmp_path / "frames", 11)
     infer(standin, options(frames, tmp_path / "single", draft=False))
-    summary = infer(standin, options(frames, tmp_path / "batch", batch=batch, draft=draft))
+    summary = infer(standin, options(frames, tmp_path / "batch", batch=batch, streams=streams, draft=draft))
     assert (summary.images, summary.failed, summary.batch) == (12, 1, batch)
     assert results(tmp_path / "batch") == results(tmp_path / "single")
     assert files(tmp_path / "batch") == files(tmp_path / "single")
@@ -168,7 +170,7 @@ def test_without_memory_for_a_batch_smaller_ones_go_on(
     summary = infer(standin, options(frames, tmp_path / "batch", batch=8))
     assert (summary.images, summary.failed, summary.least_batch) == (12, 1, 2)
     assert results(tmp_path / "batch") == results(tmp_path / "single")
-    assert json.loads((tmp_path / "batch" / "run.json").read_text())["batch"] == {"at_first": 8, "least": 2}
+    assert json.loads((tmp_path / "batch" / "run.json").read_text())["batch"] == {"streams": 1, "at_first": 8, "least": 2}
     assert "no memory for 8 images at once, going on with 4" in capsys.readouterr().err
 
 
@@ -179,9 +181,10 @@ def test_one_image_that_fails_does_not_take_its_batch_along(standin: Bundle, fra
     assert [line["status"] for line in lines(tmp_path / "out")] == ["ok", "ok", "error", "ok"]
 
 
+@pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("call", range(1, 9))
 def test_an_interrupted_run_leaves_whole_results_and_nothing_else(
-    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, streams: int
 ) -> None:
     run, calls = Segmenter.run, itertools.count(1)
 
@@ -193,10 +196,11 @@ def test_an_interrupted_run_leaves_whole_results_and_nothing_else(
     monkeypatch.setattr(Segmenter, "run", interrupted)
     frames = many(tmp_path / "frames", 8)
     with pytest.raises(KeyboardInterrupt):
-        infer(standin, options(frames, tmp_path / "out"))
+        infer(standin, options(frames, tmp_path / "out", streams=streams))
     names = [f"{i:03}.png" for i in range(8)]
     done = [line["image"] for line in lines(tmp_path / "out") if line["status"] == "ok"]
-    assert done == names[: call - 1]
+    assert done == names[: len(done)]
+    assert call - streams <= len(done) <= call - 1
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == set(done)
     assert {path.stem for path in (tmp_path / "out" / "overlays").iterdir()} == {Path(name).stem for name in done}
     assert not (tmp_path / "out" / "run.json").exists()
