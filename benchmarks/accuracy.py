@@ -1,0 +1,122 @@
+"""The masks of every precision and device, with drafts and without: mean Dice against drawn ones, and IoU with the first run's masks.
+
+    python -m benchmarks.accuracy [--bundles DIR ...] [--devices cpu cuda ...]
+
+No speed may be bought with masks: all rows have to agree. What the others are compared with is the plainest run: the first bundle on the
+first device, the CPU where all devices are taken, decoding token by token. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from benchmarks.measure import publish
+from vessel_rt.bundle import Bundle
+from vessel_rt.devices import list_devices
+from vessel_rt.errors import BundleError, VesselError
+from vessel_rt.evaluate import evaluate
+from vessel_rt.folder import InferOptions, infer
+from vessel_rt.outputs import RESULTS_FILE
+from vessel_rt.session import Device
+
+_TINY = Path("examples/tiny")
+_MADE_BY = {
+    "tiny-fp32": "make demo",
+    "tiny-fp16": f"vessel-export export --ckpt {_TINY}/iter_1000.pth --base {_TINY}/base --sam2 {_TINY}/sam2_tiny.pt "
+    "--recipe engines/cpu.toml --precision fp16 --out engines/tiny-fp16 --overwrite",
+}
+
+_Masks = dict[tuple[str, str], list[npt.NDArray[np.bool_]]]  # by image and question, each [height, width]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").partition("\n")[0])
+    bundles = [Path("engines") / name for name in _MADE_BY]
+    parser.add_argument("--bundles", type=Path, nargs="+", default=bundles, metavar="DIR", help="the others are compared with the first")
+    parser.add_argument("--devices", type=Device.parse, nargs="+", metavar="DEVICE", help="default: all that a bundle runs on")
+    parser.add_argument("--frames", type=Path, default=_TINY / "frames", metavar="DIR")
+    parser.add_argument("--gt", type=Path, default=_TINY / "annotations.json", metavar="JSON", help="in Sa2VA's fine-tuning format")
+    arguments = parser.parse_args()
+    try:
+        loaded = [_load(path) for path in arguments.bundles]
+        rows = list(_rows(loaded, arguments.devices, arguments.frames, arguments.gt))
+    except VesselError as e:
+        print(e, file=sys.stderr)
+        return 1
+    publish("accuracy", {"images": rows[0]["images"], "least_mask_iou": min(row["least_mask_iou"] for row in rows), "runs": rows})
+    return 0
+
+
+def _load(folder: Path) -> Bundle:
+    try:
+        return Bundle.load(folder)
+    except BundleError:
+        command = _MADE_BY.get(folder.name, f"make export CKPT=... OUT={folder}")
+        raise VesselError(f"{folder}: no bundle that this version reads is there; make it with: {command}") from None
+
+
+def _rows(bundles: Sequence[Bundle], devices: Sequence[Device] | None, frames: Path, annotations: Path) -> Iterator[dict[str, Any]]:
+    """One run each of `bundles`, `devices` and ways of decoding; infer shows the progress of a run."""
+    first: _Masks | None = None
+    for bundle in bundles:
+        for device in devices or _usable(bundle):
+            for draft in (False, True):
+                name = bundle.folder.resolve().name
+                print(f"{name}, {device}, {'with drafts' if draft else 'token by token'}", file=sys.stderr)
+                with tempfile.TemporaryDirectory() as folder:
+                    options = InferOptions((str(frames),), Path(folder), (bundle.prompt.default_question,), device=device, draft=draft)
+                    summary = infer(bundle, options)
+                    [score] = evaluate(options.output, annotations)
+                    masks = _masks(options.output)
+                first = masks if first is None else first
+                yield {
+                    "bundle": name,
+                    "precision": bundle.precision,
+                    "device": str(device),
+                    "draft": draft,
+                    "images": summary.images,
+                    "failed": summary.failed,
+                    "masks": summary.masks,
+                    "concept": score.concept,
+                    "mean_dice": round(score.mean, 6),
+                    "least_mask_iou": round(_least_iou(first, masks), 6),
+                }
+
+
+def _usable(bundle: Bundle) -> list[Device]:
+    """The devices that run `bundle`, the CPU first."""
+    return [report.device for report in reversed(list_devices(bundle)) if report.fault is None]
+
+
+def _masks(output: Path) -> _Masks:
+    """The masks of a run, from its files."""
+    results = [json.loads(line) for line in (output / RESULTS_FILE).read_text(encoding="utf-8").splitlines()]
+    return {(r["image"], r["question"]): [np.asarray(Image.open(output / mask["file"])) > 0 for mask in r["masks"]] for r in results}
+
+
+def _least_iou(first: _Masks, other: _Masks) -> float:
+    """The least IoU of two masks of one place; 0 where only one of the two runs has a mask."""
+    pairs = [(masks, other.get(key, [])) for key, masks in first.items()]
+    if any(len(a) != len(b) for a, b in pairs):
+        return 0.0
+    return min((_iou(a, b) for masks, others in pairs for a, b in zip(masks, others, strict=True)), default=1.0)
+
+
+def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
+    """Intersection over union of two masks of one size; 1 if both are empty."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,239 @@
+"""The least time that each stage can take, on this machine and on NVIDIA's GPUs by their data sheets.
+
+    python -m benchmarks.floor [--bundle DIR] [--tiles 1 10]
+
+A stage's floor is the larger of its operations over the machine's rate and its bytes over the machine's bandwidth (benchmarks/costs.py says
+what is counted). The prompt of an image has its tiles' tokens and 64 more. The language model is looked at in three runs: `prefill` over
+the prompt, `decode` of its last token, and `draft` over the prompt and 16 tokens, whose states are kept. This machine's rates are measured:
+FP32 products with NumPy and copies by all threads; FP16 products and copies with torch on a CUDA GPU, where both are there. A data sheet's
+rates are those of FP16 (BF16 has the same) with FP32 sums; for an FP32 bundle they are too high, the floor too low. A bundle that fits in a
+processor's cache, as the tiny ones do, may be read faster than memory is.
+
+Where results/latency.json holds this bundle's latencies, measured on this machine, MFU and MBU are the parts of the rate and of the
+bandwidth that they used. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.costs import Cost, stage_cost
+from benchmarks.measure import RESULTS, machine, publish
+from vessel_rt.bundle import Bundle
+from vessel_rt.shapes import MOST_KEPT
+
+_TEXT_TOKENS = 64  # of the prompt, as in vessel_rt.shapes: the template and a short question
+_RUNS = 30  # short ones, of which the fastest counts: other work on the machine slows most of them
+_COPIED = 1 << 30  # bytes: more than any cache holds
+_SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a machine does at best: floating-point operations a second, bytes a second (reads and writes together)."""
+
+    flops: float
+    bytes: float
+
+    def floor_ms(self, cost: Cost, *, of_flops: float = 1, of_bytes: float = 1) -> float:
+        """The least milliseconds for `cost`, at these parts of the two rates."""
+        return 1e3 * max(cost.flops / (of_flops * self.flops), cost.bytes / (of_bytes * self.bytes))
+
+
+# FP16 tensor cores, without sparsity, with FP32 sums (on a GeForce half the rate of FP16 sums); memory bandwidth.
+_DATA_SHEETS = {
+    # appendix A: https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
+    "RTX 3090": Rates(71e12, 936e9),
+    # appendix A: https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf
+    "RTX 4090": Rates(165.2e12, 1008e9),
+    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-nvidia-us-2188504-web.pdf
+    "A100 SXM 80GB": Rates(312e12, 2039e9),
+    # https://www.nvidia.com/en-us/data-center/h100/ gives 1979 with sparsity, which doubles it
+    "H100 SXM": Rates(1979e12 / 2, 3.35e12),
+}
+_PROJECTED = "RTX 3090"
+_IMAGE = ("vision_encoder", "draft", "sam2_image_encoder", "sam2_mask_decoder")  # the runs of one image whose draft holds
+_ASSUMED = {"of_flops": 0.5, "of_bytes": 0.8}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--bundle", type=Path, default=Path("engines/tiny-fp32"), metavar="DIR")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 10], metavar="N", help="of an image (default: 1 10)")
+    arguments = parser.parse_args()
+    bundle = Bundle.load(arguments.bundle)
+    costs = _costs(bundle, arguments.tiles)
+    here = _here()
+    rates = {**here, **_DATA_SHEETS}
+    name = bundle.folder.resolve().name
+    result = {
+        "bundle": name,
+        "precision": bundle.precision,
+        "layers": bundle.language_model.layers,
+        "rates": {
+            key: {"tflops": _short(value.flops / 1e12), "gb_per_s": _short(value.bytes / 1e9), "measured": key in here}
+            for key, value in rates.items()
+        },
+        "stages": {
+            str(tiles): {
+                stage: {
+                    "flops": cost.flops,
+                    "bytes": cost.bytes,
+                    "floor_ms": {key: _short(value.floor_ms(cost)) for key, value in rates.items()},
+                }
+                for stage, cost in stages.items()
+            }
+            for tiles, stages in costs.items()
+        },
+        "projection": _projection(costs),
+    }
+    used = _used(name, costs, here)
+    publish("floor", result | ({"used": used} if used else {}))
+    return 0
+
+
+def _runs(bundle: Bundle, tiles: int) -> dict[str, tuple[str, dict[str, int]]]:
+    """The runs for one image of so many tiles: name -> stage, and the sizes of its dynamic axes."""
+    prompt = tiles * bundle.tiles.tokens_per_tile + _TEXT_TOKENS
+    drafted = prompt + MOST_KEPT
+    return {
+        "vision_encoder": ("vision_encoder", {"tiles": tiles}),
+        "prefill": ("language_model", {"batch": 1, "sequence": prompt, "live": prompt, "kept": 1}),
+        "decode": ("language_model", {"batch": 1, "sequence": 1, "live": prompt, "kept": 1}),
+        "draft": ("language_model", {"batch": 1, "sequence": drafted, "live": drafted, "kept": MOST_KEPT}),
+        "sam2_image_encoder": ("sam2_image_encoder", {"images": 1}),
+        "sam2_mask_decoder": ("sam2_mask_decoder", {"images": 1, "masks": 1}),
+    }
+
+
+def _costs(bundle: Bundle, counts: list[int]) -> dict[int, dict[str, Cost]]:
+    """Tiles -> run -> cost."""
+    costs: dict[int, dict[str, Cost]] = {}
+    wanted = [(tiles, name, stage, sizes) for tiles in counts for name, (stage, sizes) in _runs(bundle, tiles).items()]
+    for tiles, name, stage, sizes in tqdm(wanted, desc="counting", file=sys.stderr):
+        costs.setdefault(tiles, {})[name] = stage_cost(bundle, stage, sizes)
+    return costs
+
+
+def _projection(costs: Mapping[int, Mapping[str, Cost]]) -> dict[str, Any]:
+    """Milliseconds of one image with a draft that holds, by tiles: the floors of its runs, added up."""
+    rates = _DATA_SHEETS[_PROJECTED]
+
+    def total(**parts: float) -> dict[str, float]:
+        return {str(tiles): _short(sum(rates.floor_ms(stages[run], **parts) for run in _IMAGE)) for tiles, stages in costs.items()}
+
+    assumed = f"an assumption, not measured: {_ASSUMED['of_flops']} of the data sheet's rate, {_ASSUMED['of_bytes']} of its bandwidth"
+    return {
+        "gpu": _PROJECTED,
+        "runs": list(_IMAGE),
+        "tokens_after_prompt": MOST_KEPT,
+        "cases": [
+            {"assumption": "at the data sheet's rates", "ms": total()},
+            {"assumption": assumed, "ms": total(**_ASSUMED)},
+        ],
+    }
+
+
+def _used(bundle: str, costs: Mapping[int, Mapping[str, Cost]], here: Mapping[str, Rates]) -> dict[str, Any]:
+    """MFU and MBU of this machine's latencies of `bundle`; empty where there are none."""
+    path = RESULTS / "latency.json"
+    if not path.exists():
+        return {}
+    latency = json.loads(path.read_text(encoding="utf-8"))
+    this = machine()
+    if latency.get("bundle") != bundle or any(latency.get("machine", {}).get(key) != this[key] for key in ("cpu", "cores")):
+        return {}
+    device = "cpu" if latency.get("device", "cpu") == "cpu" else "gpu"
+    if device not in here:
+        return {}
+    rates = here[device]
+    return {
+        str(tiles): {
+            run: {
+                "ms": ms,
+                "mfu": _short(cost.flops / (ms / 1e3) / rates.flops),
+                "mbu": _short(cost.bytes / (ms / 1e3) / rates.bytes),
+            }
+            for run, cost in stages.items()
+            if (ms := latency.get("stages", {}).get(str(tiles), {}).get(run, {}).get("ms"))
+        }
+        for tiles, stages in costs.items()
+    }
+
+
+def _here() -> dict[str, Rates]:
+    """This machine's rates, measured: those of its CPU in FP32, and of its GPU in FP16 where torch finds one."""
+    rates = {"cpu": Rates(_cpu_flops(), _cpu_bandwidth())}
+    gpu = _gpu()
+    return rates if gpu is None else {**rates, "gpu": gpu}
+
+
+def _best(what: str, run: Callable[[], object]) -> float:
+    """Seconds of the fastest of several runs, after one that does not count."""
+    seconds = []
+    for _ in tqdm(range(_RUNS + 1), desc=what, file=sys.stderr):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def _cpu_flops() -> float:
+    a, b = np.random.default_rng(0).standard_normal((2, _SIDE, _SIDE), dtype=np.float32)
+    out = np.empty_like(a)
+    return 2 * _SIDE**3 / _best("FP32 products", lambda: np.matmul(a, b, out=out))
+
+
+def _cpu_bandwidth() -> float:
+    """Bytes a second read and written by copies, each thread copying its share."""
+    threads = os.cpu_count() or 1
+    source, target = np.ones(_COPIED, np.uint8), np.ones(_COPIED, np.uint8)  # written to: pages never touched are not memory yet
+    pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = _best("copies", lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs)))
+    return 2 * _COPIED / seconds
+
+
+def _gpu() -> Rates | None:
+    """The first CUDA GPU's rates: FP16 products, and copies in its memory; None without one, or without torch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    a, b = torch.randn(2, _GPU_SIDE, _GPU_SIDE, dtype=torch.float16, device="cuda")
+    out = torch.empty_like(a)
+    source = torch.ones(_COPIED, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def product() -> None:
+        torch.matmul(a, b, out=out)
+        torch.cuda.synchronize()
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize()
+
+    return Rates(2 * _GPU_SIDE**3 / _best("FP16 products, GPU", product), 2 * _COPIED / _best("copies, GPU", copy))
+
+
+def _short(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""Latency and throughput: the runtime, its plain form, and the PyTorch reference, side by side.
+
+    python -m benchmarks.latency [--bundle DIR] [--model DIR] [--sides 512 1024] [--rounds 3] [--compiled]
+
+Each contender is a process of its own that reads a folder of frames and writes masks, and is watched from outside: how long from its start to
+its first mask, and how many images a second from the first mask to the last. They take turns, A B A B, so that whatever else the machine
+does hits all of them; ratios are those of one round, and their spread is told.
+
+- runtime: `vessel-rt infer` as it comes. no-draft: the same, decoding token by token.
+- naive: the same graphs, one image after the other, no drafts, nothing at the same time.
+- reference: vessel_export.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
+
+Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the part
+of the wall time in which no graph runs. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.measure import publish
+
+_QUESTION = "Please segment vessel in this image."
+_SCRIPT = Path(sys.executable).with_name("vessel-rt")
+_STAGES = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--bundle", type=Path, default=Path("engines/tiny-fp32"), metavar="DIR")
+    parser.add_argument("--model", type=Path, default=Path("examples/tiny"), metavar="DIR", help="what the bundle was made of")
+    parser.add_argument("--frames", type=Path, default=Path("examples/tiny/frames"), metavar="DIR")
+    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024], metavar="PIXELS")
+    parser.add_argument("--count", type=int, default=28, metavar="N", help="frames a contender is given, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
+    parser.add_argument("--device", default="cpu", help="of the runtime; the reference runs where torch has a GPU")
+    parser.add_argument("--compiled", action="store_true", help="also the reference with torch.compile, which takes minutes to begin")
+    parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(_WORKERS[arguments.worker](arguments)))
+        return 0
+    result: dict[str, Any] = {"bundle": arguments.bundle.name, "device": arguments.device, "frames": arguments.count, "sides": {}}
+    for side in arguments.sides:
+        with _frames(arguments.frames, side, arguments.count + 1) as frames:
+            result["sides"][str(side)] = _side_by_side(arguments, frames)
+            found = _ask(arguments, "stages", frames)
+            result.setdefault("stages", {})[str(found.pop("tiles"))] = found.pop("stages")
+            result["sides"][str(side)] |= found
+    publish("latency", result)
+    return 0
+
+
+def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]:
+    """Every contender, in turns."""
+    infer = [_SCRIPT, "infer", frames, "--bundle", arguments.bundle, "--device", arguments.device, "-o"]
+    worker = [*_worker(arguments, frames), "--worker"]
+    commands: dict[str, Callable[[Path], list[Any]]] = {
+        "runtime": lambda out: [*infer, out],
+        "no-draft": lambda out: [*infer, out, "--no-draft"],
+        "naive": lambda out: [*worker, "naive", "--bundle", arguments.bundle, "--frames", out],
+        "reference": lambda out: [*worker, "reference", "--frames", out],
+    }
+    if arguments.compiled:
+        commands["compiled"] = lambda out: [*worker, "compiled", "--frames", out]
+    rounds: list[dict[str, dict[str, float]]] = []
+    steps = tqdm(total=arguments.rounds * len(commands), desc=f"latency, {frames.name}", disable=None)
+    least = 1.0
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        with tempfile.TemporaryDirectory() as folder:
+            for name, command in commands.items():
+                out = Path(folder) / name
+                out.mkdir()
+                rounds[-1][name] = _watch(command(out if name in ("runtime", "no-draft") else _linked(frames, out)), out / "masks")
+                steps.update()
+            least = min(least, *(_least_iou(Path(folder) / "reference" / "masks", Path(folder) / name / "masks") for name in commands))
+            drafted = [json.loads(line) for line in (Path(folder) / "runtime" / "results.jsonl").read_text().splitlines()]
+    return {
+        "contenders": {name: {key: [r[name][key] for r in rounds] for key in rounds[0][name]} for name in commands},
+        "ratios": {
+            f"{one} over {other}": {
+                "images_per_second": _spread([r[one]["images_per_second"] / r[other]["images_per_second"] for r in rounds]),
+                "first_mask": _spread([r[other]["first_mask_seconds"] / r[one]["first_mask_seconds"] for r in rounds]),
+            }
+            for one, other in (("runtime", "reference"), ("runtime", "naive"), ("runtime", "no-draft"), ("naive", "reference"))
+        },
+        "least_mask_iou_with_reference": least,
+        "without_decode_steps": statistics.mean(line["decode_steps"] == 0 for line in drafted),
+    }
+
+
+def _watch(command: Sequence[Any], masks: Path) -> dict[str, float]:
+    """Run `command`, which writes masks: seconds from its start to the first, and images a second from there to the last."""
+    began = time.time()
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command[0]}: {done.stderr.strip()}")
+    written = sorted(path.stat().st_mtime for path in masks.glob("*.png"))
+    return {
+        "first_mask_seconds": round(written[0] - began, 3),
+        "images_per_second": round((len(written) - 1) / (written[-1] - written[0]), 3),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(values), 2), "least": round(min(values), 2), "most": round(max(values), 2)}
+
+
+def _least_iou(theirs: Path, ours: Path) -> float:
+    """Of the masks of the same names in two folders."""
+    from vessel_export.verify import mask_iou
+
+    pairs = ((np.asarray(Image.open(path)) > 0, np.asarray(Image.open(ours / path.name)) > 0) for path in theirs.glob("*.png"))
+    return min(mask_iou(one, other) for one, other in pairs)
+
+
+@contextmanager
+def _frames(source: Path, side: int, count: int) -> Iterator[Path]:
+    """A folder of `count` frames of `side` x `side` pixels, made of those in `source`."""
+    originals = sorted(path for path in source.iterdir() if path.suffix in (".png", ".jpg"))
+    with tempfile.TemporaryDirectory() as folder:
+        frames = Path(folder) / f"{side}x{side}"
+        frames.mkdir()
+        for i in range(count):
+            with Image.open(originals[i % len(originals)]) as image:
+                image.convert("RGB").resize((side, side)).save(frames / f"study-{i:04}.png")
+        yield frames
+
+
+def _linked(frames: Path, out: Path) -> Path:
+    """A folder that a worker reads its frames from, and where it leaves masks."""
+    (out / "frames").symlink_to(frames)
+    (out / "masks").mkdir()
+    return out
+
+
+def _worker(arguments: argparse.Namespace, frames: Path) -> list[Any]:
+    return [sys.executable, "-m", "benchmarks.latency", "--model", arguments.model, "--device", arguments.device]
+
+
+def _ask(arguments: argparse.Namespace, worker: str, frames: Path) -> dict[str, Any]:
+    command = [*_worker(arguments, frames), "--worker", worker, "--bundle", arguments.bundle, "--frames", frames, "--batches"]
+    done = subprocess.run([str(part) for part in [*command, *arguments.batches]], stdout=subprocess.PIPE, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _segmenter(arguments: argparse.Namespace, *, draft: bool) -> Any:
+    from vessel_rt.bundle import Bundle
+    from vessel_rt.deployment import deploy
+    from vessel_rt.segmenter import Segmenter
+    from vessel_rt.session import Device
+
+    return Segmenter(deploy(Bundle.load(arguments.bundle), Device.parse(arguments.device)), draft=draft)
+
+
+def _naive(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One image after the other, and its mask written, with nothing at the same time."""
+    from vessel_rt.image import read_image
+
+    with _segmenter(arguments, draft=False) as segmenter:
+        for path in sorted((arguments.frames / "frames").iterdir()):
+            result = segmenter.segment(read_image(path), _QUESTION)
+            _save(result.masks[0].pixels, arguments.frames / "masks" / path.name)
+    return {}
+
+
+def _reference(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Sa2VA's way in PyTorch."""
+    return _by_torch(arguments, lambda reference: None)
+
+
+def _compiled(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same with what torch.compile takes: both encoders. The language model's growing cache would compile anew at each step."""
+    import torch
+
+    def compile_encoders(reference: Any) -> None:
+        reference.vision_model.forward = torch.compile(reference.vision_model.forward, dynamic=True)
+        reference.sam2.image_encoder.forward = torch.compile(reference.sam2.image_encoder.forward)
+
+    return _by_torch(arguments, compile_encoders)
+
+
+def _by_torch(arguments: argparse.Namespace, prepare: Callable[[Any], None]) -> dict[str, Any]:
+    import torch
+
+    from vessel_export.reference import Reference
+
+    [checkpoint], [sam2] = arguments.model.glob("iter_*.pth"), arguments.model.glob("sam2_*.pt")
+    gpu = torch.cuda.is_available()
+    reference = Reference.load(
+        checkpoint, arguments.model / "base", sam2, device="cuda" if gpu else "cpu", dtype=torch.bfloat16 if gpu else torch.float32
+    )
+    prepare(reference)
+    for path in sorted((arguments.frames / "frames").iterdir()):
+        with Image.open(path) as image:
+            result = reference.segment(image, _QUESTION)
+        _save(result.masks[0].cpu().numpy(), arguments.frames / "masks" / path.name)
+    return {}
+
+
+def _save(mask: Any, path: Path) -> None:
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+
+
+def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Each stage's milliseconds for single images, milliseconds an image in batches, and what of the time no graph runs in."""
+    from vessel_rt import session
+    from vessel_rt.image import read_image
+
+    running, run = [0.0], session.Session.run
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            running[0] += time.perf_counter() - began
+
+    session.Session.run = timed  # type: ignore[method-assign]
+    images = [read_image(path) for path in sorted(arguments.frames.iterdir())]
+    with _segmenter(arguments, draft=True) as segmenter:
+        segmenter.segment(images[0], _QUESTION)
+        results, totals = [], []
+        for image in images[1:]:
+            began = time.perf_counter()
+            results.append(segmenter.segment(image, _QUESTION))
+            totals.append((time.perf_counter() - began) * 1e3)
+        pixels = [segmenter.prepare(image) for image in images[1:]]
+        batches = {}
+        for batch in arguments.batches:
+            groups = [pixels[i : i + batch] for i in range(0, len(pixels) - batch + 1, batch)]
+            segmenter.run(groups[0], [_QUESTION])  # the arenas grow
+            began = time.perf_counter()
+            for group in groups:
+                segmenter.run(group, [_QUESTION])
+            batches[str(batch)] = round((time.perf_counter() - began) / sum(map(len, groups)) * 1e3, 2)
+        running[0], began = 0.0, time.perf_counter()
+        for one in pixels:
+            segmenter.run([one], [_QUESTION])
+        outside = 1 - running[0] / (time.perf_counter() - began)
+    stages = {stage: _percentiles([result.ms[stage] for result in results]) for stage in _STAGES}
+    return {
+        "tiles": len(pixels[0].tiles),
+        "stages": {stage: {"ms": values["p50"], **values} for stage, values in {**stages, "end to end": _percentiles(totals)}.items()},
+        "batches_ms_an_image": batches,
+        "outside_graphs": round(outside, 4),
+    }
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 90, 99)}
+
+
+_WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "naive": _naive,
+    "reference": _reference,
+    "compiled": _compiled,
+    "stages": _stages,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())
