@@ -2,16 +2,16 @@
 
     python -m benchmarks.latency [--bundle DIR] [--model DIR] [--sides 512 1024] [--rounds 3] [--compiled]
 
-Each contender is a process of its own that reads a folder of frames and writes masks, and is watched from outside: how long from its start to
-its first mask, and how many images a second from the first mask to the last. They take turns, A B A B, so that whatever else the machine
+Each contender is a process of its own that reads a folder of frames and writes masks, and is watched from outside: how long from its start
+to its first mask, and how many images a second from the first mask to the last. They take turns, A B A B, so that whatever else the machine
 does hits all of them; ratios are those of one round, and their spread is told.
 
 - runtime: `vessel-rt infer` as it comes. no-draft: the same, decoding token by token.
 - naive: the same graphs, one image after the other, no drafts, nothing at the same time.
 - reference: vessel_export.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
 
-Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the part
-of the wall time in which no graph runs. The last line is JSON.
+Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the
+part of the wall time in which no graph runs. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.measure import publish
+
+T = TypeVar("T")
 
 _QUESTION = "Please segment vessel in this image."
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
@@ -81,10 +83,10 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
     rounds: list[dict[str, dict[str, float]]] = []
     steps = tqdm(total=arguments.rounds * len(commands), desc=f"latency, {frames.name}", disable=None)
     least = 1.0
-    for _ in range(arguments.rounds):
+    for turn in range(arguments.rounds):
         rounds.append({})
         with tempfile.TemporaryDirectory() as folder:
-            for name, command in commands.items():
+            for name, command in _rotated(list(commands.items()), turn):  # each comes after each other one
                 out = Path(folder) / name
                 out.mkdir()
                 rounds[-1][name] = _watch(command(out if name in ("runtime", "no-draft") else _linked(frames, out)), out / "masks")
@@ -103,6 +105,10 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
         "least_mask_iou_with_reference": least,
         "without_decode_steps": statistics.mean(line["decode_steps"] == 0 for line in drafted),
     }
+
+
+def _rotated(items: list[T], by: int) -> list[T]:
+    return items[by % len(items) :] + items[: by % len(items)]
 
 
 def _watch(command: Sequence[Any], masks: Path) -> dict[str, float]:

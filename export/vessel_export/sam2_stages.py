@@ -19,8 +19,7 @@ from vessel_rt.bundle import Bundle, StageSpec
 
 __all__ = ["Written", "write_sam2_stages"]
 
-# TensorRT has a kernel for the fused Attention (opset 23) in FP16 and BF16; on the CPU, where FP32 runs, the spelled-out form is faster.
-_ENCODER_OPSET = {"fp32": 20, "fp16": 23, "bf16": 23}
+_ENCODER_OPSET = 23  # the first with a fused Attention: what TensorRT has kernels for, and on the CPU the faster form (docs/performance.md)
 # The mask decoder's heads can be too narrow for that kernel, and gain nothing by it. TensorRT-RTX 1.7 has no BF16 transposed convolution:
 # the decoder, small as it is, is then FP32, as what goes in and out of a BF16 graph is.
 _DECODER_OPSET = 20
@@ -44,7 +43,7 @@ def write_sam2_stages(
     model = opened.build({name: torch.from_numpy(array) for name, array in updates.items()})
     hidden_size = prompt_head["0.weight"].shape[0]
     traced = [
-        trace_sam2_image_encoder(model, opened.image_size, DTYPES[precision], opset=_ENCODER_OPSET[precision]),
+        trace_sam2_image_encoder(model, opened.image_size, DTYPES[precision], opset=_ENCODER_OPSET),
         trace_sam2_mask_decoder(model, _prompt_head(prompt_head), hidden_size, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
     ]
     stages, written = {}, {}

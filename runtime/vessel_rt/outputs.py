@@ -107,7 +107,7 @@ class OutputFolder:
 
     def _write_mask(self, name: str, mask: Mask) -> dict[str, Any]:
         with replacing(self.folder / name) as temporary:
-            Image.fromarray(mask.pixels.astype(np.uint8) * 255).save(temporary, format="PNG")
+            _stencil(mask.pixels).save(temporary, format="PNG")
         return {
             "file": name,
             "iou": round(mask.iou, 6),
@@ -149,12 +149,17 @@ def _line(
 
 def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> Image.Image:
     """The image with each mask [height, width] tinted and outlined in a colour of its own."""
-    pixels = np.asarray(image.convert("RGB")).astype(np.float32)
+    overlay = image.convert("RGB")
     for mask, colour in zip(masks, itertools.cycle(_COLOURS), strict=False):
-        inside = np.array(colour, np.float32)
-        pixels[mask] += _TINT * (inside - pixels[mask])
-        pixels[mask & ~_eroded(mask)] = inside
-    return Image.fromarray(pixels.round().astype(np.uint8))
+        tinted = Image.blend(overlay, Image.new("RGB", overlay.size, colour), _TINT)
+        overlay.paste(tinted, mask=_stencil(mask))
+        overlay.paste(colour, mask=_stencil(mask & ~_eroded(mask)))
+    return overlay
+
+
+def _stencil(mask: npt.NDArray[np.bool_]) -> Image.Image:
+    """`mask` as Pillow takes it: 255 and 0."""
+    return Image.fromarray(mask.view(np.uint8) * np.uint8(255))
 
 
 def _eroded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

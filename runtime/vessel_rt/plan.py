@@ -6,7 +6,7 @@ precision:
 - weights: the files that a stage's graph names; an engine built of it is about as large.
 - cache: a key and a value a layer, [batch, kv_heads, capacity, head_dim].
 - activations: the largest sum of tensors that are alive at one time in a run of the workload's greatest shapes. Attention is counted as
-  fused, its scores never written; where a graph spells it out, as the vision graphs do in FP32, they come on top.
+  fused, its scores never written.
     - language_model, of T = batch * capacity tokens: in the MLP, the FP32 residual stream before and after a sum, the normed input, and
       gate, up and product: T * (8 * hidden + b * (hidden + 3 * intermediate)). All along, inputs_embeds, b * T * hidden, and the mask,
       b * T * capacity; at the end the logits, b * batch * MOST_KEPT * vocabulary.
