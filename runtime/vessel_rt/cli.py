@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Bad usage leaves by argparse's SystemExit(2).
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would wait, spinning, on cores that the graphs need
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -105,7 +106,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _infer(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would wait, spinning, for cores that the graphs use
     from vessel_rt.folder import InferOptions, infer  # here, so that --help does not wait for the libraries
 
     warnings.filterwarnings("ignore", module="PIL")  # what matters in a file raises; the rest would tear the progress bar

@@ -40,7 +40,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _STREAMS = 4  # at most, unless more are asked for: each has a KV cache and activations of its own
-_READERS = 2  # threads: reading and resizing an image takes less time than its masks, on any device
+_READERS = 1  # threads: reading and resizing an image takes less time than its masks, and the first mask does not wait for more
 _LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
 
 
