@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup demo export which synth-8b export-8b build-8b test lint
+.PHONY: setup demo export which synth-8b export-8b build-8b bench test lint
 
 setup: .venv/ready
 
@@ -41,6 +41,18 @@ export-8b: synth-8b
 
 build-8b: setup
 	$(BIN)/python -m benchmarks.build --bundle $(FULL)/bundle --describe sm86 $(ARGS)
+
+# On a machine that does nothing else; the tables of docs/performance.md follow.
+bench: | setup engines/tiny-fp32 engines/tiny-fp16
+	$(BIN)/python -m benchmarks.latency $(ARGS)
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.floor
+	$(BIN)/python -m benchmarks.report
+
+engines/tiny-%: | setup
+	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe engines/cpu.toml --precision $* --out $@
 
 test: setup
 	$(BIN)/python -m pytest

@@ -9,8 +9,8 @@ FP32 products with NumPy and copies by all threads; FP16 products and copies wit
 rates are those of FP16 (BF16 has the same) with FP32 sums; for an FP32 bundle they are too high, the floor too low. A bundle that fits in a
 processor's cache, as the tiny ones do, may be read faster than memory is.
 
-Where results/latency.json holds this bundle's latencies, measured on this machine, MFU and MBU are the parts of the rate and of the
-bandwidth that they used. The last line is JSON.
+The result is kept as floor-<layers>-layers.json. Where results/latency.json holds this bundle's latencies, measured on this machine, MFU
+and MBU are the parts of the rate and of the bandwidth that they used. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> int:
         "projection": _projection(costs),
     }
     used = _used(name, costs, here)
-    publish("floor", result | ({"used": used} if used else {}))
+    publish(f"floor-{bundle.language_model.layers}-layers", result | ({"used": used} if used else {}))
     return 0
 
 
@@ -161,13 +161,13 @@ def _used(bundle: str, costs: Mapping[int, Mapping[str, Cost]], here: Mapping[st
     rates = here[device]
     return {
         str(tiles): {
-            run: {
+            run: {  # drafts were on: what ran of the language model is the draft
                 "ms": ms,
                 "mfu": _short(cost.flops / (ms / 1e3) / rates.flops),
                 "mbu": _short(cost.bytes / (ms / 1e3) / rates.bytes),
             }
             for run, cost in stages.items()
-            if (ms := latency.get("stages", {}).get(str(tiles), {}).get(run, {}).get("ms"))
+            if (ms := latency.get("stages", {}).get(str(tiles), {}).get(run.replace("draft", "language_model"), {}).get("ms"))
         }
         for tiles, stages in costs.items()
     }

@@ -39,8 +39,9 @@ class Deployment:
     batch: int = 1
 
     def session(self, stage: str, threads: int = 0) -> Session:
-        """Load a stage. See Session for `threads` and errors; EngineError where `tensorrt` would keep engines in a folder open to all."""
-        return Session(self.graphs[stage], self.device, threads, cache=self._cache(stage) if self.device.kind == "tensorrt" else None)
+        """Load a stage. See Session for `threads` and errors; EngineError where compiled code would be kept in a folder open to all."""
+        compiles = self.device.kind in ("tensorrt", "rtx")
+        return Session(self.graphs[stage], self.device, threads, cache=self._cache(stage) if compiles else None)
 
     def sessions(self, threads: int = 0) -> dict[str, Session]:
         """Load every stage, side by side; if one cannot be loaded, none stays. See `session`."""
@@ -48,15 +49,20 @@ class Deployment:
             loading = {stage: pool.submit(self.session, stage, threads) for stage in self.graphs}
         return {stage: future.result() for stage, future in loading.items()}
 
-    def _cache(self, stage: str) -> EngineCache:
-        """In the user's own folder, since engines are code, and named by the bundle's content, since ONNX Runtime looks at no weights."""
-        folder = Path.home() / ".cache" / "vessel-rt" / sha256_of(self.bundle.folder / BUNDLE_FILE)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def _cache(self, stage: str) -> EngineCache | None:
+        """In the user's own folder, since engines are code, and named by the bundle's content, since ONNX Runtime looks at no weights.
+
+        None where there is no such folder to write to: then nothing is kept.
+        """
+        folder = Path.home() / ".cache" / "vessel-rt" / sha256_of(self.bundle.folder / BUNDLE_FILE) / stage
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            return None
         if writable_by_anyone(folder):
             raise EngineError(f"{folder}: may be written by anyone; remove it, since what is in it would be run")
-        return EngineCache(
-            folder, stage_profile(self.bundle, self.bundle.stages[stage], Workload(max_batch=self.batch, opt_batch=self.batch))
-        )
+        workload = Workload(max_batch=self.batch, opt_batch=self.batch)
+        return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], workload))
 
 
 def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object] | None = None, *, batch: int | None = None) -> Deployment:

@@ -43,9 +43,10 @@ _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAIL
 
 @dataclasses.dataclass(frozen=True)
 class EngineCache:
-    """For the device `tensorrt`: where ONNX Runtime keeps the engines that it builds of a graph, and the shapes to build them for.
+    """Where ONNX Runtime keeps what it compiles at run time, and the shapes to compile for.
 
-    The folder must be there, and of one bundle: an engine is found in it by its graph's nodes, which two bundles share, and not by weights.
+    For `tensorrt` that is engines, for `rtx` the kernels that its engines leave to be compiled for the GPU at hand. The folder must be
+    there, and of one bundle: an engine is found in it by its graph's nodes, which two bundles share, and not by weights.
     """
 
     folder: Path
@@ -172,7 +173,7 @@ def _choose_tensorrt(options: Any, device: Device, cache: EngineCache | None) ->
 
 def _choose_rtx(options: Any, device: Device, cache: EngineCache | None) -> None:
     """Engines that were built beforehand, and nothing else: none is built here, and no node is left to the CPU."""
-    options.add_provider_for_devices([_rtx_device(device.index)], {})
+    options.add_provider_for_devices([_rtx_device(device.index)], {"nv_runtime_cache_path": str(cache.folder)} if cache else {})
     options.add_session_config_entry("session.disable_model_compile", "1")
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
 
@@ -248,7 +249,7 @@ class Session:
         path: the .onnx file; its external data, or its engines, are found beside it.
         device: a device that `open_device` returned.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime (all physical cores).
-        cache: what the device `tensorrt` has to know; without it, engines are built anew for every shape, and not kept.
+        cache: for `tensorrt` and `rtx`; without it, what they compile at run time is not kept.
 
     Raises:
         VesselError: ONNX Runtime cannot load the graph, or leaves all of it, or operators that are costly there, to the CPU. (It places

@@ -100,7 +100,7 @@ def test_tensorrts_engines_are_kept_for_this_user_and_this_bundle(
     changed = copy.folder / "bundle.json"
     changed.write_text(changed.read_text().replace("iter_1.pth", "iter_2.pth"))
     deployments = [Deployment(bundle, Device("tensorrt"), {}) for bundle in (standin, Bundle.load(copy.folder))]
-    caches = [deployment._cache("vision_encoder") for deployment in deployments]
+    caches = [cache for deployment in deployments if (cache := deployment._cache("vision_encoder"))]
     assert caches[0].folder != caches[1].folder
     assert caches[0].folder.is_relative_to(tmp_path / ".cache")
     assert caches[0].profile.greatest["pixel_values"] == (13, 3, 448, 448)
@@ -108,3 +108,10 @@ def test_tensorrts_engines_are_kept_for_this_user_and_this_bundle(
     caches[0].folder.chmod(0o777)
     with pytest.raises(EngineError, match="may be written by anyone"):
         deployments[0]._cache("vision_encoder")
+
+
+def test_where_no_home_can_be_written_nothing_is_kept(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "file"))
+    assert Deployment(standin, Device("rtx"), {})._cache("vision_encoder") is None

@@ -1,0 +1,294 @@
+"""docs/performance.md from the results: every table and plot in it is made here, from benchmarks/results/*.json.
+
+    python -m benchmarks.report [--check]
+
+The text around them is written by hand. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; the names are those of _TABLES. Plots
+go to docs/plots/*.svg. `--check` writes nothing, and fails if a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+
+_DOCUMENT = Path("docs/performance.md")
+_PLOTS = Path("docs/plots")
+_STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample", "end to end")
+_RUNS = ("vision_encoder", "prefill", "decode", "draft", "sam2_image_encoder", "sam2_mask_decoder")
+_GREY, _COLOURS = "#888888", ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # for colour-blind eyes too
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the document differs from the results")
+    arguments = parser.parse_args()
+    before = _DOCUMENT.read_text(encoding="utf-8")
+    after = filled(before)
+    if arguments.check:
+        print(f"{_DOCUMENT}: {'as the results say' if after == before else 'differs from the results; python -m benchmarks.report'}")
+        return int(after != before)
+    _DOCUMENT.write_text(after, encoding="utf-8")
+    _draw()
+    print(f"{_DOCUMENT}, {_PLOTS}/*.svg")
+    return 0
+
+
+def filled(document: str) -> str:
+    """`document` with each of its tables made anew; KeyError for a table that is not known."""
+    return re.sub(
+        r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->",
+        lambda found: f"<!-- {found[1]} -->\n{_TABLES[found[1]]()}\n<!-- /{found[1]} -->",
+        document,
+        flags=re.DOTALL,
+    )
+
+
+@functools.cache
+def _result(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: no such result; python -m benchmarks.{name.partition('-')[0]} makes it") from None
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _contenders() -> str:
+    rows = []
+    for side, found in _result("latency")["sides"].items():
+        for name, values in found["contenders"].items():
+            first, speed = values["first_mask_seconds"], values["images_per_second"]
+            rows.append([f"{side}x{side}", name, _middle(speed), _middle(first)])
+    return _table(["frames", "contender", "images a second", "seconds from start to the first mask"], rows)
+
+
+def _middle(values: Sequence[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+
+
+def _ratios() -> str:
+    rows = []
+    for side, found in _result("latency")["sides"].items():
+        for name, ratio in found["ratios"].items():
+            cells = [
+                f"{ratio[key]['median']} ({ratio[key]['least']} to {ratio[key]['most']})" for key in ("images_per_second", "first_mask")
+            ]
+            rows.append([f"{side}x{side}", name, *cells])
+    return _table(["frames", "ratio", "images a second", "time to the first mask"], rows)
+
+
+def _stages() -> str:
+    stages = _result("latency")["stages"]
+    head = ["step", *(f"{tiles} tile{'s' * (tiles != '1')}: p50, p90, p99" for tiles in stages)]
+    return _table(head, [[step, *(_percentiles(of_tiles[step]) for of_tiles in stages.values())] for step in _STEPS])
+
+
+def _percentiles(values: dict[str, float]) -> str:
+    return f"{values['p50']:.1f}, {values['p90']:.1f}, {values['p99']:.1f}"
+
+
+def _batches() -> str:
+    sides = _result("latency")["sides"]
+    batches = list(next(iter(sides.values()))["batches_ms_an_image"])
+    rows = [[f"{side}x{side}", *found["batches_ms_an_image"].values()] for side, found in sides.items()]
+    return _table(["frames", *(f"batch {batch}" for batch in batches)], rows)
+
+
+def _verified() -> str:
+    rows = [
+        [
+            f"{side}x{side}",
+            f"{found['without_decode_steps']:.0%}",
+            found["least_mask_iou_with_reference"],
+            f"{found['outside_graphs']:.1%}",
+        ]
+        for side, found in _result("latency")["sides"].items()
+    ]
+    return _table(["frames", "answers without a decode step", "least mask IoU with the reference", "wall time outside the graphs"], rows)
+
+
+def _memory() -> str:
+    found = _result("memory")
+    ours, theirs = found["runtime_mib"], found["reference_mib"]
+    ratios = found["peak_reference_over_runtime"]
+    rows = [[phase.replace("_", " "), ours[phase]["peak"], theirs[phase]["peak"], ratios[phase]] for phase in ours]
+    return _table(["up to", "runtime, MiB", "reference, MiB", "reference over runtime"], rows)
+
+
+def _scaling() -> str:
+    found = _result("scaling")
+    rows = [(name, row) for name in ("by_size", "by_threads", "by_batch") for row in found[name]]
+    cells = [
+        [row["images"], row["threads"] or "all", row["streams"], row["batch"], row["images_per_second"], row["peak_resident_mib"]]
+        for _, row in rows
+    ]
+    unique = list(dict.fromkeys(map(tuple, cells)))
+    return _table(["images", "threads", "streams", "batch", "images a second", "peak memory, MiB"], unique)
+
+
+def _flat() -> str:
+    found = _result("scaling")
+    time, memory = found["time_ratio"], found["memory_ratio"]
+    rows = [
+        ["milliseconds an image", f"{time['images'][0]} over {time['images'][1]} images", time["measured"], ""],
+        ["peak memory", f"{memory['images'][0]} over {memory['images'][1]} images", memory["measured"], memory["bound"]],
+    ]
+    return _table(["", "", "ratio", "bound"], rows)
+
+
+def _accuracy() -> str:
+    rows = [
+        [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['least_mask_iou']:.4f}"]
+        for run in _result("accuracy")["runs"]
+    ]
+    return _table(["bundle", "device", "drafts", "mean Dice", "least mask IoU with the first"], rows)
+
+
+def _floor() -> str:
+    found = _result("floor-28-layers")
+    rows = []
+    for tiles, stages in found["stages"].items():
+        for run in _RUNS:
+            cost = stages[run]
+            floors = (f"{cost['floor_ms'][gpu]:.3g}" for gpu, rates in found["rates"].items() if not rates["measured"])
+            rows.append([tiles, run, f"{cost['flops'] / 1e9:.0f}", f"{cost['bytes'] / 1e9:.2f}", *floors])
+    gpus = [gpu for gpu, rates in found["rates"].items() if not rates["measured"]]
+    return _table(["tiles", "run", "GFLOP", "GB", *(f"{gpu}, ms" for gpu in gpus)], rows)
+
+
+def _projection() -> str:
+    cases = _result("floor-28-layers")["projection"]["cases"]
+    return _table(
+        ["assumption", *(f"{tiles} tile{'s' * (tiles != '1')}, ms" for tiles in cases[0]["ms"])],
+        [[case["assumption"], *case["ms"].values()] for case in cases],
+    )
+
+
+def _utilisation() -> str:
+    found = _result("floor-3-layers")
+    rows = [
+        [tiles, run, values["ms"], f"{found['stages'][tiles][run]['floor_ms']['cpu']:.2f}", f"{values['mfu']:.1%}", f"{values['mbu']:.1%}"]
+        for tiles, runs in found["used"].items()
+        for run, values in runs.items()
+    ]
+    return _table(["tiles", "run", "ms", "floor, ms", "MFU", "MBU"], rows)
+
+
+def _export() -> str:
+    found = _result("export")
+    rows = [
+        ["peak anonymous memory, all processes", f"{found['peak_anonymous_gib']} GiB", "4 GiB"],
+        [f"wall time over copying the result ({found['seconds']} s, {found['copy_seconds']} s)", found["time_over_copy"], 3],
+        [f"bytes written over the bundle's ({found['bundle_bytes'] / 1e9:.1f} GB)", found["bytes_written_over_bundle"], 1.1],
+    ]
+    return _table(["", "measured", "bound"], rows)
+
+
+def _export_peer() -> str:
+    found = _result("export")
+    rows = [
+        ["peft and torch.onnx", peer["layers"], peer["seconds"], f"{peer['peak_anonymous_gib']} GiB", f"{peer['bytes'] / 1e9:.1f} GB"]
+        for peer in found["peer"]
+    ]
+    ours = [found["layers"], found["seconds"], f"{found['peak_anonymous_gib']} GiB", f"{found['bundle_bytes'] / 1e9:.1f} GB"]
+    return _table(["", "layers", "seconds", "peak memory", "output"], [*rows, ["vessel-export, whole pipeline", *ours]])
+
+
+def _build() -> str:
+    rows = [
+        [stage["stage"], stage["parts"], stage["seconds"], f"{stage['peak_anonymous_gib']} GiB", f"{stage['engine_bytes'] / 1e9:.2f} GB"]
+        for stage in _result("build-sm86-28-layers")["stages"]
+    ]
+    return _table(["stage", "engines", "seconds", "peak memory", "size"], rows)
+
+
+_TABLES: dict[str, Callable[[], str]] = {
+    "contenders": _contenders,
+    "ratios": _ratios,
+    "stages": _stages,
+    "batches": _batches,
+    "verified": _verified,
+    "memory": _memory,
+    "scaling": _scaling,
+    "flat": _flat,
+    "accuracy": _accuracy,
+    "floor": _floor,
+    "projection": _projection,
+    "utilisation": _utilisation,
+    "export": _export,
+    "export-peer": _export_peer,
+    "build": _build,
+}
+
+
+def _draw() -> None:
+    """The plots, in files that are the same for the same results."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update(
+        {"svg.hashsalt": "vessel-rt", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    _PLOTS.mkdir(exist_ok=True)
+    for name, draw in (("roofline", _draw_roofline), ("latency", _draw_latency), ("scaling", _draw_scaling)):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(_PLOTS / f"{name}.svg", metadata={"Date": None})
+
+
+def _draw_roofline(axes: Any) -> None:
+    """The full-size runs against the data sheets' roofs."""
+    found = _result("floor-28-layers")
+    intensities = [10**x for x in (0, 1, 2, 3, 4, 5)]
+    for (gpu, rates), colour in zip(((g, r) for g, r in found["rates"].items() if not r["measured"]), _COLOURS, strict=False):
+        corner = rates["tflops"] * 1e12 / (rates["gb_per_s"] * 1e9)
+        xs = sorted([*intensities, corner])
+        axes.loglog(xs, [min(rates["tflops"], x * rates["gb_per_s"] / 1e3) for x in xs], color=colour, label=gpu)
+    for run in (run for run in _RUNS if run != "draft"):  # which would be drawn over prefill
+        cost = found["stages"]["10"][run]
+        axes.axvline(cost["flops"] / cost["bytes"], color=_GREY, linewidth=0.5)
+        axes.text(cost["flops"] / cost["bytes"], 1.2, f" {run}", rotation=90, fontsize=7, color=_GREY, va="bottom")
+    axes.set(xlabel="FLOP a byte (10 tiles, FP16)", ylabel="TFLOP/s", title="InternVL3-8B and SAM2 Hiera-L under the data sheets' roofs")
+    axes.legend(fontsize=7, loc="lower right")
+
+
+def _draw_latency(axes: Any) -> None:
+    """Where one image's time goes, at each tile count."""
+    stages = _result("latency")["stages"]
+    for row, values in enumerate(stages.values()):
+        left = 0.0
+        for step, colour in zip(_STEPS[:-1], _COLOURS, strict=True):
+            axes.barh(row, values[step]["p50"], left=left, color=colour, label=step if row == 0 else None)
+            left += values[step]["p50"]
+    axes.set_yticks(range(len(stages)), [f"{tiles} tile{'s' * (tiles != '1')}" for tiles in stages])
+    axes.set(xlabel="ms of one image, p50 (tiny model, CPU)", title="Latency by step")
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _draw_scaling(axes: Any) -> None:
+    """The cost of an image and the memory against the size of the folder."""
+    rows = sorted(_result("scaling")["by_size"], key=lambda row: int(row["images"]))
+    sizes = [row["images"] for row in rows]
+    axes.semilogx(sizes, [row["ms_per_image"] for row in rows], "o-", color=_COLOURS[0], label="ms an image")
+    axes.semilogx(sizes, [row["peak_resident_mib"] for row in rows], "s-", color=_COLOURS[1], label="peak memory, MiB")
+    axes.set(xlabel="images in the folder", ylim=(0, None), title="A larger folder costs no more an image")
+    axes.legend(fontsize=7)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
