@@ -11,7 +11,7 @@ does hits all of them; ratios are those of one round, and their spread is told.
 - reference: vessel_export.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
 
 Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the
-part of the wall time in which no graph runs. The last line is JSON.
+part of a whole run's wall time in which a stream runs no graph. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -226,18 +226,22 @@ def _save(mask: Any, path: Path) -> None:
 
 
 def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each stage's milliseconds for single images, milliseconds an image in batches, and what of the time no graph runs in."""
+    """Each stage's milliseconds for single images, milliseconds an image in batches, and what of a run no graph runs in."""
     from vessel_rt import session
+    from vessel_rt.bundle import Bundle
+    from vessel_rt.folder import InferOptions, infer
     from vessel_rt.image import read_image
+    from vessel_rt.session import Device
 
-    running, run = [0.0], session.Session.run
+    running: list[float] = []  # seconds of each run of a graph, from any thread
+    run = session.Session.run
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
         try:
             return run(self, *args, **kwargs)
         finally:
-            running[0] += time.perf_counter() - began
+            running.append(time.perf_counter() - began)
 
     session.Session.run = timed  # type: ignore[method-assign]
     images = [read_image(path) for path in sorted(arguments.frames.iterdir())]
@@ -257,10 +261,11 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
             for group in groups:
                 segmenter.run(group, [_QUESTION])
             batches[str(batch)] = round((time.perf_counter() - began) / sum(map(len, groups)) * 1e3, 2)
-        running[0], began = 0.0, time.perf_counter()
-        for one in pixels:
-            segmenter.run([one], [_QUESTION])
-        outside = 1 - running[0] / (time.perf_counter() - began)
+    running.clear()
+    with tempfile.TemporaryDirectory() as out:
+        options = InferOptions((str(arguments.frames),), Path(out), (_QUESTION,), device=Device.parse(arguments.device))
+        summary = infer(Bundle.load(arguments.bundle), options)
+    outside = 1 - sum(running) / (summary.seconds * summary.streams)
     stages = {stage: _percentiles([result.ms[stage] for result in results]) for stage in _STAGES}
     return {
         "tiles": len(pixels[0].tiles),

@@ -41,6 +41,7 @@ class Checkpoint:
 
     `tensors` maps canonical names (`canonical_name`) to CPU tensors of the file's own dtype, memory-mapped where the file allows it;
     `skipped` says why a tensor of the file is not among them. `lora_alpha` and `iteration` are None where the file does not tell.
+    `meta` is what mmengine recorded of the run (its `cfg` is the training configuration's text), `runtime_info` what its message hub did.
     """
 
     path: Path
@@ -49,6 +50,8 @@ class Checkpoint:
     lora_rank: int
     lora_alpha: float | None
     iteration: int | None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    runtime_info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_checkpoint(path: Path, skip: Collection[str] = ()) -> Checkpoint:
@@ -79,8 +82,7 @@ def open_checkpoint(path: Path, skip: Collection[str] = ()) -> Checkpoint:
         if tensors.pop(name, None) is None:
             raise CheckpointError(f"{path}: has no {name} to skip")
         skipped[name] = "left out by request"
-    meta = document.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
+    meta, hub = _table(document, "meta"), _table(document, "message_hub")
     config = meta.get("cfg")
     iteration = meta.get("iter")
     return Checkpoint(
@@ -90,7 +92,15 @@ def open_checkpoint(path: Path, skip: Collection[str] = ()) -> Checkpoint:
         lora_rank=_lora_rank(path, tensors),
         lora_alpha=_lora_alpha(path, config if isinstance(config, str) else ""),
         iteration=iteration if isinstance(iteration, int) else None,
+        meta=meta,
+        runtime_info=_table(hub, "runtime_info"),
     )
+
+
+def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What stands under `key`, if it is a dictionary; else an empty one."""
+    value = document.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def canonical_name(key: str) -> str:

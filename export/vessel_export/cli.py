@@ -22,6 +22,7 @@ __all__ = ["main"]
 _EXAMPLES = """examples:
   vessel-export export --ckpt work_dirs/iter_12192.pth
   vessel-export export --ckpt tiny.pth --base examples/tiny/base --sam2 examples/tiny/sam2_tiny.pt --recipe engines/cpu.toml
+  vessel-export inspect work_dirs/sa2va_finetune
   vessel-export build --bundle engines/iter_12192-fp16 --describe sm86
   vessel-export verify --bundle engines/iter_12192-fp16 --ckpt work_dirs/iter_12192.pth --images frames/
 """
@@ -66,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a tensor that nothing uses; may be repeated")
     export.add_argument("--overwrite", action="store_true", help="replace the bundle at --out, once the new one is complete")
     export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="show what a checkpoint or a work_dirs folder holds, and what export would do with it")
+    inspect.add_argument("path", type=Path, metavar="PATH", help="an iter_*.pth, or the folder that training wrote them to")
+    form = inspect.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for programs")
+    form.add_argument("--markdown", action="store_true", help="for a report")
+    inspect.set_defaults(run=_inspect)
 
     build = commands.add_parser("build", help="compile a bundle's graphs to engines for one kind of GPU, here or elsewhere")
     add_build_arguments(build)
@@ -118,6 +126,17 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     if recipe.precision != "fp32":  # which is for CPUs
         build_after_export(out, recipe)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from vessel_export.inspection import inspect_checkpoint, inspect_folder, markdown, show, to_json
+
+    report = inspect_folder(arguments.path) if arguments.path.is_dir() else inspect_checkpoint(arguments.path)
+    if arguments.json or arguments.markdown:
+        print(to_json(report) if arguments.json else markdown(report), end="" if arguments.markdown else "\n")
+    else:
+        show(report)
     return 0
 
 
