@@ -100,7 +100,7 @@ def _usable(bundle: Bundle) -> list[Device]:
 
 def _masks(output: Path) -> _Masks:
     """The masks of a run, from its files."""
-    results = [json.loads(line) for line in (output / RESULTS_FILE).read_text(encoding="utf-8").splitlines()]
+    results = [json.loads(line) for line in (output / RESULTS_FILE).read_text(encoding="utf-8").removesuffix("\n").split("\n")]
     return {(r["image"], r["question"]): [np.asarray(Image.open(output / mask["file"])) > 0 for mask in r["masks"]] for r in results}
 
 

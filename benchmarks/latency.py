@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true", help="also the reference with torch.compile, which takes minutes to begin")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as vessel-rt sets it, for every contender
     if arguments.worker:
         print(json.dumps(_WORKERS[arguments.worker](arguments)))
         return 0

@@ -23,12 +23,12 @@ def staging(out: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        if out.exists():
-            os.replace(out, old)
         try:
+            if out.exists():
+                os.replace(out, old)
             os.replace(folder, out)
-        except OSError:
-            if old.exists():
+        except BaseException:  # an interrupt between the two, too
+            if old.exists() and not out.exists():
                 os.replace(old, out)
             raise
     finally:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vessel-rt: error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("vessel-rt: interrupted; the results of the images that were finished are kept", file=sys.stderr)
+        print("vessel-rt: interrupted; the results that were written are kept", file=sys.stderr)
         return 130
 
 

@@ -54,13 +54,16 @@ class Deployment:
 
         None where there is no such folder to write to: then nothing is kept.
         """
-        folder = Path.home() / ".cache" / "vessel-rt" / sha256_of(self.bundle.folder / BUNDLE_FILE) / stage
+        whole = Path.home() / ".cache" / "vessel-rt" / sha256_of(self.bundle.folder / BUNDLE_FILE)
+        folder = whole / stage
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            whole.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
         except OSError:
             return None
-        if writable_by_anyone(folder):
-            raise EngineError(f"{folder}: may be written by anyone; remove it, since what is in it would be run")
+        for path in (whole, folder):
+            if writable_by_anyone(path):
+                raise EngineError(f"{path}: may be written by anyone; remove it, since what is in it would be run")
         workload = Workload(max_batch=self.batch, opt_batch=self.batch)
         return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], workload))
 
@@ -81,7 +84,9 @@ def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object
     if _lacks_kernels(bundle, device):
         raise BundleError(f"{bundle.folder}: {_NO_BF16}")
     engines = _engines(bundle, device) if device.kind == "rtx" else None
-    images = _batch(bundle, device, engines, batch)
+    if engines and batch and batch > engines.max_batch:
+        build = "raise engines.max_batch in the recipe and vessel-export build again"
+        raise EngineError(f"{engines.folder}: built for {engines.max_batch} images at once, not {batch}; lower --batch, or {build}")
     records = bundle.used_files(graphs=engines is None)
     total = sum(record.bytes for record in [*records.values(), *(engines.files.values() if engines else ())] if record)
 
@@ -90,22 +95,21 @@ def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object
             progress(read, total)
 
     bundle.verify_files(advance, graphs=engines is None)
+    images = batch or _most_images(bundle, device, engines)
     if engines is None:
         return Deployment(bundle, device, {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}, images)
     engines.verify(advance)
     return Deployment(bundle, device, {name: engines.folder / f"{name}.onnx" for name in bundle.stages}, images)
 
 
-def _batch(bundle: Bundle, device: Device, engines: EngineSet | None, asked: int | None) -> int:
-    """How many images run at once."""
-    if engines and asked and asked > engines.max_batch:
-        build = "raise engines.max_batch in the recipe and vessel-export build again"
-        raise EngineError(f"{engines.folder}: built for {engines.max_batch} images at once, not {asked}; lower --batch, or {build}")
-    if asked or device.kind == "cpu":
-        return asked or 1
+def _most_images(bundle: Bundle, device: Device, engines: EngineSet | None) -> int:
+    """How many images run at once unless the user says."""
+    if device.kind == "cpu":
+        return 1
+    if engines:  # whose recipe was planned for the card
+        return min(engines.max_batch, MOST_IMAGES)
     memory = list_gpus()[device.index].memory
-    most = engines.max_batch if engines else MOST_IMAGES
-    return max((images for images in range(2, most + 1) if make_plan(bundle, images, memory).fits), default=1)
+    return max((images for images in range(2, MOST_IMAGES + 1) if make_plan(bundle, images, memory).fits), default=1)
 
 
 def deployment_fault(bundle: Bundle, device: Device) -> str | None:

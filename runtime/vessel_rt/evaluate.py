@@ -122,4 +122,4 @@ def _read(path: Path, parse: Any) -> Any:
 
 
 def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]

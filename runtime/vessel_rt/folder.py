@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -177,6 +178,7 @@ class _Run:
 
     def __init__(self, segmenter: Segmenter, questions: Sequence[str], outputs: OutputFolder, summary: Summary, bar: tqdm[Any]) -> None:
         self._segmenter, self._questions, self._outputs, self._summary, self._bar = segmenter, questions, outputs, summary, bar
+        self._lock = threading.Lock()
 
     def over(self, images: Sequence[Path]) -> None:
         """Take every image through. Interrupted, or out of disk, it ends with what is in hand written whole."""
@@ -213,12 +215,13 @@ class _Run:
         if len(good) <= self._summary.least_batch:
             try:
                 answers = iter(self._segmenter.run(good, self._questions) if good else [])
-                return [(frame, next(answers) if frame.pixels else []) for frame in batch]
+                return [(_spent(frame), next(answers) if frame.pixels else []) for frame in batch]
             except ImageError as e:
                 if len(good) == 1:
                     return [(dataclasses.replace(f, error=f"{f.path}: {e}", pixels=None) if f.pixels else f, []) for f in batch]
                 if isinstance(e, OutOfMemory):
-                    self._summary.least_batch = len(good) // 2
+                    with self._lock:  # another stream may have come down further
+                        self._summary.least_batch = min(self._summary.least_batch, len(good) // 2)
                     text = f"no memory for {len(good)} images at once, going on with {len(good) // 2}"
                     tqdm.write(f"vessel-rt: warning: {text}", file=sys.stderr)
         return self._answered(batch[: len(batch) // 2]) + self._answered(batch[len(batch) // 2 :])
@@ -245,6 +248,11 @@ class _Run:
             summary.undrafted += result.decode_steps > 0
             summary.masks += len(result.masks)
             summary.without_mask += not result.masks
+
+
+def _spent(frame: _Frame) -> _Frame:
+    """`frame` without its pixels, of which a waiting one has megabytes."""
+    return dataclasses.replace(frame, pixels=frame.pixels.spent()) if frame.pixels else frame
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], bound: int) -> Iterator[T]:

@@ -42,6 +42,10 @@ class Generation:
     decode_steps: int
 
 
+class _NotFiniteError(ImageError):
+    """Numbers that overflow the bundle's precision."""
+
+
 @dataclasses.dataclass
 class _Row:
     """One prompt of the batch and what has been generated after it; the last emitted token is not yet consumed."""
@@ -94,10 +98,15 @@ class LanguageModel:
             )
         tried = min(MOST_KEPT - 1, self._sizes.max_new_tokens)
         rows = [_Row(len(prompt), tuple(draft[:tried])) for prompt, draft in zip(prompts, drafts or [()] * len(prompts), strict=True)]
-        with self._cache_of(len(rows)) as cache:
-            self._begin(rows, prompts, cache)
-            while any(map(self._unfinished, rows)):
-                self._step(rows, cache)
+        try:
+            with self._cache_of(len(rows)) as cache:
+                self._begin(rows, prompts, cache)
+                while any(map(self._unfinished, rows)):
+                    self._step(rows, cache)
+        except _NotFiniteError:
+            if not any(row.draft for row in rows):
+                raise
+            return self.generate(prompts)  # a draft's numbers, once in the cache, spoil the prompt's though they are masked: 0 times NaN
         return [self._generation(row) for row in rows]
 
     def _begin(self, rows: Sequence[_Row], prompts: Sequence[npt.NDArray[Any]], cache: Sequence[OrtValue]) -> None:
@@ -107,6 +116,7 @@ class LanguageModel:
         gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(kept)] for row in rows]
         next_ids, states = self._run(chunks, [0] * len(rows), gather, cache)
         for row, said, state in zip(rows, next_ids, states, strict=True):
+            self._check(state[0])
             row.emitted.append(int(said[0]))
             for i, expected in enumerate(row.draft, start=1):
                 if row.emitted[-1] != expected or not self._unfinished(row):
@@ -128,6 +138,7 @@ class LanguageModel:
 
     def _consumed(self, row: _Row, state: npt.NDArray[Any], said: int) -> None:
         """Note that the row's last token led to `state` and to the token `said`."""
+        self._check(state)
         if row.emitted[-1] == self._seg:
             row.seg_states.append(state)
         if len(row.emitted) < self._sizes.max_new_tokens:
@@ -170,10 +181,14 @@ class LanguageModel:
             },
             into=dict(zip(present, cache, strict=True)),
         )
-        states = outputs["hidden_states"]
-        if not np.isfinite(states).all():
-            raise ImageError(f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32")
-        return outputs["next_ids"], states
+        return outputs["next_ids"], outputs["hidden_states"]
+
+    def _check(self, state: npt.NDArray[Any]) -> None:
+        """Of the states that count: one after a draft that is not accepted may be what it will."""
+        if not np.isfinite(state).all():
+            raise _NotFiniteError(
+                f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32"
+            )
 
     def _cache_names(self, when: str) -> list[str]:
         return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]

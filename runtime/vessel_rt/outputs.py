@@ -1,7 +1,7 @@
 """What a run leaves: masks/, overlays/, results.jsonl and run.json, each file whole or absent.
 
-A file is written under a temporary name beside it and renamed. results.jsonl grows as results.jsonl.partial, a line an image, and
-gets its name when the run ends, however it ends; run.json is written last, so it says that every image was tried.
+A file is written under a temporary name beside it and renamed. results.jsonl grows as results.jsonl.partial, a line an image and question,
+and gets its name when the run ends, however it ends; run.json is written last, so it says that every image was tried.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
             for name in (_MASKS, _OVERLAYS):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            self._results = (self.folder / _PARTIAL_FILE).open("w", encoding="utf-8")
+            self._results = (self.folder / _PARTIAL_FILE).open("wb", buffering=0)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._results.close()
-        os.replace(self.folder / _PARTIAL_FILE, self.folder / RESULTS_FILE)
+        with _writing(self.folder / RESULTS_FILE):
+            self._results.close()
+            os.replace(self.folder / _PARTIAL_FILE, self.folder / RESULTS_FILE)
 
     def write_results(self, path: Path, image: Image.Image, results: Sequence[Result]) -> None:
         """Write the masks and the overlay of one image, then a line for each of its results; if that is cut short, none of them."""
@@ -123,9 +124,17 @@ class OutputFolder:
         return [f"{_MASKS}/{name}.png" for name in itertools.islice(itertools.chain([stem], free), count)]
 
     def _write_lines(self, lines: Sequence[dict[str, Any]]) -> None:
+        """All of `lines`, or, where the disk is full, none."""
+        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        before = self._results.tell()
         with _writing(self.folder / _PARTIAL_FILE):
-            self._results.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            self._results.flush()
+            try:
+                while text:
+                    text = text[self._results.write(text) :]
+            except OSError:
+                self._results.truncate(before)
+                self._results.seek(before)
+                raise
 
 
 def _line(
@@ -225,7 +234,7 @@ def _earlier_files(folder: Path) -> set[Path]:
             continue
         files.add(record)
         try:
-            for line in map(json.loads, record.read_text(encoding="utf-8").splitlines()):
+            for line in map(json.loads, record.read_text(encoding="utf-8").removesuffix("\n").split("\n")):
                 files.add(folder / _OVERLAYS / f"{Path(line['image']).stem}.jpg")
                 files |= {folder / _MASKS / Path(mask["file"]).name for mask in line["masks"]}
         except (OSError, ValueError, KeyError, TypeError) as e:

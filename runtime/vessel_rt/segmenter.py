@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -43,6 +43,10 @@ class Pixels:
     square: npt.NDArray[Any]
     ms: dict[str, float]
 
+    def spent(self) -> Pixels:
+        """What `finish` needs of it: no pixels."""
+        return dataclasses.replace(self, tiles=self.tiles[:0].copy(), square=self.square[:0].copy())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
@@ -74,7 +78,8 @@ class Result:
     """What came of one image and question. `masks` follow the order of [SEG] in the answer and may be none.
 
     `decode_steps` counts the runs of language_model after the first; of the `drafted` tokens that were run with the prompt, the model would
-    have said the first `accepted`. `images` ran together; `ms` has each step's wall time in milliseconds, an equal share for each of them.
+    have said the first `accepted`. `images` ran together; `ms` has each step's wall time in milliseconds, for all questions about an image
+    together, an equal share for each image.
     """
 
     question: str
@@ -156,10 +161,14 @@ class Segmenter:
         ms: dict[str, float] = {}
         encoding = self._thread.submit(self._encode, batch, ms) if self._thread else None
         try:
-            generations = self._generate(batch, questions, ms)
+            try:
+                generations = self._generate(batch, questions, ms)
+            finally:
+                wait([encoding] if encoding else [])  # it works with what this call holds
+            features = encoding.result() if encoding else None
         finally:
-            wait([encoding] if encoding else [])  # it works with what this call holds
-        decoded = self._decode(batch, generations, encoding, ms)
+            encoding = None  # its error would hold this frame, and this frame the error: memory that a smaller batch needs
+        decoded = self._decode(batch, generations, features, ms)
         share = {step: value / len(batch) for step, value in ms.items()}
         return [
             [
@@ -230,21 +239,21 @@ class Segmenter:
         self,
         batch: Sequence[Pixels],
         generations: Sequence[Sequence[Generation]],
-        encoding: Future[Mapping[str, OrtValue]] | None,
+        features: Mapping[str, OrtValue] | None,
         ms: dict[str, float],
     ) -> list[list[_Logits]]:
         """Low-res logits, IoUs and object scores of the masks, by image and question, from the [SEG] states.
 
-        Where SAM2's encoder does not run beside the language model, it runs now, on the images that have a mask.
+        `features` are SAM2's of every image; without them its encoder runs now, on the images that have a mask.
         """
         states = [[generation.seg_states for generation in of_image] for of_image in generations]
-        encoded = [i for i, of_image in enumerate(states) if encoding or any(map(len, of_image))]
+        encoded = [i for i, of_image in enumerate(states) if features or any(map(len, of_image))]
         seg_states = np.concatenate([state for of_image in states for state in of_image])
         image_index = np.array([encoded.index(i) for i, of_image in enumerate(states) for state in of_image for _ in state], np.int64)
         side = self._bundle.mask.low_res_size
         parts = [(np.empty((0, side, side), np.float32), np.empty(0, np.float32), np.empty(0, np.float32))]
         if len(seg_states):
-            features = encoding.result() if encoding else self._encode([batch[i] for i in encoded], ms)
+            features = features or self._encode([batch[i] for i in encoded], ms)
             with _timed(ms, "sam2_mask_decoder"):
                 most = MASKS_AN_IMAGE * len(encoded)  # as many as engines are built and memory is planned for
                 for start in range(0, len(seg_states), most):

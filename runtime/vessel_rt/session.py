@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import io
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -305,25 +305,23 @@ class Session:
             OutOfMemory: the device has no room for these shapes.
             ImageError: the device fails.
         """
-        binding, into = self._session.io_binding(), into or {}
-        for name, value in feeds.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, value)
-            else:
-                binding.bind_ortvalue_input(name, value)
-        for name, value in into.items():
-            binding.bind_ortvalue_output(name, value)
+        into = into or {}
         fresh = [name for name in self._outputs if name not in into]
-        for name in fresh:
-            if name in keep:
-                binding.bind_output(name, self._memory, self._device.index)
-            else:
-                binding.bind_output(name, "cpu")
-        try:
+        with self._faults():
+            binding = self._session.io_binding()
+            for name, value in feeds.items():
+                if isinstance(value, np.ndarray):
+                    binding.bind_cpu_input(name, value)
+                else:
+                    binding.bind_ortvalue_input(name, value)
+            for name, value in into.items():
+                binding.bind_ortvalue_output(name, value)
+            for name in fresh:
+                if name in keep:
+                    binding.bind_output(name, self._memory, self._device.index)
+                else:
+                    binding.bind_output(name, "cpu")
             self._session.run_with_iobinding(binding)
-        except _run_faults() as e:
-            kind = OutOfMemory if _OUT_OF_MEMORY.search(str(e)) else ImageError
-            raise kind(f"{self._path.stem} fails on {self._device}: {first_line(e)}") from e
         values = binding.get_outputs()[len(into) :]  # in the order of binding
         return {name: value if name in keep else value.numpy() for name, value in zip(fresh, values, strict=True)}
 
@@ -333,9 +331,23 @@ class Session:
         ONNX Runtime fills device memory from host arrays only: one of this shape is made, and gone on return.
         """
         number, like = _ONNX_TYPES[dtype]
-        value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, number, self._memory, self._device.index)
-        value.update_inplace(np.zeros(shape, like))  # takes any type of the same size, and zero is zero in all
+        with self._faults():
+            value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, number, self._memory, self._device.index)
+            value.update_inplace(np.zeros(shape, like))  # takes any type of the same size, and zero is zero in all
         return value
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """What a device fails with, as errors of an image. Which class a shortage of memory has depends on who meets it first."""
+        try:
+            yield
+        except Exception as e:
+            text = f"{self._path.stem} fails on {self._device}: {first_line(e)}"
+            if isinstance(e, MemoryError) or _OUT_OF_MEMORY.search(str(e)):
+                raise OutOfMemory(text) from e
+            if isinstance(e, _run_faults()):
+                raise ImageError(text) from e
+            raise
 
 
 def _operators_on_the_cpu(session: Any) -> set[str]:

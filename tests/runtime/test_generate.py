@@ -179,6 +179,17 @@ def test_drafts_of_different_lengths_share_a_batch(standin: Bundle) -> None:
         np.testing.assert_allclose(drafted.seg_states, single.seg_states, rtol=0, atol=ROUNDING)
 
 
+def test_a_draft_whose_numbers_overflow_is_dropped(standin: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = prompt(standin, "Where?")
+    rows = EmbedTokens.rows
+    with language_model(standin) as model:
+        [plain] = model.generate([start])
+        monkeypatch.setattr(EmbedTokens, "rows", lambda self, ids: rows(self, ids) * (np.nan if list(ids) == [7, 8] else 1))
+        [drafted] = model.generate([start], [[7, 8]])
+    assert drafted.token_ids == plain.token_ids
+    np.testing.assert_allclose(drafted.seg_states, plain.seg_states, rtol=0, atol=ROUNDING)
+
+
 def test_an_answer_without_seg_has_no_states(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle", answer="None.")
     with language_model(bundle) as model:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
 from pathlib import Path
@@ -198,3 +200,43 @@ def test_overlay_colours_each_mask_and_leaves_the_rest() -> None:
     assert len({tuple(inside), tuple(other), tuple(outside)}) == 3
     assert overlay[10, 10].tolist() != inside.tolist()  # outlined
     np.testing.assert_array_equal(np.asarray(draw_overlay(image, [])), np.asarray(image))
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    """A file may grow by a few bytes only: the second image's line does not fit, and neither half of it nor its mask stays."""
+    with pytest.raises(VesselError, match="cannot be written"), OutputFolder(tmp_path / "out", [Path("a.png"), Path("b.png")]) as outputs:  # noqa: PT012
+        outputs.write_results(Path("a.png"), make_frame(), [result_with(box_mask(0, 0, 9, 9))])
+        size = (tmp_path / "out" / "results.jsonl.partial").stat().st_size
+        write = outputs._results.write
+
+        def full(text: bytes) -> int:
+            if outputs._results.tell() > size:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(text[:10])
+
+        outputs._results = FullDisk(outputs._results, full)  # type: ignore[assignment]
+        outputs.write_results(Path("b.png"), make_frame(), [result_with(box_mask(0, 0, 9, 9))])
+    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", "results.jsonl"}
+    assert [line["image"] for line in lines(tmp_path / "out")] == ["a.png"]
+    write_again = OutputFolder(tmp_path / "out", [Path("a.png")], overwrite=True)
+    with write_again:
+        pass
+
+
+class FullDisk:
+    """A file whose writes are `write`."""
+
+    def __init__(self, file: Any, write: Any) -> None:
+        self._file, self.write = file, write
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_names_and_questions_that_text_files_stumble_over(tmp_path: Path) -> None:
+    strange = dataclasses.replace(result_with(box_mask(0, 0, 9, 9)), question="a\u2028b\u0085c")
+    name = Path(os.fsdecode(b"caf\xe9.png"))  # not UTF-8
+    with OutputFolder(tmp_path, [name]) as outputs:
+        outputs.write_results(name, make_frame(), [strange])
+    assert json.loads((tmp_path / "results.jsonl").read_bytes())["question"] == strange.question
+    OutputFolder(tmp_path, [name], overwrite=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.runtime.conftest import make_frame
 from tests.runtime.standin import build_standin
 from vessel_rt.bundle import Bundle
 from vessel_rt.deployment import deploy
-from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.errors import ImageError, OutOfMemory, VesselError
 from vessel_rt.image import mask_pixels
 from vessel_rt.segmenter import Result, Segmenter
 from vessel_rt.session import Device
@@ -104,18 +105,32 @@ def same(one: Result, other: Result) -> None:
         assert ours.iou == pytest.approx(theirs.iou, abs=1e-5)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("answer", ["Mask [SEG].", "None.", "[SEG],[SEG]"])
-def test_a_batch_equals_single_images_and_questions(tmp_path: Path, answer: str) -> None:
-    """Images of 1, 3 and 10 tiles, three questions: nine answers, each its own; with drafts and without."""
+def test_a_batch_equals_single_images_and_questions(tmp_path: Path, answer: str, beside: bool) -> None:
+    """Images of 1, 3 and 10 tiles, three questions: nine answers, each its own; with drafts and without; SAM2's encoder as on a GPU."""
     bundle = build_standin(tmp_path / "bundle", answer=answer, max_new_tokens=9)
     images = [make_frame(512, 512), make_frame(900, 448), make_frame(1344, 1344)]
     questions = ["Where?", "Please segment vessel in this image.", "All of them?"]
     with Segmenter(deploy(bundle, CPU), threads=1, draft=False) as plain:
         single = [[plain.segment(image, question) for question in questions] for image in images]
-    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter, ThreadPoolExecutor(1) as thread:
+        segmenter._thread = thread if beside else None
         pixels = [segmenter.prepare(image) for image in images]
         for of_one, of_image, answers in zip(single, pixels, segmenter.run(pixels, questions), strict=True):
             for one, answer_ in zip(of_one, answers, strict=True):
                 result = segmenter.finish(of_image, answer_)
                 same(one, result)
                 assert (result.images, one.drafted) == (3, 0)
+
+
+def test_what_fails_beside_the_language_model_is_raised(standin: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OutOfMemory("sam2_image_encoder fails: out of memory")
+
+    with Segmenter(deploy(standin, CPU), threads=1) as segmenter, ThreadPoolExecutor(1) as thread:
+        segmenter._thread = thread
+        pixels = segmenter.prepare(make_frame())
+        monkeypatch.setattr(segmenter, "_encode", full)
+        with pytest.raises(OutOfMemory):
+            segmenter.run([pixels], ["Where?"])

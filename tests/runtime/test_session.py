@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from vessel_rt.bundle import Bundle
-from vessel_rt.errors import VesselError
+from vessel_rt.errors import OutOfMemory, VesselError
 from vessel_rt.session import PROVIDERS, Device, EngineCache, Session, _operators_on_the_cpu, device_fault, open_device
 from vessel_rt.shapes import Workload, stage_profile
 
@@ -142,3 +143,14 @@ def test_a_graph_that_does_not_load_names_its_file(tmp_path: Path) -> None:
     path.write_bytes(b"no graph")
     with pytest.raises(VesselError, match=r"broken.onnx: onnxruntime .* cannot load this graph on cpu"):
         Session(path, CPU)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA failure 2: out of memory")])
+def test_no_room_for_a_value_is_out_of_memory(standin: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    with Session(standin.folder / "language_model.onnx", Device("cpu"), 1) as session:
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", full)
+        with pytest.raises(OutOfMemory, match="language_model fails on cpu"):
+            session.zeros((1, 2), "float32")
