@@ -11,7 +11,7 @@ does hits all of them; ratios are those of one round, and their spread is told.
 - reference: vessel_export.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
 
 Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the
-part of a whole run's wall time in which a stream runs no graph. The last line is JSON.
+part of a run's steady state in which a stream runs no graph (on a CPU; a GPU's graphs overlap). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     from vessel_rt.image import read_image
     from vessel_rt.session import Device
 
-    running: list[float] = []  # seconds of each run of a graph, from any thread
+    running: list[tuple[float, float]] = []  # begin and end of each run of a graph, from any thread
     run = session.Session.run
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +243,7 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             return run(self, *args, **kwargs)
         finally:
-            running.append(time.perf_counter() - began)
+            running.append((began, time.perf_counter()))
 
     session.Session.run = timed  # type: ignore[method-assign]
     images = [read_image(path) for path in sorted(arguments.frames.iterdir())]
@@ -267,7 +267,7 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         options = InferOptions((str(arguments.frames),), Path(out), (_QUESTION,), device=Device.parse(arguments.device))
         summary = infer(Bundle.load(arguments.bundle), options)
-    outside = 1 - sum(running) / (summary.seconds * summary.streams)
+    outside = _idle(running, summary.streams)
     stages = {stage: _percentiles([result.ms[stage] for result in results]) for stage in _STAGES}
     return {
         "tiles": len(pixels[0].tiles),
@@ -275,6 +275,14 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
         "batches_ms_an_image": batches,
         "outside_graphs": round(outside, 4),
     }
+
+
+def _idle(running: Sequence[tuple[float, float]], streams: int) -> float:
+    """The part of the streams' time in which they run no graph, in the middle eight tenths of a run: its steady state."""
+    first, last = min(began for began, _ in running), max(ended for _, ended in running)
+    begin, end = first + 0.1 * (last - first), last - 0.1 * (last - first)
+    busy = sum(max(0.0, min(ended, end) - max(began, begin)) for began, ended in running)
+    return 1 - busy / (streams * (end - begin))
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
