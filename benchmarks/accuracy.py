@@ -9,7 +9,6 @@ first device, the CPU where all devices are taken, decoding token by token. The 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.measure import publish
+from vessel_export.verify import mask_iou
 from vessel_rt.bundle import Bundle
 from vessel_rt.devices import list_devices
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.evaluate import evaluate
 from vessel_rt.folder import InferOptions, infer
-from vessel_rt.outputs import RESULTS_FILE
+from vessel_rt.outputs import RESULTS_FILE, json_lines
 from vessel_rt.session import Device
 
 _TINY = Path("examples/tiny")
@@ -100,7 +100,7 @@ def _usable(bundle: Bundle) -> list[Device]:
 
 def _masks(output: Path) -> _Masks:
     """The masks of a run, from its files."""
-    results = [json.loads(line) for line in (output / RESULTS_FILE).read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    results = json_lines((output / RESULTS_FILE).read_text(encoding="utf-8"))
     return {(r["image"], r["question"]): [np.asarray(Image.open(output / mask["file"])) > 0 for mask in r["masks"]] for r in results}
 
 
@@ -109,13 +109,7 @@ def _least_iou(first: _Masks, other: _Masks) -> float:
     pairs = [(masks, other.get(key, [])) for key, masks in first.items()]
     if any(len(a) != len(b) for a, b in pairs):
         return 0.0
-    return min((_iou(a, b) for masks, others in pairs for a, b in zip(masks, others, strict=True)), default=1.0)
-
-
-def _iou(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    """Intersection over union of two masks of one size; 1 if both are empty."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 1.0
+    return min((mask_iou(a, b) for masks, others in pairs for a, b in zip(masks, others, strict=True)), default=1.0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.measure import publish
+from vessel_rt.outputs import RESULTS_FILE, json_lines
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
                 rounds[-1][name] = _watch(command(out if name in ("runtime", "no-draft") else _linked(frames, out)), out / "masks")
                 steps.update()
             least = min(least, *(_least_iou(Path(folder) / "reference" / "masks", Path(folder) / name / "masks") for name in commands))
-            drafted = [json.loads(line) for line in (Path(folder) / "runtime" / "results.jsonl").read_text().splitlines()]
+            drafted = json_lines((Path(folder) / "runtime" / RESULTS_FILE).read_text(encoding="utf-8"))
     return {
         "contenders": {name: {key: [r[name][key] for r in rounds] for key in rounds[0][name]} for name in commands},
         "ratios": {

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Usage", "machine", "publish", "run"]
+__all__ = ["Usage", "machine", "process_field", "publish", "run"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,8 +42,8 @@ def run(command: Sequence[str | Path], *, limit_bytes: int | None = None) -> Usa
         process = subprocess.Popen([str(part) for part in command], stdout=sys.stderr, stderr=errors)
         while process.poll() is None:
             family = _family(process.pid)
-            anonymous = sum(_field(pid, "status", "RssAnon:") * 1024 for pid in family)
-            peak, written = max(peak, anonymous), max(written, sum(_field(pid, "io", "wchar:") for pid in family))
+            anonymous = sum(process_field(pid, "status", "RssAnon:") * 1024 for pid in family)
+            peak, written = max(peak, anonymous), max(written, sum(process_field(pid, "io", "wchar:") for pid in family))
             if limit_bytes is not None and anonymous > limit_bytes:
                 process.kill()
             time.sleep(_INTERVAL)
@@ -64,7 +64,7 @@ def _family(pid: int) -> list[int]:
     return members
 
 
-def _field(pid: int, file: str, name: str) -> int:
+def process_field(pid: int, file: str, name: str) -> int:
     """A number of /proc/<pid>/<file>; 0 once the process has ended."""
     try:
         text = Path(f"/proc/{pid}/{file}").read_text()

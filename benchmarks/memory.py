@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from benchmarks.measure import publish
+from benchmarks.measure import process_field, publish
 from vessel_rt.errors import VesselError
 
 if TYPE_CHECKING:  # a worker imports what it measures, and little else
@@ -147,8 +148,7 @@ def _memory(gpu: int | None) -> dict[str, float] | int:
     """`peak` and `resident` of this process in MiB; the free bytes of a GPU if one is given."""
     if gpu is not None:
         return _free_bytes(gpu)
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return {name: round(int(lines[key].split()[0]) / 1024, 1) for name, key in (("peak", "VmHWM"), ("resident", "VmRSS"))}
+    return {name: round(process_field(os.getpid(), "status", key) / 1024, 1) for name, key in (("peak", "VmHWM:"), ("resident", "VmRSS:"))}
 
 
 def _gpu_rows(bundle: Bundle) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.errors import VesselError
-from vessel_rt.outputs import RESULTS_FILE, RUN_FILE
+from vessel_rt.outputs import RESULTS_FILE, RUN_FILE, json_lines
 
 __all__ = ["ConceptScore", "dice", "evaluate"]
 
@@ -47,7 +47,7 @@ def evaluate(output: Path, annotations: Path) -> list[ConceptScore]:
     Raises:
         VesselError: a file is missing or not what it should be, or the two share no image or no concept.
     """
-    run, results = _read(output / RUN_FILE, json.loads), _read(output / RESULTS_FILE, _json_lines)
+    run, results = _read(output / RUN_FILE, json.loads), _read(output / RESULTS_FILE, json_lines)
     try:
         truth = {item["image"]: _polygons_by_concept(item) for item in _read(annotations, json.loads)}
         known = {concept for item in truth.values() for concept in item}
@@ -119,7 +119,3 @@ def _read(path: Path, parse: Any) -> Any:
         raise VesselError(f"{path}: missing; a run that was finished leaves it in its output folder") from None
     except (OSError, ValueError) as e:
         raise VesselError(f"{path}: cannot be read ({e})") from e
-
-
-def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]

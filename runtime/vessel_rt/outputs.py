@@ -24,7 +24,7 @@ from vessel_rt.errors import VesselError
 from vessel_rt.masks import bounding_box, run_lengths
 from vessel_rt.segmenter import Mask, Result
 
-__all__ = ["RESULTS_FILE", "RUN_FILE", "OutputFolder", "draw_overlay", "replacing"]
+__all__ = ["RESULTS_FILE", "RUN_FILE", "OutputFolder", "draw_overlay", "json_lines", "replacing"]
 
 RESULTS_FILE = "results.jsonl"
 RUN_FILE = "run.json"
@@ -137,6 +137,11 @@ class OutputFolder:
                 raise
 
 
+def json_lines(text: str) -> list[Any]:
+    """The lines of a results.jsonl. Not str.splitlines: that breaks at characters that JSON has inside its strings."""
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+
+
 def _line(
     path: Path, question: str, *, error: str | None = None, result: Result | None = None, masks: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
@@ -234,7 +239,7 @@ def _earlier_files(folder: Path) -> set[Path]:
             continue
         files.add(record)
         try:
-            for line in map(json.loads, record.read_text(encoding="utf-8").removesuffix("\n").split("\n")):
+            for line in json_lines(record.read_text(encoding="utf-8")):
                 files.add(folder / _OVERLAYS / f"{Path(line['image']).stem}.jpg")
                 files |= {folder / _MASKS / Path(mask["file"]).name for mask in line["masks"]}
         except (OSError, ValueError, KeyError, TypeError) as e:

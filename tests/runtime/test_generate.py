@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tests.runtime.standin import build_standin
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import ImageError
-from vessel_rt.generate import LanguageModel
+from vessel_rt.generate import Generation, LanguageModel
 from vessel_rt.prompt import EmbedTokens
 from vessel_rt.session import Device, Session
 from vessel_rt.shapes import MOST_KEPT
@@ -54,6 +54,17 @@ def states_by_one_pass(bundle: Bundle, embeds: np.ndarray, positions: list[int])
     cache = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
     states: np.ndarray = session.run(["hidden_states"], {**feeds, **cache})[0][0]
     return states
+
+
+def plain_and_drafted(bundle: Bundle, question: str, draft: list[int]) -> tuple[Generation, Generation]:
+    """The answer without and with a draft, which must be one."""
+    start = prompt(bundle, question)
+    with language_model(bundle) as model:
+        [plain] = model.generate([start])
+        [drafted] = model.generate([start], [draft])
+    assert drafted.token_ids == plain.token_ids
+    np.testing.assert_allclose(drafted.seg_states, plain.seg_states, rtol=0, atol=ROUNDING)
+    return plain, drafted
 
 
 def test_answers_until_the_stop_token(standin: Bundle) -> None:
@@ -145,12 +156,8 @@ def test_every_seg_within_the_budget_has_its_state(tmp_path: Path, max_new_token
     ],
 )
 def test_a_draft_never_changes_the_answer(standin: Bundle, draft: str, accepted: int) -> None:
-    start, ids = prompt(standin, "Where?"), Tokenizer.from_file(str(standin.folder / "tokenizer.json")).encode(draft).ids
-    with language_model(standin) as model:
-        [plain] = model.generate([start])
-        [drafted] = model.generate([start], [ids])
-    assert drafted.token_ids == plain.token_ids
-    np.testing.assert_allclose(drafted.seg_states, plain.seg_states, rtol=0, atol=ROUNDING)
+    ids = Tokenizer.from_file(str(standin.folder / "tokenizer.json")).encode(draft).ids
+    plain, drafted = plain_and_drafted(standin, "Where?", ids)
     assert (drafted.drafted, drafted.accepted) == (min(len(ids), MOST_KEPT - 1), accepted)
     assert drafted.decode_steps == len(plain.token_ids) - accepted
 
@@ -159,12 +166,7 @@ def test_a_draft_never_changes_the_answer(standin: Bundle, draft: str, accepted:
 @pytest.mark.parametrize("draft", ["[SEG]", "[SEG],", "[SEG],[SEG]", "[SEG],[SEG],[SEG],[SEG],[SEG],[SEG]", "[SEG],Mask"])
 def test_a_draft_never_changes_what_a_budget_cuts_short(tmp_path: Path, max_new_tokens: int, draft: str) -> None:
     bundle = build_standin(tmp_path / "bundle", answer="[SEG],[SEG]", max_new_tokens=max_new_tokens)  # goes round and round
-    start, ids = prompt(bundle, "All?"), Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).encode(draft).ids
-    with language_model(bundle) as model:
-        [plain] = model.generate([start])
-        [drafted] = model.generate([start], [ids])
-    assert drafted.token_ids == plain.token_ids
-    np.testing.assert_allclose(drafted.seg_states, plain.seg_states, rtol=0, atol=ROUNDING)
+    plain_and_drafted(bundle, "All?", Tokenizer.from_file(str(bundle.folder / "tokenizer.json")).encode(draft).ids)
 
 
 def test_drafts_of_different_lengths_share_a_batch(standin: Bundle) -> None:
