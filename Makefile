@@ -15,7 +15,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0 'setuptools>=70' wheel
-	$(BIN)/pip install -q -e '.[cpu,export,dev]'
+	$(BIN)/pip install -q -e '.[cpu,export,dicom,ray,dev]'
 	SAM2_BUILD_CUDA=0 $(BIN)/pip install -q --no-deps --no-build-isolation sam2==1.1.0
 	touch $@
 

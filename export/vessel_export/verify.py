@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from vessel_export.emulate import emulate
 from vessel_rt.bundle import Bundle, LanguageModelSpec, sha256_of
 from vessel_rt.deployment import Deployment, deploy
-from vessel_rt.errors import BundleError, VesselError
+from vessel_rt.errors import BundleError, ImageError, VesselError
 from vessel_rt.image import SUFFIXES, mask_pixels, read_image, tile_pixels
 from vessel_rt.prompt import PromptTokenizer
 from vessel_rt.segmenter import Segmenter
@@ -317,13 +317,17 @@ def read_samples(paths: Sequence[Path]) -> list[Sample]:
         if not found:
             raise VesselError(f"{path}: no images in this folder ({', '.join(SUFFIXES)}); give another to --images")
         files += found
-    return [_read_sample(file) for file in files]
+    return [_read_sample(file, f"image {number} of {len(files)}") for number, file in enumerate(files, start=1)]
 
 
-def _read_sample(file: Path) -> Sample:
-    runtime = read_image(file)  # first, because it says what is wrong with a file
+def _read_sample(file: Path, name: str) -> Sample:
+    """Called by its place: file names carry patients' names, and reports are passed on."""
+    try:
+        runtime = read_image(file)  # first, because it says what is wrong with a file
+    except ImageError as e:
+        raise VesselError(f"{name}: {e}") from e
     with Image.open(file) as image:
-        return Sample(file.name, image.convert("RGB"), runtime)
+        return Sample(name, image.convert("RGB"), runtime)
 
 
 def drawn_samples() -> list[Sample]:

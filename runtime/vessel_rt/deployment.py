@@ -12,13 +12,13 @@ from pathlib import Path
 
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.engine import EngineSet, Target, builder_version, writable_by_anyone
-from vessel_rt.errors import BundleError, EngineError
+from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.gpu import list_gpus
 from vessel_rt.plan import make_plan
 from vessel_rt.session import Device, EngineCache, Session, device_fault, open_device
 from vessel_rt.shapes import Workload, stage_profile
 
-__all__ = ["AUTO", "Deployment", "deploy", "deployment_fault"]
+__all__ = ["AUTO", "Deployment", "choose_device", "deploy", "deployment_fault"]
 
 _NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
@@ -80,7 +80,7 @@ def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object
         BundleError: a file of the bundle is missing or was changed.
         EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX, or for batches so large.
     """
-    device = _choose(wanted, bundle)
+    device = choose_device(bundle, wanted)
     if _lacks_kernels(bundle, device):
         raise BundleError(f"{bundle.folder}: {_NO_BF16}")
     engines = _engines(bundle, device) if device.kind == "rtx" else None
@@ -127,10 +127,21 @@ def _lacks_kernels(bundle: Bundle, device: Device) -> bool:
     return bundle.precision == "bf16" and device.kind == "cpu"
 
 
-def _choose(wanted: Device, bundle: Bundle) -> Device:
-    if wanted.kind != "auto":
+def choose_device(bundle: Bundle, wanted: Device) -> Device:
+    """The device that `deploy` takes for `wanted`. `gpu` is the first kind of AUTO but the CPU that runs this bundle on that GPU.
+
+    Raises:
+        VesselError: it cannot be used.
+    """
+    if wanted.kind == "auto":
+        return next((device for device in map(Device, AUTO) if deployment_fault(bundle, device) is None), Device("cpu"))
+    if wanted.kind != "gpu":
         return open_device(wanted)
-    return next((device for device in map(Device, AUTO) if deployment_fault(bundle, device) is None), Device("cpu"))
+    faults = {kind: deployment_fault(bundle, Device(kind, wanted.index)) for kind in AUTO if kind != "cpu"}
+    for kind, fault in faults.items():
+        if fault is None:
+            return Device(kind, wanted.index)
+    raise VesselError(f"GPU {wanted.index} cannot be used: {'; '.join(f'{kind}: {fault}' for kind, fault in faults.items())}")
 
 
 def _engines(bundle: Bundle, device: Device) -> EngineSet:

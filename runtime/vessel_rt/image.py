@@ -28,25 +28,29 @@ def read_image(path: Path) -> Image.Image:
     """The image in RGB, as Sa2VA's `Image.open(path).convert("RGB")` gives it.
 
     So EXIF rotation is ignored, alpha is dropped, palettes are looked up, and gray of 16 or 32 bits is not scaled but
-    clipped at 255; 16-bit RGB keeps its high bytes; of several pages the first is taken.
+    clipped at 255; 16-bit RGB keeps its high bytes; of several pages the first is taken. Nothing but pixels is taken from the file:
+    Pillow would write a JPEG's comment into whatever is made of it.
 
     Raises:
-        ImageError: not a readable JPG, PNG, TIFF or BMP file, cut short, or a side longer than MAX_SIDE.
+        ImageError: not a readable JPG, PNG, TIFF or BMP file, cut short, or a side longer than MAX_SIDE. The text does not name the file.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             if max(image.size) > MAX_SIDE:
-                raise ImageError(f"{path}: {image.width}x{image.height} pixels are too many; sides up to {MAX_SIDE} are read")
-            return image.convert("RGB")
+                raise ImageError(f"{image.width}x{image.height} pixels are too many; sides up to {MAX_SIDE} are read")
+            pixels = image.convert("RGB")
+            pixels.info = {}
+            return pixels
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
+        raise ImageError("no such file") from None
     except UnidentifiedImageError as e:
         kind = "an empty file" if path.stat().st_size == 0 else "not a JPG, PNG, TIFF or BMP image"
-        raise ImageError(f"{path}: {kind}") from e
+        raise ImageError(kind) from e
     except Exception as e:  # a decoder given a broken file may raise anything
-        raise ImageError(f"{path}: cannot be decoded ({e})") from e
+        said = e.strerror if isinstance(e, OSError) and e.strerror else e  # its whole text would name the file
+        raise ImageError(f"cannot be decoded ({said})") from e
 
 
 def tile_grid(width: int, height: int, spec: TileSpec) -> tuple[int, int]:

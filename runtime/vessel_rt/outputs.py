@@ -1,114 +1,101 @@
-"""What a run leaves: masks/, overlays/, results.jsonl and run.json, each file whole or absent.
+"""What a run leaves of each frame: its masks, an overlay, a preview, and its lines of results.jsonl and timings.jsonl.
 
-A file is written under a temporary name beside it and renamed. results.jsonl grows as results.jsonl.partial, a line an image and question,
-and gets its name when the run ends, however it ends; run.json is written last, so it says that every image was tried.
+Each file is whole or absent: it is written under a temporary name beside it and renamed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import io
 import itertools
-import json
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from vessel_rt.errors import VesselError
+from vessel_rt.frames import Frame
 from vessel_rt.masks import bounding_box, run_lengths
 from vessel_rt.segmenter import Mask, Result
 
-__all__ = ["RESULTS_FILE", "RUN_FILE", "OutputFolder", "draw_overlay", "json_lines", "replacing"]
+__all__ = ["CINES", "MASKS", "OVERLAYS", "PREVIEWS", "Entry", "FrameWriter", "draw_overlay", "failure", "replacing", "writing"]
 
-RESULTS_FILE = "results.jsonl"
-RUN_FILE = "run.json"
+MASKS, OVERLAYS, PREVIEWS, CINES = "masks", "overlays", "previews", "cines"
 
-_PARTIAL_FILE = RESULTS_FILE + ".partial"
-_MASKS, _OVERLAYS = "masks", "overlays"
+_PREVIEW_SIDE = 512  # pixels: of the longer side, at most
 # Distinct from each other and from gray, for the eyes of most colour-blind people too.
 _COLOURS = ((255, 82, 82), (64, 196, 255), (255, 214, 64), (105, 240, 174), (224, 130, 255), (255, 158, 64))
 _TINT = 0.45  # the share of the mask's colour inside it; its outline is all colour
 
 
-class OutputFolder:
-    """The folder of one run. Making the object checks it; entering it as a context begins the run, leaving ends it.
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What became of one frame: a line for each question, in results.jsonl (alike in every run) and in timings.jsonl (not so)."""
 
-    Masks are `masks/<stem>.png`, then `<stem>_1.png`, `<stem>_2.png`; a number that would be another image's name is passed over.
+    name: str
+    lines: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+
+    @property
+    def error(self) -> str | None:
+        error: str | None = self.lines[0]["error"]
+        return error
+
+
+class FrameWriter:
+    """Writes what comes of frames into a run's folder, from any thread or process.
+
+    Masks are `masks/<name>.png`, then `<name>_1.png`, `<name>_2.png`; a number that would be another frame's name is passed over.
 
     Args:
-        folder: made if absent, on entering.
-        images: the images of the run; their stems name what is written.
-        overwrite: allow a folder that is not empty; entering removes from it what an earlier run wrote, and nothing else.
-
-    Raises:
-        VesselError: two images share a stem, the folder is not empty, or holds files that would be overwritten and that no run wrote.
+        folder: with masks/, overlays/ and previews/ in it.
+        names: of all frames of the run.
+        settings: what a line says of the settings that it was made with.
     """
 
-    def __init__(self, folder: Path, images: Sequence[Path], overwrite: bool = False) -> None:
-        self.folder = folder
-        self._stems = _distinct_stems(images)
-        self._earlier: set[Path] = set()
-        if folder.exists() and not folder.is_dir():
-            raise VesselError(f"{folder}: is a file; choose another output folder with -o")
-        if folder.exists() and any(folder.iterdir()):
-            if not overwrite:
-                raise VesselError(f"{folder}: not empty; choose another output folder with -o, or replace its results with --overwrite")
-            self._earlier = _earlier_files(folder)
-            _check_overwriting(folder, self._earlier, self._stems, images)
+    def __init__(self, folder: Path, names: Collection[str], settings: str) -> None:
+        self._folder, self._names, self._settings = folder, frozenset(name.casefold() for name in names), settings
 
-    def __enter__(self) -> Self:
-        with _writing(self.folder):
-            for path in self._earlier:
-                path.unlink(missing_ok=True)
-            for name in (_MASKS, _OVERLAYS):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            self._results = (self.folder / _PARTIAL_FILE).open("wb", buffering=0)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        with _writing(self.folder / RESULTS_FILE):
-            self._results.close()
-            os.replace(self.folder / _PARTIAL_FILE, self.folder / RESULTS_FILE)
-
-    def write_results(self, path: Path, image: Image.Image, results: Sequence[Result]) -> None:
-        """Write the masks and the overlay of one image, then a line for each of its results; if that is cut short, none of them."""
-        names = iter(self._mask_names(path.stem, sum(len(result.masks) for result in results)))
-        overlay, written, lines = self.folder / _OVERLAYS / f"{path.stem}.jpg", [], []
+    def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result]) -> Entry:
+        """Write one frame's files, whose input has this hash; if that is cut short, none of them stays. Raises VesselError."""
+        names = iter(self._mask_names(frame.name, sum(len(result.masks) for result in results)))
+        masks = [mask.pixels for result in results for mask in result.masks]
+        written: dict[str, str] = {}
         try:
-            for result in results:
-                records = []
-                for mask, name in zip(result.masks, names):  # noqa: B905 (masks first: a name is taken for each)
-                    written.append(self.folder / name)
-                    records.append(self._write_mask(name, mask))
-                lines.append(_line(path, result.question, result=result, masks=records))
-            written.append(overlay)
-            with replacing(overlay) as temporary:
-                masks = [mask.pixels for result in results for mask in result.masks]
-                draw_overlay(image, masks).save(temporary, format="JPEG", quality=92, subsampling=0)
-            self._write_lines(lines)
+            with writing(f"{self._folder}: the results of {frame.shown}"):
+                records = [[self._write_mask(next(names), mask, written) for mask in result.masks] for result in results]
+                pictures = {
+                    name: self._save(name, picture, written, format="JPEG", quality=quality, subsampling=0)
+                    for name, picture, quality in (
+                        (f"{OVERLAYS}/{frame.name}.jpg", draw_overlay(image, masks), 92),
+                        (f"{PREVIEWS}/{frame.name}.jpg", _preview(image), 80),
+                    )
+                }
         except BaseException:
-            for unlisted in written:
-                unlisted.unlink(missing_ok=True)
+            for name in written:
+                (self._folder / name).unlink(missing_ok=True)
             raise
+        made = {"input": sha256, "settings": self._settings}
+        lines = [
+            _line(frame, result.question, image.size, result.answer, of_result, _files(of_result, written) | pictures, made)
+            for result, of_result in zip(results, records, strict=True)
+        ]
+        return Entry(frame.name, lines, [_timing(frame, result.question, result) for result in results])
 
-    def write_error(self, path: Path, questions: Sequence[str], error: str) -> None:
-        """Write the lines of an image that failed, one a question."""
-        self._write_lines([_line(path, question, error=error) for question in questions])
+    def _mask_names(self, name: str, count: int) -> list[str]:
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        free = (other for other in numbered if other.casefold() not in self._names)
+        return [f"{MASKS}/{mask}.png" for mask in itertools.islice(itertools.chain([name], free), count)]
 
-    def write_run(self, report: dict[str, Any]) -> None:
-        """Write run.json."""
-        with replacing(self.folder / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _write_mask(self, name: str, mask: Mask) -> dict[str, Any]:
-        with replacing(self.folder / name) as temporary:
-            _stencil(mask.pixels).save(temporary, format="PNG")
+    def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> dict[str, Any]:
+        self._save(name, _stencil(mask.pixels), written, format="PNG")
         return {
             "file": name,
             "iou": round(mask.iou, 6),
@@ -118,46 +105,67 @@ class OutputFolder:
             "rle": run_lengths(mask.pixels),
         }
 
-    def _mask_names(self, stem: str, count: int) -> list[str]:
-        numbered = (f"{stem}_{number}" for number in itertools.count(1))
-        free = (name for name in numbered if name.casefold() not in self._stems)
-        return [f"{_MASKS}/{name}.png" for name in itertools.islice(itertools.chain([stem], free), count)]
-
-    def _write_lines(self, lines: Sequence[dict[str, Any]]) -> None:
-        """All of `lines`, or, where the disk is full, none."""
-        text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        before = self._results.tell()
-        with _writing(self.folder / _PARTIAL_FILE):
-            try:
-                while text:
-                    text = text[self._results.write(text) :]
-            except OSError:
-                self._results.truncate(before)
-                self._results.seek(before)
-                raise
+    def _save(self, name: str, image: Image.Image, written: dict[str, str], **how: Any) -> str:
+        """Write an image file, put its SHA-256 into `written`, and return it."""
+        buffer = io.BytesIO()
+        image.save(buffer, **how)
+        written[name] = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        with replacing(self._folder / name) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+        return written[name]
 
 
-def json_lines(text: str) -> list[Any]:
-    """The lines of a results.jsonl. Not str.splitlines: that breaks at characters that JSON has inside its strings."""
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")]
+def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -> Entry:
+    """The entry of a frame that could not be segmented."""
+    made = {"input": None, "settings": settings}
+    lines = [_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
+    return Entry(frame.name, lines, [_timing(frame, question, None) for question in questions])
+
+
+def _files(masks: Sequence[dict[str, Any]], written: dict[str, str]) -> dict[str, str]:
+    return {mask["file"]: written[mask["file"]] for mask in masks}
 
 
 def _line(
-    path: Path, question: str, *, error: str | None = None, result: Result | None = None, masks: Sequence[dict[str, Any]] = ()
+    frame: Frame,
+    question: str,
+    size: tuple[int | None, int | None],
+    answer: str | None,
+    masks: list[dict[str, Any]],
+    files: dict[str, str],
+    made: Mapping[str, str | None],
+    error: str | None = None,
 ) -> dict[str, Any]:
-    """A line of results.jsonl, which has the same keys whatever came of the image."""
+    """A line of results.jsonl, which has the same keys whatever came of the frame."""
     return {
-        "image": path.name,
+        "index": frame.index,
+        "image": frame.image,
+        "frame": frame.number,
+        "name": frame.name,
+        "code": frame.code,
         "question": question,
-        "status": "ok" if result else "error",
+        "status": "ok" if error is None else "error",
         "error": error,
-        "answer": result.answer if result else None,
+        "width": size[0],
+        "height": size[1],
+        "answer": answer,
+        "masks": masks,
+        "files": files,
+        **made,
+    }
+
+
+def _timing(frame: Frame, question: str, result: Result | None) -> dict[str, Any]:
+    """A line of timings.jsonl."""
+    return {
+        "index": frame.index,
+        "code": frame.code,
+        "question": question,
         "drafted": result.drafted if result else None,
         "accepted": result.accepted if result else None,
         "decode_steps": result.decode_steps if result else None,
         "batch": result.images if result else None,
         "ms": {step: round(value, 3) for step, value in result.ms.items()} if result else {},
-        "masks": list(masks),
     }
 
 
@@ -169,6 +177,13 @@ def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> 
         overlay.paste(tinted, mask=_stencil(mask))
         overlay.paste(colour, mask=_stencil(mask & ~_eroded(mask)))
     return overlay
+
+
+def _preview(image: Image.Image) -> Image.Image:
+    """The image, not larger than the report shows it."""
+    preview = image.copy()
+    preview.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE), Image.Resampling.BILINEAR)
+    return preview
 
 
 def _stencil(mask: npt.NDArray[np.bool_]) -> Image.Image:
@@ -186,62 +201,20 @@ def _eroded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to: renamed to it when the block succeeds, removed when it does not.
 
-    Raises:
-        VesselError: the file cannot be written (no space, no permission, too long a name).
+    Raises OSError where the file cannot be written; see `writing`.
     """
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")  # short: the name itself may be as long as names can be
     try:
-        with _writing(path):
-            yield temporary
-            os.replace(temporary, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(what: Path | str) -> Iterator[None]:
+    """Make of an OSError in the block (no space, no permission, too long a name) the VesselError that `what` cannot be written."""
     try:
         yield
     except OSError as e:
-        raise VesselError(f"{path}: cannot be written ({e.strerror or e})") from e
-
-
-def _distinct_stems(images: Sequence[Path]) -> frozenset[str]:
-    """The stems of `images`, caseless, since a folder that is copied to Windows or macOS loses one of `A.png` and `a.png`."""
-    seen: dict[str, Path] = {}
-    for path in images:
-        other = seen.setdefault(path.stem.casefold(), path)
-        if other is not path:
-            raise VesselError(f"{path}: its results would overwrite those of {other}; run them into two output folders, or rename one")
-    return frozenset(seen)
-
-
-def _check_overwriting(folder: Path, earlier: Collection[Path], stems: Collection[str], images: Sequence[Path]) -> None:
-    """Make sure that nothing is overwritten but what an earlier run wrote, and that nothing of that is an input now."""
-    for path in [*(folder / _MASKS).glob("*"), *(folder / _OVERLAYS).glob("*")]:
-        stem, _, number = path.stem.casefold().rpartition("_")
-        named = path.stem.casefold() in stems or (number.isdecimal() and stem in stems)
-        if named and path not in earlier:
-            raise VesselError(
-                f"{path}: would be overwritten, and is not a result that {RESULTS_FILE} lists; move it away, or choose another -o"
-            )
-    reread = {path.resolve() for path in images} & {path.resolve() for path in earlier}
-    if reread:
-        raise VesselError(f"{min(reread)}: is both an input and a result that would be overwritten; choose another -o")
-
-
-def _earlier_files(folder: Path) -> set[Path]:
-    """The files of an earlier run in `folder`. Only names right inside masks/ and overlays/ are taken from its results.jsonl."""
-    files = {folder / RUN_FILE} & set(folder.iterdir())
-    files |= set(folder.glob(f"{_MASKS}/.*.tmp")) | set(folder.glob(f"{_OVERLAYS}/.*.tmp")) | set(folder.glob(".*.tmp"))
-    for record in (folder / RESULTS_FILE, folder / _PARTIAL_FILE):
-        if not record.exists():
-            continue
-        files.add(record)
-        try:
-            for line in json_lines(record.read_text(encoding="utf-8")):
-                files.add(folder / _OVERLAYS / f"{Path(line['image']).stem}.jpg")
-                files |= {folder / _MASKS / Path(mask["file"]).name for mask in line["masks"]}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise VesselError(f"{record}: not written by vessel-rt, or cut short ({e}); choose another output folder with -o") from e
-    return files
+        raise VesselError(f"{what}: cannot be written ({e.strerror or type(e).__name__})") from e

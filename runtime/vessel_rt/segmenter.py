@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -99,7 +100,8 @@ class Segmenter:
     Args:
         deployment: what to run, and where.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime.
-        draft: run the answer that is expected together with the prompt; the answers are the same without.
+        draft: run the answer that is expected together with the prompt; the answers are the same without. Which it is, is found once for a
+            question, on a gray image.
 
     Raises:
         VesselError: a file of the bundle cannot be loaded.
@@ -119,6 +121,7 @@ class Segmenter:
         self._texts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
         self._first_draft = self._tokenizer.encode_answer(bundle.prompt.answers[0]) if draft and bundle.prompt.answers else None
         self._drafts: dict[str, Sequence[int]] = {}
+        self._rehearsing = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -127,8 +130,9 @@ class Segmenter:
         self._stack.close()
 
     def check_question(self, question: str) -> None:
-        """Raise the VesselError that `segment` would raise for `question`."""
+        """Raise the VesselError that `segment` would raise for `question`, and get its draft ready."""
         self._around(question)
+        self._draft(question)
 
     def segment(self, image: Image.Image, question: str) -> Result:
         """Answer `question` about `image` (RGB, as `read_image` gives it), and draw a mask for each [SEG] of the answer.
@@ -206,12 +210,35 @@ class Segmenter:
         generations: list[list[Generation]] = [[] for _ in batch]
         with _timed(ms, "language_model"):
             for question in questions:
-                draft = () if self._first_draft is None else self._drafts.get(question, self._first_draft)
+                draft = self._draft(question)
                 prompts = [self._prompt(question, embeds) for embeds in of_images]
                 for answers, generation in zip(generations, self._language_model.generate(prompts, [draft] * len(prompts)), strict=True):
                     answers.append(generation)
-                self._drafts[question] = generations[-1][-1].token_ids
         return generations
+
+    def _draft(self, question: str) -> Sequence[int]:
+        """The answer to expect: what the model says to this question of a gray image, once.
+
+        Not what it said last: then the rounding of a result would depend on which image came before, and on another process's luck.
+        """
+        if self._first_draft is None:
+            return ()
+        with self._rehearsing:
+            if question not in self._drafts:
+                self._drafts[question] = self._rehearsed(question, self._first_draft)
+            return self._drafts[question]
+
+    def _rehearsed(self, question: str, draft: Sequence[int]) -> Sequence[int]:
+        """The model's answer for a gray image, checked against `draft`; that itself where no answer with a mask comes of it."""
+        tiles = tile_pixels(
+            Image.new("RGB", (self._bundle.tiles.size,) * 2, (128, 128, 128)), self._bundle.tiles, self._input_dtype("vision_encoder")
+        )
+        try:
+            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": tiles})["image_embeds"]
+            [generation] = self._language_model.generate([self._prompt(question, image_embeds)], [draft])
+        except ImageError:  # images will meet it too, and say so
+            return draft
+        return generation.token_ids if len(generation.seg_states) else draft
 
     def _prompt(self, question: str, image_embeds: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size] between its texts'.

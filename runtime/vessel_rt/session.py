@@ -77,7 +77,7 @@ class Provider:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where graphs run: a key of PROVIDERS, or `auto` until one is chosen, and which of several alike."""
+    """Where graphs run: a key of PROVIDERS, or `auto` or `gpu` until one is chosen, and which of several alike."""
 
     kind: str
     index: int = 0
@@ -89,6 +89,21 @@ class Device:
         if not match or match[1] not in ("auto", *PROVIDERS) or (match[2] and match[1] in ("auto", "cpu")):
             raise ValueError(f"{text!r} is not a device: take auto, cpu, or one of cuda, rtx, tensorrt, with :N for the GPU of that number")
         return cls(match[1], int(match[2] or 0))
+
+    @classmethod
+    def parse_several(cls, text: str) -> tuple[Device, ...]:
+        """`0,1,2,3` as those GPUs, `cpu:2` as the CPU for two processes, `cuda:0,cuda:1` as Devices; ValueError says what would do."""
+        devices: list[Device] = []
+        for part in text.split(","):
+            if part.isdecimal():
+                devices.append(cls("gpu", int(part)))
+            elif match := re.fullmatch(r"cpu:([1-9]\d*)", part):
+                devices.extend([cls("cpu")] * int(match[1]))
+            else:
+                devices.append(cls.parse(part))
+        if len({device.kind for device in devices}) > 1 or (devices[0].kind != "cpu" and len(set(devices)) < len(devices)):
+            raise ValueError(f"{text!r}: one kind of device, and each GPU once; such as 0,1,2,3 or cuda:0,cuda:1 or cpu:2")
+        return tuple(devices)
 
     def __str__(self) -> str:
         return self.kind if self.kind in ("auto", "cpu") else f"{self.kind}:{self.index}"

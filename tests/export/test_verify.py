@@ -18,7 +18,7 @@ from vessel_export.reference import Reference
 from vessel_export.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, verify
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.deployment import deploy
-from vessel_rt.errors import BundleError, ImageError, VesselError
+from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.session import Device
 
 QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
@@ -145,11 +145,12 @@ def test_samples(tmp_path: Path) -> None:
     with pytest.raises(VesselError, match="no images"):
         read_samples([tmp_path])
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(ImageError, match=r"text\.jpg"):
+    with pytest.raises(VesselError, match=r"^image 1 of 1: not a JPG"):
         read_samples([tmp_path])
-    with pytest.raises(ImageError, match="no such file"):
+    with pytest.raises(VesselError, match="^image 1 of 1: no such file"):
         read_samples([tmp_path / "absent.png"])
     Image.new("LA", (5, 7)).save(tmp_path / "gray.png")
     (sample,) = read_samples([tmp_path / "gray.png"])
+    assert sample.name == "image 1 of 1"
     assert sample.reference.mode == sample.runtime.mode == "RGB"
     assert {sample.reference.size for sample in drawn_samples()} == {(512, 512), (640, 480), (300, 300)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,10 @@ from PIL import Image
 from tests.conftest import Tiny
 from tests.runtime.standin import build_standin
 from vessel_rt.bundle import Bundle
+from vessel_rt.frames import Frame
+from vessel_rt.privacy import StudyCodes
+
+CODES = StudyCodes(bytes(32))
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +30,25 @@ def make_frame(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(150, 220, (height, width, 3), dtype=np.uint8)
     pixels[height // 3 : height // 2] = 30
     return Image.fromarray(pixels)
+
+
+def placed(*paths: str | Path) -> list[Frame]:
+    """The frames of these files, as a run would have them, whether they are there or not."""
+    files, count = [Path(path) for path in paths], len(paths)
+    codes = [CODES.code(path.stem) for path in files]
+    return [
+        Frame(path, None, index, path.stem, code, path.name, f"frame {index + 1} of {count} ({code})")
+        for index, (path, code) in enumerate(zip(files, codes, strict=True))
+    ]
+
+
+@pytest.fixture(autouse=True)
+def own_key(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key for study codes that is not the user's."""
+    key = tmp_path_factory.getbasetemp() / "study-codes.key"
+    if not key.exists():
+        StudyCodes.load(key)
+    monkeypatch.setenv("VESSEL_KEY", str(key))
 
 
 @pytest.fixture
@@ -40,3 +65,15 @@ def frames(tmp_path: Path) -> Path:
 def tiny_frames(tiny: Tiny) -> list[Path]:
     """The frames that come with examples/tiny, sorted."""
     return sorted(tiny.frames.glob("*.jpg"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "small_disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a file system of its own may not be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)

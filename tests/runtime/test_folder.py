@@ -8,56 +8,27 @@ from typing import Any
 
 import pytest
 
-from tests.runtime.conftest import make_frame
+from tests.runtime.conftest import CODES, make_frame
 from tests.runtime.engine_files import write_engines
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.engine import Target
 from vessel_rt.errors import BundleError, OutOfMemory, VesselError
-from vessel_rt.folder import InferOptions, find_images, infer
+from vessel_rt.folder import InferOptions, infer
+from vessel_rt.frames import Naming
 from vessel_rt.segmenter import Segmenter
 from vessel_rt.session import Device
+from vessel_rt.worker import WorkOptions
 
 
-def names(paths: list[Path]) -> list[str]:
-    return [path.name for path in paths]
+def options(
+    inputs: Path | str, output: Path, *questions: str, batch: int | None = None, streams: int | None = None, draft: bool = True, **more: Any
+) -> InferOptions:
+    work = WorkOptions(questions or ("Please segment vessel in this image.",), threads=1, streams=streams, batch=batch, draft=draft)
+    return InferOptions((str(inputs),), output, Naming(CODES), work, **more)
 
 
-def options(inputs: Path | str, output: Path, *questions: str, **more: Any) -> InferOptions:
-    return InferOptions((str(inputs),), output, questions or ("Please segment vessel in this image.",), threads=1, **more)
-
-
-def lines(folder: Path) -> list[Any]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
-def test_a_folder_is_sorted_and_not_descended(frames: Path) -> None:
-    (frames / "deeper").mkdir()
-    for name in ("notes.txt", ".hidden.png", "deeper/d.png", "Z.TIFF"):
-        (frames / name).write_bytes(b"")
-    assert names(find_images([str(frames)])) == ["Z.TIFF", "a.jpg", "b.png", "c.tif"]
-    assert names(find_images([str(frames)], num_images=2)) == ["Z.TIFF", "a.jpg"]
-
-
-def test_files_and_globs_are_joined_and_each_is_taken_once(frames: Path) -> None:
-    (frames / "plain").write_bytes(b"")
-    inputs = [str(frames / "c.tif"), str(frames / "plain"), str(frames / "*"), str(frames), str(frames / ".." / "frames" / "a.jpg")]
-    assert names(find_images(inputs)) == ["c.tif", "plain", "a.jpg", "b.png"]
-
-
-def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(frames: Path) -> None:
-    shutil.copy(frames / "b.png", frames / "x[1].png")
-    assert names(find_images([str(frames / "x[1].png")])) == ["x[1].png"]
-
-
-def test_nothing_to_do_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("")
-    with pytest.raises(VesselError, match="this folder holds no image"):
-        find_images([str(tmp_path / "empty")])
-    with pytest.raises(VesselError, match="this pattern holds no image"):
-        find_images([str(tmp_path / "*.png")])
-    with pytest.raises(VesselError, match="no such file or folder"):
-        find_images([str(tmp_path / "none.png")])
+def lines(folder: Path, file: str = "results.jsonl") -> list[Any]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
 def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
@@ -65,9 +36,11 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     assert (summary.images, summary.failed, summary.masks, summary.without_mask) == (3, 0, 3, 0)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["counts"] == {
+        "in_all_parts": 3,
         "images": 3,
         "ok": 3,
         "failed": 0,
+        "kept": 0,
         "answers": 3,
         "with_decode_steps": 0,
         "masks": 3,
@@ -78,7 +51,7 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     assert run["options"]["questions"] == ["Please segment vessel in this image."]
     assert run["peak_memory_bytes"] is None or run["peak_memory_bytes"] > 1 << 24
     assert [line["image"] for line in lines(tmp_path / "out")] == ["a.jpg", "b.png", "c.tif"]
-    assert "read" in lines(tmp_path / "out")[0]["ms"]
+    assert "read" in lines(tmp_path / "out", "timings.jsonl")[0]["ms"]
 
 
 def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Path, tmp_path: Path) -> None:
@@ -89,8 +62,8 @@ def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Pa
     assert (summary.images, summary.failed, summary.masks) == (6, 3, 3)
     assert [line["status"] for line in lines(tmp_path / "out")] == ["ok", "error", "error", "error", "ok", "ok"]
     for line, message in zip(lines(tmp_path / "out")[1:4], ["not a JPG", "cannot be decoded", "an empty file"], strict=True):
-        assert str(frames / line["image"]) in line["error"]
         assert message in line["error"]
+        assert Path(line["image"]).stem not in line["error"]
 
 
 def test_an_image_that_the_model_cannot_take_is_named(standin: Bundle, frames: Path, tmp_path: Path) -> None:
@@ -98,8 +71,7 @@ def test_an_image_that_the_model_cannot_take_is_named(standin: Bundle, frames: P
     question = "x" * 180  # with one tile's tokens it fits, with ten tiles' it does not
     summary = infer(standin, options(frames, tmp_path / "out", question))
     assert (summary.images, summary.failed) == (4, 1)
-    error = lines(tmp_path / "out")[2]["error"]
-    assert error.startswith(f"{frames / 'b_large.png'}: its prompt has")
+    assert lines(tmp_path / "out")[2]["error"].startswith("its prompt has")
 
 
 def many(folder: Path, count: int) -> Path:
@@ -113,17 +85,17 @@ def many(folder: Path, count: int) -> Path:
 
 
 def results(folder: Path) -> list[Any]:
-    """What may not depend on how the work was done: everything but times and counts of runs."""
-    own = ("ms", "drafted", "accepted", "decode_steps", "batch")
-    found = [{key: value for key, value in line.items() if key not in own} for line in lines(folder)]
+    """What may not depend on how the work was done."""
+    found = lines(folder)
     for line in found:
+        del line["settings"]
         for mask in line["masks"]:  # float32, through matrices of other lengths
             mask["iou"], mask["object_score"] = round(mask["iou"], 4), round(mask["object_score"], 4)
     return found
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*g") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*g")}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +108,8 @@ def test_batches_and_streams_change_nothing_but_the_time(standin: Bundle, tmp_pa
     assert (summary.images, summary.failed, summary.batch) == (12, 1, batch)
     assert results(tmp_path / "batch") == results(tmp_path / "single")
     assert files(tmp_path / "batch") == files(tmp_path / "single")
-    assert {line["batch"] for line in lines(tmp_path / "batch") if line["status"] == "ok"} <= {min(batch, 11), 11 % batch}
+    together = {line["batch"] for line in lines(tmp_path / "batch", "timings.jsonl")} - {None}
+    assert together <= {min(batch, 11), 11 % batch}
 
 
 def test_two_questions_are_two_runs(standin: Bundle, frames: Path, tmp_path: Path) -> None:
@@ -199,10 +172,11 @@ def test_an_interrupted_run_leaves_whole_results_and_nothing_else(
         infer(standin, options(frames, tmp_path / "out", streams=streams))
     names = [f"{i:03}.png" for i in range(8)]
     done = [line["image"] for line in lines(tmp_path / "out") if line["status"] == "ok"]
-    assert done == names[: len(done)]
-    assert call - streams <= len(done) <= call - 1
+    assert done == [name for name in names if name in done]
+    assert call - streams <= len(done) < 8
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == set(done)
-    assert {path.stem for path in (tmp_path / "out" / "overlays").iterdir()} == {Path(name).stem for name in done}
+    for kind in ("overlays", "previews"):
+        assert {path.stem for path in (tmp_path / "out" / kind).iterdir()} == {Path(name).stem for name in done}
     assert not (tmp_path / "out" / "run.json").exists()
 
 
@@ -213,7 +187,7 @@ def test_nothing_is_touched_when_the_run_cannot_begin(standin: Bundle, frames: P
     with pytest.raises(VesselError, match="question is empty"):
         infer(standin, options(frames, out, " ", overwrite=True))
     with pytest.raises(VesselError, match="--overwrite"):
-        infer(standin, options(frames, out))
+        infer(standin, options(frames, out, "Another question?"))
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
@@ -221,7 +195,7 @@ def test_engines_that_auto_passes_over_are_mentioned(
     standin: Bundle, frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Bundle.load(Path(shutil.copytree(standin.folder, tmp_path / "bundle")))
-    infer(bundle, options(frames / "a.jpg", tmp_path / "one", device=Device("cpu")))
+    infer(bundle, options(frames / "a.jpg", tmp_path / "one", devices=(Device("cpu"),)))
     assert "engines" not in capsys.readouterr().err
     write_engines(bundle, Target("rtx", "sm00", "0.0.0"))  # for no GPU that there is
     infer(bundle, options(frames / "a.jpg", tmp_path / "two"))
@@ -237,3 +211,44 @@ def test_a_damaged_bundle_is_refused(standin: Bundle, frames: Path, tmp_path: Pa
     with pytest.raises(BundleError, match=r"sam2_mask_decoder\.onnx was changed"):
         infer(Bundle.load(folder), options(frames, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_done_is_left_as_it_is(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    infer(standin, options(frames, tmp_path / "out"))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    summary = infer(standin, options(frames, tmp_path / "out"))
+    assert (summary.images, summary.kept, summary.masks, summary.failed) == (3, 3, 3, 0)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_run_goes_on_where_it_was(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    infer(standin, options(frames / "b.png", tmp_path / "out"))
+    (frames / "d.png").write_text("This is not an image.")
+    assert infer(standin, options(frames, tmp_path / "out")).kept == 1
+    make_frame().save(frames / "d.png")
+    summary = infer(standin, options(frames, tmp_path / "out"))
+    assert (summary.images, summary.kept, summary.failed) == (4, 3, 0)
+    infer(standin, options(frames, tmp_path / "once"))
+    for name in ("results.jsonl", *files(tmp_path / "once")):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+def test_fail_fast_stops_at_the_first_failure(standin: Bundle, tmp_path: Path) -> None:
+    summary = infer(standin, options(many(tmp_path / "frames", 40), tmp_path / "out", fail_fast=True))
+    assert summary.failed == 1
+    assert 5 <= summary.images < 40
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert len(lines(tmp_path / "out")) == summary.images
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_says_only_errors_and_verbose_every_frame(
+    standin: Bundle, tmp_path: Path, quiet: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infer(standin, options(many(tmp_path / "frames", 6), tmp_path / "out", quiet=quiet, verbose=True, devices=(Device("cpu"),)))
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if line.startswith("vessel-rt: frame ")]
+    assert out == ""
+    assert f"vessel-rt: error: frame 6 of 7 ({CODES.code('004_text')}): not a JPG" in err
+    assert len(said) == (0 if quiet else 6)
+    assert ("device cpu" in err) is not quiet

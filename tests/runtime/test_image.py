@@ -166,12 +166,13 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     ],
     ids=["empty", "text", "gif", "half jpg", "half png", "half tiff", "half bmp", "too wide"],
 )
-def test_bad_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_files_say_what_is_wrong_and_not_which_they_are(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.jpg"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=rf"bad\.jpg: .*({message})") as caught:
+    with pytest.raises(ImageError, match=message) as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
+    assert "bad" not in str(caught.value)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:

@@ -1,20 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from tests.runtime.conftest import make_frame
+from tests.runtime.conftest import make_frame, placed
 from vessel_rt.errors import VesselError
-from vessel_rt.outputs import OutputFolder, draw_overlay, replacing
+from vessel_rt.frames import Frame
+from vessel_rt.outputs import Entry, FrameWriter, draw_overlay, failure, replacing, writing
 from vessel_rt.segmenter import Mask, Result
 
 
@@ -28,150 +27,113 @@ def box_mask(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
     return mask
 
 
-def lines(folder: Path) -> list[Any]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
 def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def write(folder: Path, names: list[str], count: int = 1, overwrite: bool = False) -> None:
-    with OutputFolder(folder, [Path(name) for name in names], overwrite) as outputs:
-        for name in names:
-            outputs.write_results(Path(name), make_frame(), [result_with(*[box_mask(3, 5, 20, 30)] * count)])
+def write(folder: Path, frames: list[Frame], count: int = 1) -> list[Entry]:
+    for kind in ("masks", "overlays", "previews"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    writer = FrameWriter(folder, [frame.name for frame in frames], "s")
+    return [writer.write(frame, "0", make_frame(), [result_with(*[box_mask(3, 5, 20, 30)] * count)]) for frame in frames]
 
 
-def test_what_is_written_of_an_image(tmp_path: Path) -> None:
+def test_what_is_written_of_a_frame(tmp_path: Path) -> None:
     first, second = box_mask(3, 5, 20, 30), box_mask(0, 0, 0, 0)
-    with OutputFolder(tmp_path / "out", [Path("in/a.jpg"), Path("in/b.jpg")]) as outputs:
-        outputs.write_results(Path("in/a.jpg"), make_frame(), [result_with(first, second)])
-        outputs.write_error(Path("in/b.jpg"), ["Where?"], "in/b.jpg: an empty file")
-        outputs.write_run({"seconds": 1})
-    out = tmp_path / "out"
-    assert files(out) == {"masks/a.png", "masks/a_1.png", "overlays/a.jpg", "results.jsonl", "run.json"}
-    a, b = lines(out)
+    frame, failed = placed("in/a.jpg", "in/b.jpg")
+    write(tmp_path, [])
+    entry = FrameWriter(tmp_path, ["a", "b"], "s").write(frame, "1" * 64, make_frame(), [result_with(first, second)])
+    assert files(tmp_path) == {"masks/a.png", "masks/a_1.png", "overlays/a.jpg", "previews/a.jpg"} == set(entry.lines[0]["files"])
+    ([a], [b]) = entry.lines, failure(failed, ["Where?"], "an empty file", "s").lines
     assert list(a) == list(b)
-    assert (a["image"], a["question"], a["status"], a["error"], a["answer"]) == ("a.jpg", "Where?", "ok", None, "It is [SEG].")
-    assert (a["drafted"], a["accepted"], a["decode_steps"], a["batch"]) == (6, 5, 7, 1)
-    assert a["ms"] == {"read": 1.235}
-    assert b == {
-        "image": "b.jpg",
-        "question": "Where?",
-        "status": "error",
-        "error": "in/b.jpg: an empty file",
-        "answer": None,
-        "drafted": None,
-        "accepted": None,
-        "decode_steps": None,
-        "batch": None,
-        "ms": {},
-        "masks": [],
-    }
+    assert [(key, a[key]) for key in list(a)[:11]] == [
+        ("index", 0),
+        ("image", "a.jpg"),
+        ("frame", None),
+        ("name", "a"),
+        ("code", frame.code),
+        ("question", "Where?"),
+        ("status", "ok"),
+        ("error", None),
+        ("width", 96),
+        ("height", 64),
+        ("answer", "It is [SEG]."),
+    ]
+    assert (a["input"], a["settings"]) == ("1" * 64, "s")
+    assert (b["index"], b["status"], b["error"], b["answer"], b["masks"], b["files"]) == (1, "error", "an empty file", None, [], {})
+    assert entry.timings == [
+        {
+            "index": 0,
+            "code": frame.code,
+            "question": "Where?",
+            "drafted": 6,
+            "accepted": 5,
+            "decode_steps": 7,
+            "batch": 1,
+            "ms": {"read": 1.235},
+        }
+    ]
     for record, mask in zip(a["masks"], (first, second), strict=True):
-        written = Image.open(out / record["file"])
+        written = Image.open(tmp_path / record["file"])
         assert (written.mode, written.size) == ("L", (96, 64))
         np.testing.assert_array_equal(np.asarray(written), mask * np.uint8(255))
         np.testing.assert_array_equal(coco.decode(record["rle"]).astype(bool), mask)
         assert record["area"] == mask.sum()
         assert (record["iou"], record["object_score"]) == (0.5, 2.25)
     assert [record["box"] for record in a["masks"]] == [[3, 5, 20, 30], None]
-    assert Image.open(out / "overlays" / "a.jpg").size == (96, 64)
+    assert Image.open(tmp_path / "overlays" / "a.jpg").size == (96, 64)
 
 
-def test_two_images_of_one_stem_stop_the_run_before_it_begins(tmp_path: Path) -> None:
-    for other in ("a.png", "elsewhere/a.jpg", "A.jpg"):
-        with pytest.raises(VesselError, match=r"would overwrite those of in/a\.jpg"):
-            OutputFolder(tmp_path / "out", [Path("in/a.jpg"), Path(other)])
-    assert not (tmp_path / "out").exists()
+def test_a_preview_is_the_frame_in_small(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    large = make_frame(1000, 400)
+    mask = np.zeros((400, 1000), np.bool_)
+    FrameWriter(tmp_path, ["a"], "s").write(placed("a.png")[0], "0", large, [result_with(mask)])
+    with Image.open(tmp_path / "previews" / "a.jpg") as preview:
+        assert preview.size == (512, 205)
 
 
-def test_a_second_mask_does_not_take_another_images_name(tmp_path: Path) -> None:
-    write(tmp_path / "out", ["a.png", "a_1.png"], count=3)
-    assert [[mask["file"] for mask in line["masks"]] for line in lines(tmp_path / "out")] == [
-        ["masks/a.png", "masks/a_2.png", "masks/a_3.png"],
-        ["masks/a_1.png", "masks/a_1_1.png", "masks/a_1_2.png"],
+def test_two_questions_number_their_masks_on(tmp_path: Path) -> None:
+    write(tmp_path, [])
+    results = [result_with(box_mask(0, 0, 9, 9)), result_with(box_mask(0, 0, 5, 5))]
+    entry = FrameWriter(tmp_path, ["a"], "s").write(placed("a.png")[0], "0", make_frame(), results)
+    assert [[mask["file"] for mask in line["masks"]] for line in entry.lines] == [["masks/a.png"], ["masks/a_1.png"]]
+    assert [sorted(line["files"]) for line in entry.lines] == [
+        ["masks/a.png", "overlays/a.jpg", "previews/a.jpg"],
+        ["masks/a_1.png", "overlays/a.jpg", "previews/a.jpg"],
     ]
 
 
-def test_a_folder_that_is_not_empty_needs_overwrite(tmp_path: Path) -> None:
-    write(tmp_path, ["a.png"])
-    with pytest.raises(VesselError, match=r"not empty.*--overwrite"):
-        OutputFolder(tmp_path, [Path("a.png")])
-    file = tmp_path / "run.json"
-    file.write_text("")
-    with pytest.raises(VesselError, match="is a file"):
-        OutputFolder(file, [Path("a.png")], overwrite=True)
+def test_a_second_mask_does_not_take_another_images_name(tmp_path: Path) -> None:
+    entries = write(tmp_path, placed("a.png", "A_1.png"), count=3)
+    assert [[mask["file"] for mask in entry.lines[0]["masks"]] for entry in entries] == [
+        ["masks/a.png", "masks/a_2.png", "masks/a_3.png"],
+        ["masks/A_1.png", "masks/A_1_1.png", "masks/A_1_2.png"],
+    ]
 
 
-def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
-    write(tmp_path, ["a.png", "b.png"], count=2)
-    foreign = [tmp_path / "notes.txt", tmp_path / "masks" / "corrected.png", tmp_path / "masks" / "c_gt.png"]
-    for path in foreign:
-        path.write_text("mine")
-    (tmp_path / "masks" / ".1-2.tmp").write_text("of a run that was killed")
-    write(tmp_path, ["c.png"], overwrite=True)
-    assert files(tmp_path) == {
-        "masks/c.png",
-        "overlays/c.jpg",
-        "results.jsonl",
-        "notes.txt",
-        "masks/corrected.png",
-        "masks/c_gt.png",
-    }
-    assert {path.read_text() for path in foreign} == {"mine"}
-
-
-@pytest.mark.parametrize("name", ["masks/c.png", "masks/c_1.png", "overlays/c.jpg", "masks/C.png"])
-def test_a_foreign_file_in_the_way_stops_the_run(tmp_path: Path, name: str) -> None:
-    write(tmp_path, ["a.png"])
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(VesselError, match="would be overwritten, and is not a result"):
-        write(tmp_path, ["c.png"], overwrite=True)
-    assert (tmp_path / name).read_text() == "mine"
-    assert (tmp_path / "masks" / "a.png").exists()
-
-
-def test_results_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text("something else\n")
-    with pytest.raises(VesselError, match="not written by vessel-rt"):
-        OutputFolder(tmp_path, [Path("a.png")], overwrite=True)
-
-
-def test_results_cannot_point_outside_their_folder(tmp_path: Path) -> None:
-    victim = tmp_path / "victim.png"
-    victim.write_text("mine")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "results.jsonl").write_text(
-        json.dumps({"image": "../../victim.jpg", "masks": [{"file": "../victim.png"}, {"file": str(victim)}]})
-    )
-    write(out, ["c.png"], overwrite=True)
-    assert victim.read_text() == "mine"
-
-
-def test_an_input_is_never_removed(tmp_path: Path) -> None:
-    write(tmp_path, ["a.png"])
-    with pytest.raises(VesselError, match="both an input and a result"):
-        OutputFolder(tmp_path, [tmp_path / "overlays" / "a.jpg"], overwrite=True)
-
-
-def test_an_interrupted_run_keeps_whole_lines_and_has_no_run_json(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path, [Path("a.png"), Path("b.png")]) as outputs:  # noqa: PT012
-        outputs.write_results(Path("a.png"), make_frame(), [result_with(box_mask(0, 0, 1, 1))])
-        raise KeyboardInterrupt
-    assert files(tmp_path) == {"masks/a.png", "overlays/a.jpg", "results.jsonl"}
-    assert [line["image"] for line in lines(tmp_path)] == ["a.png"]
-
-
-def test_an_image_that_is_cut_short_leaves_no_file_without_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frame_that_is_cut_short_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vessel_rt.outputs.draw_overlay", interrupt)
+    monkeypatch.setattr("vessel_rt.outputs._preview", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, ["a.png"], count=2)
-    assert files(tmp_path) == {"results.jsonl"}
+        write(tmp_path, placed("a.png"), count=2)
+    assert files(tmp_path) == set()
+
+
+def test_nothing_but_pixels_reaches_a_picture(tmp_path: Path) -> None:
+    """Pillow writes the comment of a JPEG into the JPEG that is made of it; read_image takes it off."""
+    from vessel_rt.image import read_image
+
+    exif = Image.Exif()
+    exif[0x013B] = "Study 0042 artist"
+    make_frame().save(tmp_path / "a.jpg", exif=exif, comment=b"Study 0042 comment")
+    write(tmp_path, [])
+    FrameWriter(tmp_path, ["a"], "s").write(placed("a.jpg")[0], "0", read_image(tmp_path / "a.jpg"), [result_with(box_mask(0, 0, 9, 9))])
+    written = [path for path in tmp_path.rglob("*/*") if path.is_file()]
+    assert len(written) == 3
+    assert not [path for path in written if b"0042" in path.read_bytes()]
 
 
 def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
@@ -188,8 +150,12 @@ def test_replacing_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(VesselError, match="nowhere/f: cannot be written"), replacing(tmp_path / "nowhere" / "f") as temporary:
-        temporary.write_text("")
+    with (
+        pytest.raises(VesselError, match=r"the mask: cannot be written \(No such file"),
+        writing("the mask"),
+        replacing(tmp_path / "no" / "f") as f,
+    ):
+        f.write_text("")
 
 
 def test_overlay_colours_each_mask_and_leaves_the_rest() -> None:
@@ -202,41 +168,9 @@ def test_overlay_colours_each_mask_and_leaves_the_rest() -> None:
     np.testing.assert_array_equal(np.asarray(draw_overlay(image, [])), np.asarray(image))
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
-    """A file may grow by a few bytes only: the second image's line does not fit, and neither half of it nor its mask stays."""
-    with pytest.raises(VesselError, match="cannot be written"), OutputFolder(tmp_path / "out", [Path("a.png"), Path("b.png")]) as outputs:  # noqa: PT012
-        outputs.write_results(Path("a.png"), make_frame(), [result_with(box_mask(0, 0, 9, 9))])
-        size = (tmp_path / "out" / "results.jsonl.partial").stat().st_size
-        write = outputs._results.write
-
-        def full(text: bytes) -> int:
-            if outputs._results.tell() > size:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(text[:10])
-
-        outputs._results = FullDisk(outputs._results, full)  # type: ignore[assignment]
-        outputs.write_results(Path("b.png"), make_frame(), [result_with(box_mask(0, 0, 9, 9))])
-    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", "results.jsonl"}
-    assert [line["image"] for line in lines(tmp_path / "out")] == ["a.png"]
-    write_again = OutputFolder(tmp_path / "out", [Path("a.png")], overwrite=True)
-    with write_again:
-        pass
-
-
-class FullDisk:
-    """A file whose writes are `write`."""
-
-    def __init__(self, file: Any, write: Any) -> None:
-        self._file, self.write = file, write
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
 def test_names_and_questions_that_text_files_stumble_over(tmp_path: Path) -> None:
     strange = dataclasses.replace(result_with(box_mask(0, 0, 9, 9)), question="a\u2028b\u0085c")
-    name = Path(os.fsdecode(b"caf\xe9.png"))  # not UTF-8
-    with OutputFolder(tmp_path, [name]) as outputs:
-        outputs.write_results(name, make_frame(), [strange])
-    assert json.loads((tmp_path / "results.jsonl").read_bytes())["question"] == strange.question
-    OutputFolder(tmp_path, [name], overwrite=True)
+    [frame] = placed(os.fsdecode(b"caf\xe9.png"))  # not UTF-8
+    write(tmp_path, [])
+    entry = FrameWriter(tmp_path, [frame.name], "s").write(frame, "0", make_frame(), [strange])
+    assert json.loads(json.dumps(entry.lines[0]))["image"] == frame.image

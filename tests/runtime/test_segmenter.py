@@ -88,14 +88,18 @@ def test_the_trained_model(fp32_bundle: Path, tiny_frames: list[Path]) -> None:
             assert 0.005 < mask.pixels.mean() < 0.5
 
 
-def test_the_draft_follows_what_the_model_said(tmp_path: Path) -> None:
+def test_the_draft_is_what_the_model_says_of_a_gray_image(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle", answer="Dark [SEG]!")  # none of the answers in the bundle
     with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
-        first, second = (segmenter.segment(make_frame(), "Where?") for _ in range(2))
-        other = segmenter.segment(make_frame(), "And where?")
-    assert first.answer == second.answer == "Dark [SEG]!"
-    assert (first.accepted, second.accepted, other.accepted) == (0, 7, 0)
-    assert (first.decode_steps, second.decode_steps) == (7, 0)
+        results = [segmenter.segment(make_frame(seed=seed), question) for seed in range(2) for question in ("Where?", "And where?")]
+    assert {(result.answer, result.accepted, result.decode_steps) for result in results} == {("Dark [SEG]!", 7, 0)}
+
+
+def test_without_a_mask_on_the_gray_image_the_bundles_answer_stays_the_draft(tmp_path: Path) -> None:
+    bundle = build_standin(tmp_path / "bundle", answer="None.")
+    with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
+        result = segmenter.segment(make_frame(), "Where?")
+    assert (result.answer, result.drafted, result.accepted) == ("None.", 7, 0)
 
 
 def same(one: Result, other: Result) -> None:

@@ -1,0 +1,56 @@
+"""The masks of a multi-frame file in one file: cines/<stem>.tif, a page for each frame that was run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vessel_rt.frames import cine_of
+from vessel_rt.outputs import CINES, replacing, writing
+from vessel_rt.results import read_results
+
+__all__ = ["write_cines"]
+
+
+def write_cines(output: Path) -> None:
+    """Write a TIFF for each cine of the run in `output`, and one more (`<stem>_1.tif`, ...) for each further mask of its answers.
+
+    Pages follow the frames. A frame whose answer gave no mask has an empty page; a cine of which a frame failed has no TIFF, since its
+    pages would not be its frames. Raises VesselError.
+    """
+    cines: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for line in read_results(output):
+        if line["frame"] is not None:
+            cines[cine_of(line["name"], line["frame"])][line["frame"]].append(line)
+    for cine, frames in cines.items():
+        whole = [lines for _, lines in sorted(frames.items())]
+        if all(line["status"] == "ok" for lines in whole for line in lines):
+            _write_cine(output, cine, whole)
+
+
+def _write_cine(output: Path, cine: str, frames: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """`frames` have a line for each question."""
+    most = [max(len(lines[question]["masks"]) for lines in frames) for question in range(len(frames[0]))]
+    places = [(question, mask) for question, count in enumerate(most) for mask in range(count)]
+    for number, (question, mask) in enumerate(places):
+        with writing(f"{output}: the TIFF of a cine"):
+            (output / CINES).mkdir(exist_ok=True)
+            with replacing(output / CINES / f"{cine}{f'_{number}' if number else ''}.tif") as temporary:
+                pages = _pages(output, frames, question, mask)
+                first = next(pages)
+                first.save(temporary, format="TIFF", save_all=True, append_images=pages, compression="tiff_adobe_deflate")
+
+
+def _pages(output: Path, frames: Sequence[Sequence[dict[str, Any]]], question: int, mask: int) -> Iterator[Image.Image]:
+    """One at a time: 0 and 255, as in masks/."""
+    for lines in frames:
+        line = lines[question]
+        if mask < len(line["masks"]):
+            with Image.open(output / line["masks"][mask]["file"]) as page:
+                yield page.copy()
+        else:
+            yield Image.new("L", (line["width"], line["height"]))

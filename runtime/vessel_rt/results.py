@@ -1,0 +1,93 @@
+"""The files of a run's output folder, as they are read: results.jsonl, timings.jsonl, run.json and evaluation.json.
+
+Knows nothing of how they come about (record.py, evaluate.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vessel_rt.errors import VesselError
+
+__all__ = [
+    "EVALUATION_FILE",
+    "MEANS_FILE",
+    "METRICS_FILE",
+    "REPORT_FILE",
+    "RESULTS_FILE",
+    "RUN_FILE",
+    "TIMINGS_FILE",
+    "decode_rle",
+    "iter_lines",
+    "json_lines",
+    "read_json",
+    "read_results",
+    "read_run",
+]
+
+RESULTS_FILE = "results.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+RUN_FILE = "run.json"
+EVALUATION_FILE = "evaluation.json"
+METRICS_FILE = "metrics.csv"
+MEANS_FILE = "metrics_mean.csv"
+REPORT_FILE = "report.html"
+
+
+def read_results(output: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl, one an image and question, in the order of the inputs. Raises VesselError."""
+    lines: list[dict[str, Any]] = _read(output / RESULTS_FILE, json_lines)
+    return lines
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON Lines file, one after the other. Raises VesselError."""
+    with _faults(path), path.open("rb") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """run.json. Raises VesselError."""
+    found: dict[str, Any] = read_json(output / RUN_FILE)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises VesselError."""
+    return _read(path, json.loads)
+
+
+def json_lines(text: str) -> list[Any]:
+    """The lines of a JSON Lines file. Not str.splitlines: that breaks at characters that JSON has inside its strings."""
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def decode_rle(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
+    """A mask [height, width] of COCO's compressed run lengths."""
+    from pycocotools import mask as coco
+
+    decoded: npt.NDArray[np.bool_] = coco.decode(rle).astype(np.bool_)
+    return decoded
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    with _faults(path):
+        return parse(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise VesselError(f"{path}: missing; a run that was finished leaves it in its output folder") from None
+    except (OSError, ValueError) as e:
+        raise VesselError(f"{path}: cannot be read ({e})") from e

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.conftest import make_frame
+from tests.runtime.test_folder import options
+from vessel_rt.bundle import Bundle
+from vessel_rt.errors import VesselError
+from vessel_rt.folder import infer
+from vessel_rt.frames import Selection
+from vessel_rt.merge import merge
+
+
+@pytest.fixture
+def parts(standin: Bundle, frames: Path, tmp_path: Path) -> list[Path]:
+    """Two parts of three frames; see test_cli for what comes of them."""
+    for part in range(2):
+        infer(standin, options(frames, tmp_path / f"part{part}", selection=Selection(parts=2, part=part)))
+    return [tmp_path / "part0", tmp_path / "part1"]
+
+
+def change(path: Path, edit: Any) -> None:
+    run = json.loads(path.read_text())
+    edit(run)
+    path.write_text(json.dumps(run))
+
+
+def test_parts_that_do_not_belong_together(parts: list[Path], standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    make_frame().save(frames / "later.png")
+    infer(standin, options(frames, tmp_path / "later", selection=Selection(parts=2, part=1)))
+    infer(standin, options(frames, tmp_path / "other", "Where?", selection=Selection(parts=2, part=1)))
+    for given, message in [
+        (parts[:1], "one of 2 parts; 1 were given"),
+        ([parts[0], parts[0]], None),
+        ([parts[0], tmp_path / "none"], r"run\.json: missing"),
+        ([parts[0], tmp_path / "later"], "inputs were not those of the other parts"),
+        ([parts[0], tmp_path / "other"], "another bundle, device, question"),
+    ]:
+        with pytest.raises(VesselError, match=message):
+            merge(given, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_was_changed_is_not_merged(parts: list[Path], tmp_path: Path) -> None:
+    (parts[1] / "masks" / "b.png").write_bytes(b"another")
+    with pytest.raises(VesselError, match=r"part1: a file of \w{12} in masks/ was changed"):
+        merge(parts, tmp_path / "merged")
+    (parts[1] / "masks" / "b.png").unlink()
+    with pytest.raises(VesselError, match=r"part1: a file of \w{12} cannot be read"):
+        merge(parts, tmp_path / "again")
+
+
+def test_an_unfinished_part_is_not_merged(parts: list[Path], tmp_path: Path) -> None:
+    (parts[1] / "run.json").unlink()
+    with pytest.raises(VesselError, match=r"part1/run\.json: missing"):
+        merge(parts, tmp_path / "merged")
+
+
+def test_a_folder_with_something_in_it_is_not_merged_into(parts: list[Path]) -> None:
+    with pytest.raises(VesselError, match="not empty"):
+        merge(parts, parts[0])
+
+
+def test_results_cannot_point_outside_their_folder(parts: list[Path], tmp_path: Path) -> None:
+    line = json.loads((parts[1] / "results.jsonl").read_text())
+    line["files"] = {"masks/../../victim.png": "0"}
+    (parts[1] / "results.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(VesselError, match="lists a file that is not among results"):
+        merge(parts, tmp_path / "merged")

@@ -1,0 +1,173 @@
+"""Real processes, really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.conftest import make_frame
+from tests.runtime.test_folder import files, lines, many, options
+from vessel_rt.bundle import Bundle
+from vessel_rt.errors import VesselError
+from vessel_rt.folder import infer
+from vessel_rt.session import Device
+from vessel_rt.workers import Workers
+
+TWO = (Device("cpu"), Device("cpu"))
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+
+def same_results(one: Path, other: Path) -> None:
+    """Byte for byte."""
+    for name in ("results.jsonl", *files(other)):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert files(one).keys() == files(other).keys()
+
+
+def test_two_processes_do_what_one_does(standin: Bundle, tmp_path: Path) -> None:
+    frames = many(tmp_path / "frames", 23)
+    infer(standin, options(frames, tmp_path / "one"))
+    summary = infer(standin, options(frames, tmp_path / "two", devices=TWO))
+    assert (summary.images, summary.failed) == (24, 1)
+    same_results(tmp_path / "two", tmp_path / "one")
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["device"] == "cpu, cpu"
+
+
+def test_a_process_that_is_killed_is_started_again(
+    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three times, as soon as it has frames in hand: not one is lost, and the record is that of a run in peace."""
+    frames = many(tmp_path / "frames", 40)
+    infer(standin, options(frames, tmp_path / "one"))
+    take, killed = Workers._take, []
+
+    def take_and_kill(self: Workers) -> Any:
+        taken = take(self)
+        if len(killed) < 3 and len(taken) > 1:
+            victim = self._processes[len(killed) % 2]._child
+            killed.append(victim.pid)
+            threading.Timer(0.02, victim.kill).start()
+        return taken
+
+    monkeypatch.setattr(Workers, "_take", take_and_kill)
+    summary = infer(standin, options(frames, tmp_path / "two", devices=TWO))
+    assert len(killed) == 3
+    assert (summary.images, summary.failed) == (41, 1)
+    same_results(tmp_path / "two", tmp_path / "one")
+    assert "died (signal 9); it is started again" in capfd.readouterr().err
+
+
+def test_a_frame_that_kills_is_tried_twice_and_no_other_fails(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed by its own graph, for one frame of a size of its own."""
+    frames = many(tmp_path / "frames", 12)
+    make_frame(1344, 1344).save(frames / "005_deadly.png")
+    deadly = (
+        "import os; from vessel_rt import segmenter, workers\n"
+        "prepare = segmenter.Segmenter.prepare\n"
+        "segmenter.Segmenter.prepare = lambda self, image: os.abort() if image.width == 1344 else prepare(self, image)\n"
+        "workers.serve()"
+    )
+    monkeypatch.setattr("vessel_rt.workers._PROGRAM", deadly)
+    summary = infer(standin, options(frames, tmp_path / "out", devices=TWO))
+    assert (summary.images, summary.failed) == (14, 2)
+    errors = {line["image"]: line["error"] for line in lines(tmp_path / "out") if line["status"] == "error"}
+    assert errors.keys() == {"004_text.png", "005_deadly.png"}
+    assert errors["005_deadly.png"] == "the process that worked on it died, twice"
+
+
+def test_what_a_process_cannot_load_stops_the_run_before_it_begins(standin: Bundle, frames: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("vessel_rt.workers._PROGRAM", "import sys; sys.exit(3)")
+    with pytest.raises(VesselError, match=r"device cpu: .* died \(exit code 3\), before it was ready"):
+        infer(standin, options(frames, tmp_path / "out", devices=TWO))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bug_in_a_process_shows_its_traceback_without_names(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    make_frame().save(tmp_path / "in" / "Study-4711-B.png")
+    broken = (
+        "from vessel_rt import worker, workers\n"
+        "def read(frame): raise RuntimeError(f'no way with {frame.path}')\n"
+        "worker.read_frame = read; workers.serve()"
+    )
+    monkeypatch.setattr("vessel_rt.workers._PROGRAM", broken)
+    with pytest.raises(RuntimeError, match="no way with") as caught:
+        infer(standin, options(tmp_path / "in", tmp_path / "out", devices=TWO))
+    assert "4711" not in str(caught.value)
+
+
+def begin(standin: Bundle, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`vessel-rt infer frames -o out`, in a process group of its own, returned when its first entries are there."""
+    program = "import sys; from vessel_rt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "infer",
+        "frames",
+        "-o",
+        "out",
+        "--bundle",
+        str(standin.folder),
+        "--device",
+        "cpu",
+        *arguments,
+    ]
+    if "--devices" in arguments:
+        del command[command.index("--device") : command.index("--device") + 2]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    journal, until = folder / "out" / "journal.jsonl", time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 1) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    return process
+
+
+@pytest.fixture
+def bitmaps(tmp_path: Path) -> Path:
+    (tmp_path / "frames").mkdir()
+    for number in range(300):
+        make_frame(seed=number).save(tmp_path / "frames" / f"{number:03}.bmp")
+    return tmp_path
+
+
+@pytest.mark.parametrize("devices", [(), ("--devices", "cpu:2")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
+    standin: Bundle, bitmaps: Path, number: signal.Signals, devices: tuple[str, ...]
+) -> None:
+    with begin(standin, bitmaps, "--json", *devices) as process:
+        os.kill(process.pid, number) if devices else os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert "The same command goes on from there." in err
+    done = json.loads(out.splitlines()[-1])
+    assert (done["stopped"], done["exit_code"], done["total"]) == (number.name, 128 + number, 300)
+    finished = lines(bitmaps / "out")
+    assert 0 < len(finished) == done["images"] < 300
+    assert {path.name for path in (bitmaps / "out").iterdir()} == {"masks", "overlays", "previews", "results.jsonl", "timings.jsonl"}
+    assert {path.name for path in (bitmaps / "out").rglob("*/*")} == {Path(f).name for line in finished for f in line["files"]}
+    summary = infer(standin, options(bitmaps / "frames", bitmaps / "out", devices=(Device("cpu"),)))
+    assert (summary.images, summary.kept, summary.failed) == (300, len(finished), 0)
+
+
+@pytest.mark.parametrize("devices", [(), ("--devices", "cpu:2")])
+def test_killed_again_and_again_a_run_ends_as_if_in_peace(standin: Bundle, bitmaps: Path, devices: tuple[str, ...]) -> None:
+    for delay in (0.0, 0.05, 0.15):
+        with begin(standin, bitmaps, *devices) as process:
+            time.sleep(delay)
+            process.kill()
+            process.communicate(timeout=60)
+    infer(standin, options(bitmaps / "frames", bitmaps / "out", devices=(Device("cpu"),)))
+    infer(standin, options(bitmaps / "frames", bitmaps / "once", devices=(Device("cpu"),)))
+    same_results(bitmaps / "out", bitmaps / "once")
