@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
+from PIL import Image
 
+from tests.conftest import Tiny
+from tests.runtime.conftest import CODES
+from tests.runtime.test_folder import options
+from vessel_rt.annotations import read_truth
+from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
-from vessel_rt.evaluate import dice, evaluate
+from vessel_rt.evaluate import evaluate
+from vessel_rt.folder import infer
 from vessel_rt.masks import run_lengths
 
 
@@ -23,13 +34,14 @@ def square(x0: int, y0: int, x1: int, y1: int) -> list[float]:
 
 
 def run_folder(tmp_path: Path, question: str, results: list[tuple[str, list[np.ndarray]]]) -> Path:
-    (tmp_path / "run.json").write_text(json.dumps({"options": {"questions": [question]}}))
+    common = {"question": question, "width": 60, "height": 40}
     lines = [
-        {"image": name, "question": question, "status": "ok", "masks": [{"rle": run_lengths(mask)} for mask in masks]}
-        for name, masks in results
+        {"index": i, "image": f"{name}.png", "name": name, "code": CODES.code(name), "status": "ok", **common}
+        | {"masks": [{"rle": run_lengths(mask)} for mask in masks]}
+        for i, (name, masks) in enumerate(results)
     ]
-    lines.append({"image": "failed.png", "question": question, "status": "error", "masks": []})
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    failed = {"index": len(lines), "image": "failed.png", "name": "failed", "code": "c0de", "status": "error", "masks": [], **common}
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, failed]))
     return tmp_path
 
 
@@ -39,21 +51,15 @@ def annotated(tmp_path: Path, items: Any) -> Path:
     return path
 
 
-def test_dice() -> None:
-    nothing, left, right = box(0, 0, 0, 0), box(0, 0, 10, 10), box(5, 0, 15, 10)
-    assert dice(left, left) == 1
-    assert dice(left, right) == 0.5
-    assert dice(left, nothing) == 0
-    assert dice(nothing, nothing) == 1
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_masks_are_matched_to_concepts_in_the_questions_order(tmp_path: Path) -> None:
     vessel, catheter = box(0, 0, 10, 10), box(20, 20, 40, 30)
-    out = run_folder(
-        tmp_path,
-        "Please segment catheter and Vessel in this image.",
-        [("a.png", [catheter, vessel]), ("b.png", [catheter]), ("unknown.png", [vessel])],
-    )
+    question = "Please segment catheter and Vessel in this image."
+    out = run_folder(tmp_path, question, [("a", [catheter, vessel]), ("b", [catheter]), ("unknown", [vessel])])
     gt = annotated(
         tmp_path,
         [
@@ -62,25 +68,47 @@ def test_masks_are_matched_to_concepts_in_the_questions_order(tmp_path: Path) ->
             {"image": "failed.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]},
         ],
     )
-    catheter_score, vessel_score = evaluate(out, gt)
-    assert (catheter_score.concept, vessel_score.concept) == ("catheter", "vessel")
-    assert catheter_score.dice == pytest.approx((1.0, 2 / 3))
-    assert vessel_score.dice == (1.0, 0.0)  # b.png has no second mask
-    assert vessel_score.mean == 0.5
+    found = evaluate(out, gt)
+    catheters, vessels = found.scores
+    assert (catheters.concept, catheters.images, vessels.concept, vessels.images) == ("catheter", 2, "vessel", 2)
+    assert catheters.mean["dice"] == pytest.approx((1 + 2 / 3) / 2)
+    assert vessels.mean["dice"] == 0.5  # b has no second mask
+    assert vessels.left_out == {"dice": 0, "iou": 0, "sensitivity": 0, "specificity": 0, "cldice": 0, "hd95": 1}
+    assert (found.failed, found.without_truth) == (1, 1)
+    assert [(c.index, c.concept, c.mask) for c in found.comparisons] == [
+        (0, "catheter", 0),
+        (0, "vessel", 1),
+        (1, "catheter", 0),
+        (1, "vessel", 1),
+    ]
+    assert found.table().splitlines()[-1] == "mean Dice vessel: 0.500 over 2 images"
+    assert "(1 images left out: not defined)" in found.table()
 
 
-def test_polygons_of_one_concept_are_joined(tmp_path: Path) -> None:
-    out = run_folder(tmp_path, "Please segment vessel.", [("a.png", [box(0, 0, 10, 10) | box(20, 0, 30, 10) | box(40, 0, 50, 10)])])
-    polygons = [[square(0, 0, 10, 10), square(20, 0, 30, 10)], [square(40, 0, 50, 10)]]
-    [score] = evaluate(out, annotated(tmp_path, [{"image": "a.png", "mask": polygons, "text": ["vessel", "vessel"]}]))
-    assert score.dice == (1.0,)
+def test_what_is_written(tmp_path: Path) -> None:
+    out = run_folder(tmp_path, "Please segment vessel.", [("a", [box(0, 0, 10, 10)]), ("b", [])])
+    gt = annotated(tmp_path, [{"image": f"{name}.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]} for name in "ab"])
+    evaluate(out, gt)
+    a, b = rows(out / "metrics.csv")
+    assert (a["code"], a["dice"], a["hd95"], a["predicted_area"]) == (CODES.code("a"), "1.0", "0.0", "100")
+    assert (b["dice"], b["hd95"], b["true_area"]) == ("0.0", "", "100")
+    assert "image" not in a
+    means = {row["metric"]: row for row in rows(out / "metrics_mean.csv")}
+    assert (means["dice"]["mean"], means["dice"]["images"], means["hd95"]["left_out"]) == ("0.5", "2", "1")
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["images"][1]["hd95"] is None
+    assert found["images"][0]["truth_rle"] == run_lengths(box(0, 0, 10, 10))
+    assert found["summary"][0]["ci95"]["dice"] == [0.0, 1.0]
+    evaluate(out, gt, show_names=True)
+    assert rows(out / "metrics.csv")[0]["image"] == "a.png"
 
 
-def test_of_two_overlapping_names_the_longer_is_meant(tmp_path: Path) -> None:
-    out = run_folder(tmp_path, "Please segment main vessel.", [("a.png", [box(0, 0, 10, 10)])])
-    item = {"image": "a.png", "mask": [[square(0, 0, 9, 9)], [square(0, 0, 10, 10)]], "text": ["vessel", "main vessel"]}
-    [score] = evaluate(out, annotated(tmp_path, [item]))
-    assert (score.concept, score.dice) == ("main vessel", (1.0,))
+def test_a_folder_is_compared_with_all_masks_of_an_answer(tmp_path: Path) -> None:
+    out = run_folder(tmp_path, "Where?", [("a", [box(0, 0, 10, 10), box(20, 0, 30, 10)])])
+    (tmp_path / "gt").mkdir()
+    Image.fromarray(box(0, 0, 10, 10) | box(20, 0, 30, 10)).save(tmp_path / "gt" / "a_gt.png")
+    [score] = evaluate(out, tmp_path / "gt").scores
+    assert (score.concept, score.mean["dice"]) == ("all masks", 1)
 
 
 @pytest.mark.parametrize(
@@ -88,22 +116,42 @@ def test_of_two_overlapping_names_the_longer_is_meant(tmp_path: Path) -> None:
     [
         ([], "annotates no concept"),
         ([{"image": "a.png", "mask": [[]], "text": ["stent"]}], "annotates no concept"),
-        ([{"image": "z.png", "mask": [[square(0, 0, 9, 9)]], "text": ["vessel"]}], "in none of the images"),
-        ([{"image": "a.png", "mask": [], "text": ["vessel"]}], "not in the expected form"),
-        ({"a.png": []}, "not in the expected form"),
-        ([{"image": "a.png", "mask": [["x"]], "text": ["vessel"]}], "not in the expected form"),
+        ([{"image": "z.png", "mask": [[square(0, 0, 9, 9)]], "text": ["vessel"]}], "no drawn mask for any image"),
+        ([{"image": "a.png", "mask": [["x"]], "text": ["vessel"]}], "a polygon of frame 1"),
     ],
 )
 def test_annotations_that_do_not_fit(tmp_path: Path, items: Any, message: str) -> None:
-    out = run_folder(tmp_path, "Please segment vessel.", [("a.png", [box(0, 0, 10, 10)])])
+    out = run_folder(tmp_path, "Please segment vessel.", [("a", [box(0, 0, 10, 10)])])
     with pytest.raises(VesselError, match=message):
         evaluate(out, annotated(tmp_path, items))
+    assert not (out / "metrics.csv").exists()
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(VesselError, match=r"run\.json: missing"):
+    with pytest.raises(VesselError, match=r"annotations\.json: missing"):
         evaluate(tmp_path, tmp_path / "annotations.json")
-    out = run_folder(tmp_path, "vessel", [])
+    gt = annotated(tmp_path, [])
+    with pytest.raises(VesselError, match=r"results\.jsonl: missing"):
+        evaluate(tmp_path, gt)
     (tmp_path / "annotations.json").write_text("{")
     with pytest.raises(VesselError, match=r"annotations\.json: cannot be read"):
-        evaluate(out, tmp_path / "annotations.json")
+        evaluate(tmp_path, tmp_path / "annotations.json")
+
+
+def test_the_trained_models_metrics_equal_monais(tiny: Tiny, fp32_bundle: Path, tmp_path: Path) -> None:
+    """From the PNG files and the annotations, by MONAI."""
+    infer(Bundle.load(fp32_bundle), options(tiny.frames, tmp_path))
+    found = evaluate(tmp_path, tiny.annotations)
+    truth = read_truth(tiny.annotations)
+    assert found.scores[0].mean["dice"] > 0.7
+    for comparison in found.comparisons:
+        stem = Path(comparison.image).stem
+        with Image.open(tmp_path / "masks" / f"{stem}.png") as mask:
+            predicted = np.asarray(mask) > 0
+        drawn = truth.mask({"name": stem, "height": predicted.shape[0], "width": predicted.shape[1]}, "vessel")
+        p, t = (torch.from_numpy(np.ascontiguousarray(m))[None, None].float() for m in (predicted, drawn))
+        assert comparison.values["dice"] == pytest.approx(compute_dice(p, t).item(), abs=1e-6)
+        assert comparison.values["iou"] == pytest.approx(compute_iou(p, t).item(), abs=1e-6)
+        theirs = compute_hausdorff_distance(p, t, include_background=True, percentile=95).item()
+        assert comparison.values["hd95"] == pytest.approx(theirs, abs=1e-3)  # there, the rank to interpolate at is float32
+        assert not math.isnan(comparison.values["cldice"])

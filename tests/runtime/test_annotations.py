@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.runtime.conftest import CODES
+from vessel_rt.annotations import concepts_in, rasterized, read_truth
+from vessel_rt.errors import VesselError
+
+SQUARE = [0, 0, 10, 0, 10, 10, 0, 10]
+
+
+def line(name: str, **more: Any) -> dict[str, Any]:
+    return {"index": 0, "code": "c0de", "name": name, "width": 60, "height": 40, **more}
+
+
+def written(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_concepts_are_found_in_the_questions_order() -> None:
+    assert concepts_in("Please segment Catheter and vessel.", {"vessel", "catheter", "stent"}) == ["catheter", "vessel"]
+    assert concepts_in("Please segment main vessel.", {"vessel", "main vessel"}) == ["main vessel"]
+    assert concepts_in("Where?", {"vessel"}) == concepts_in("Where?", set()) == []
+
+
+def test_polygons_of_one_concept_and_items_of_one_image_are_joined(tmp_path: Path) -> None:
+    far = [40, 20, 50, 20, 50, 30, 40, 30]
+    items = [{"image": "a.jpg", "mask": [[SQUARE]], "text": ["Vessel."]}, {"image": "a.jpg", "mask": [[far]], "text": ["vessel"]}]
+    mask = read_truth(written(tmp_path / "a.json", items)).mask(line("a"), "vessel")
+    assert mask is not None
+    assert mask.sum() == 200
+    np.testing.assert_array_equal(mask, rasterized([SQUARE, far], 40, 60))
+
+
+def test_frames_are_found_by_stem_and_by_study_code(tmp_path: Path) -> None:
+    items = [{"image": name, "mask": [[SQUARE]], "text": ["vessel"]} for name in ("sub/a.jpg", "cine_frame_000010.png")]
+    path = written(tmp_path / "a.json", items)
+    plain, coded = read_truth(path), read_truth(path, CODES)
+    for name in ("a", "cine_frame_000010"):
+        assert plain.mask(line(name), "vessel") is not None
+    for name in (CODES.code("a"), CODES.code("cine") + "_frame_000010", CODES.code("cine_frame_000010")):
+        assert plain.mask(line(name), "vessel") is None
+        assert coded.mask(line(name), "vessel") is not None
+    assert coded.mask(line("b"), "vessel") is None
+    assert coded.mask(line("a"), "catheter") is None
+
+
+def test_a_folder_of_masks(tmp_path: Path) -> None:
+    drawn = np.zeros((40, 60), np.uint8)
+    drawn[:5] = 255
+    Image.fromarray(drawn).save(tmp_path / "a_gt.png")
+    Image.fromarray(drawn // 255).save(tmp_path / "b_mask.png")  # ones
+    Image.fromarray(255 - drawn).save(tmp_path / "a.png")  # the frame itself
+    truth = read_truth(tmp_path, CODES)
+    assert truth.concepts("Where?") == [None]
+    for name in ("a", "b", CODES.code("b")):
+        np.testing.assert_array_equal(truth.mask(line(name), None), drawn > 0)
+    assert truth.mask(line("c"), None) is None
+    with pytest.raises(VesselError, match=r"frame 1 \(c0de\) is 60x40 pixels, the frame 61x40"):
+        truth.mask(line("a", width=61), None)
+
+
+def test_folders_that_are_not_taken(tmp_path: Path) -> None:
+    with pytest.raises(VesselError, match="no drawn masks in this folder"):
+        read_truth(tmp_path)
+    for name in ("a_gt.png", "a_mask.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    with pytest.raises(VesselError, match="two drawn masks for one stem"):
+        read_truth(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        {"a.png": []},
+        [{"image": "a.png", "mask": [[SQUARE]], "text": []}],
+        [{"mask": [], "text": []}],
+        [{"image": 1, "mask": [], "text": []}],
+        [3],
+    ],
+)
+def test_what_is_not_in_the_form_is_for_check_data(tmp_path: Path, items: Any) -> None:
+    with pytest.raises(VesselError, match="vessel-rt check-data finds what is wrong"):
+        read_truth(written(tmp_path / "a.json", items))
