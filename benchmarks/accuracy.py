@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.measure import publish
+from benchmarks.measure import infer_options, publish
 from vessel_export.verify import mask_iou
 from vessel_rt.bundle import Bundle
 from vessel_rt.devices import list_devices
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.evaluate import evaluate
-from vessel_rt.folder import InferOptions, infer
-from vessel_rt.outputs import RESULTS_FILE, json_lines
+from vessel_rt.folder import infer
+from vessel_rt.results import read_results
 from vessel_rt.session import Device
 
 _TINY = Path("examples/tiny")
@@ -74,9 +74,9 @@ def _rows(bundles: Sequence[Bundle], devices: Sequence[Device] | None, frames: P
                 name = bundle.folder.resolve().name
                 print(f"{name}, {device}, {'with drafts' if draft else 'token by token'}", file=sys.stderr)
                 with tempfile.TemporaryDirectory() as folder:
-                    options = InferOptions((str(frames),), Path(folder), (bundle.prompt.default_question,), device=device, draft=draft)
+                    options = infer_options(frames, Path(folder), bundle.prompt.default_question, device, draft=draft)
                     summary = infer(bundle, options)
-                    [score] = evaluate(options.output, annotations)
+                    [score] = evaluate(options.output, annotations).scores
                     masks = _masks(options.output)
                 first = masks if first is None else first
                 yield {
@@ -88,7 +88,7 @@ def _rows(bundles: Sequence[Bundle], devices: Sequence[Device] | None, frames: P
                     "failed": summary.failed,
                     "masks": summary.masks,
                     "concept": score.concept,
-                    "mean_dice": round(score.mean, 6),
+                    "mean_dice": round(score.mean["dice"], 6),
                     "least_mask_iou": round(_least_iou(first, masks), 6),
                 }
 
@@ -100,8 +100,8 @@ def _usable(bundle: Bundle) -> list[Device]:
 
 def _masks(output: Path) -> _Masks:
     """The masks of a run, from its files."""
-    results = json_lines((output / RESULTS_FILE).read_text(encoding="utf-8"))
-    return {(r["image"], r["question"]): [np.asarray(Image.open(output / mask["file"])) > 0 for mask in r["masks"]] for r in results}
+    lines = read_results(output)
+    return {(r["image"], r["question"]): [np.asarray(Image.open(output / mask["file"])) > 0 for mask in r["masks"]] for r in lines}
 
 
 def _least_iou(first: _Masks, other: _Masks) -> float:

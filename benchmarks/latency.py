@@ -33,8 +33,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.measure import publish
-from vessel_rt.outputs import RESULTS_FILE, json_lines
+from benchmarks.measure import infer_options, publish
+from vessel_rt.results import TIMINGS_FILE, iter_lines
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
                 rounds[-1][name] = _watch(command(out if name in ("runtime", "no-draft") else _linked(frames, out)), out / "masks")
                 steps.update()
             least = min(least, *(_least_iou(Path(folder) / "reference" / "masks", Path(folder) / name / "masks") for name in commands))
-            drafted = json_lines((Path(folder) / "runtime" / RESULTS_FILE).read_text(encoding="utf-8"))
+            timings = list(iter_lines(Path(folder) / "runtime" / TIMINGS_FILE))
     return {
         "contenders": {name: {key: [r[name][key] for r in rounds] for key in rounds[0][name]} for name in commands},
         "ratios": {
@@ -106,7 +106,7 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
             for one, other in (("runtime", "reference"), ("runtime", "naive"), ("runtime", "no-draft"), ("naive", "reference"))
         },
         "least_mask_iou_with_reference": least,
-        "without_decode_steps": statistics.mean(line["decode_steps"] == 0 for line in drafted),
+        "without_decode_steps": statistics.mean(line["decode_steps"] == 0 for line in timings),
     }
 
 
@@ -232,7 +232,7 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each stage's milliseconds for single images, milliseconds an image in batches, and what of a run no graph runs in."""
     from vessel_rt import session
     from vessel_rt.bundle import Bundle
-    from vessel_rt.folder import InferOptions, infer
+    from vessel_rt.folder import infer
     from vessel_rt.image import read_image
     from vessel_rt.session import Device
 
@@ -266,8 +266,9 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
             batches[str(batch)] = round((time.perf_counter() - began) / sum(map(len, groups)) * 1e3, 2)
     running.clear()
     with tempfile.TemporaryDirectory() as out:
-        options = InferOptions((str(arguments.frames),), Path(out), (_QUESTION,), device=Device.parse(arguments.device))
-        summary = infer(Bundle.load(arguments.bundle), options)
+        summary = infer(
+            Bundle.load(arguments.bundle), infer_options(arguments.frames, Path(out), _QUESTION, Device.parse(arguments.device))
+        )
     outside = _idle(running, summary.streams)
     stages = {stage: _percentiles([result.ms[stage] for result in results]) for stage in _STAGES}
     return {

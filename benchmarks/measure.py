@@ -15,7 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Usage", "machine", "process_field", "publish", "run"]
+from vessel_rt.folder import InferOptions
+from vessel_rt.frames import Naming
+from vessel_rt.privacy import StudyCodes
+from vessel_rt.session import Device
+from vessel_rt.worker import WorkOptions
+
+__all__ = ["Usage", "infer_options", "machine", "process_field", "publish", "run"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -71,6 +77,11 @@ def process_field(pid: int, file: str, name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name)), 0)
+
+
+def infer_options(frames: Path, output: Path, question: str, device: Device, *, draft: bool = True) -> InferOptions:
+    """For a run of `vessel_rt.folder.infer` in this process; the key of its study codes is no secret."""
+    return InferOptions((str(frames),), output, Naming(StudyCodes(b"benchmark")), WorkOptions((question,), draft=draft), devices=(device,))
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.measure import publish
 from vessel_rt.errors import VesselError
-from vessel_rt.folder import find_images
+from vessel_rt.image import SUFFIXES
 
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
 _SIDE = 512  # pixels: a square is one tile, whatever its side
@@ -141,7 +141,7 @@ class _Runs:
 def _one_tile_frames(source: Path, folder: Path) -> Iterator[Path]:
     """The images of `source` as squares in `folder`."""
     folder.mkdir()
-    for path in find_images([str(source)]):
+    for path in sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES):
         frame = folder / f"{path.stem}.png"
         with Image.open(path) as image:
             image.convert("RGB").resize((_SIDE, _SIDE)).save(frame)

@@ -3,38 +3,66 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import vessel_rt
 from vessel_rt.errors import VesselError
 
 if TYPE_CHECKING:
     from vessel_rt.bundle import Bundle
+    from vessel_rt.folder import Summary
+    from vessel_rt.frames import Naming
     from vessel_rt.session import Device
 
 __all__ = ["main"]
 
+T = TypeVar("T")
+
 _ENGINES = Path("engines")
 
 _EXAMPLES = """examples:
-  vessel-rt infer frames/                                 every image of a folder, to out/<bundle>
-  vessel-rt infer a.png b.png 'more/*.jpg' -o results     files and globs
-  vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
-  vessel-rt evaluate out/demo --gt frames/annotations.json
+  vessel-rt infer frames/                                 every image of a folder, to out/<bundle>; again: what is left of it
+  vessel-rt infer a.png cine.dcm 'more/*.jpg' -o results  files and globs, DICOM among them
+  vessel-rt evaluate results --gt frames/annotations.json
+  vessel-rt report results
   vessel-rt devices --bundle engines/iter_12192-fp16      where that bundle could run, and what is missing elsewhere
-  vessel-rt plan --recipe engines/rtx3090.toml            the GPU memory that it will take
+  vessel-rt COMMAND --help                                every option, and more examples
+"""
+
+_INFER = """examples:
+  vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
+  vessel-rt infer cine.dcm --frames 10:60:5               frames 10, 15, ... 55 of each cine; the first is 0
+  vessel-rt infer frames/ --devices 0,1,2,3               four GPUs; cpu:2 is two processes on the CPU
+  vessel-rt infer frames/ --num-parts 4 --part-id 0       the first of four hosts; then: vessel-rt merge part0 part1 part2 part3 -o all
+  vessel-rt infer frames/ --pseudonymize --json | tail -1 study codes for names, and a line for programs
+
+A run that was stopped goes on where it was when the same command is given again. Exit codes: 0 done, 1 bad input or frames that failed,
+2 bad usage, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+_EVALUATE = """examples:
+  vessel-rt evaluate out/demo --gt frames/annotations.json
+  vessel-rt evaluate out/demo --gt masks/                 a folder of drawn masks: <stem>.png, <stem>_gt.png or <stem>_mask.png
+"""
+
+_CHECK_DATA = """examples:
+  vessel-rt check-data annotations.json --images frames/
+  vessel-rt check-data annotations.json --images frames/ --fix sound.json
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `vessel-rt`; returns the exit code: 0 done, 1 bad input (nothing was begun, or some images failed), 130 interrupted.
+    """Run `vessel-rt`; returns the exit code: 0 done, 1 bad input (nothing was begun, or some images failed), 130 or 143 interrupted.
 
-    Bad usage leaves by argparse's SystemExit(2).
+    Bad usage leaves by argparse's SystemExit(2). A bug shows its traceback, without the names of images.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would wait, spinning, on cores that the graphs need
     arguments = _parser().parse_args(argv)
@@ -42,10 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except VesselError as e:
         print(f"vessel-rt: error: {e}", file=sys.stderr)
+        if arguments.run is _infer and arguments.json:
+            print(json.dumps({"error": str(e), "exit_code": 1}))
         return 1
     except KeyboardInterrupt:
-        print("vessel-rt: interrupted; the results that were written are kept", file=sys.stderr)
+        print("vessel-rt: interrupted; what was done before is kept", file=sys.stderr)
         return 130
+    except Exception:
+        from vessel_rt.privacy import conceal
+
+        print(conceal(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,39 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vessel-rt {vessel_rt.__version__}")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, metavar="SHELL", help="a script that completes commands: bash, zsh, tcsh"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    infer = commands.add_parser("infer", help="segment images: masks, overlays, results.jsonl and run.json")
-    infer.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders or globs (JPG, PNG, TIFF, BMP)")
-    infer.add_argument("-o", "--output", type=Path, metavar="DIR", help="where results go (default: out/<bundle name>)")
-    infer.add_argument("--bundle", type=Path, metavar="DIR", help="what to run (default: $VESSEL_BUNDLE, else the newest under ./engines)")
-    infer.add_argument(
-        "--prompt",
-        action="append",
-        metavar="TEXT",
-        help="the question; again for another, of every image (default: the bundle's, 'Please segment vessel in this image.')",
-    )
-    infer.add_argument("--num-images", type=_positive, metavar="N", help="only the first N images")
-    infer.add_argument(
-        "--device",
-        type=_device,
-        default="auto",
-        metavar="DEVICE",
-        help="auto, cpu, cuda, rtx or tensorrt, or cuda:N for a GPU's number N (default: auto; see vessel-rt devices)",
-    )
-    infer.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads of all streams together (default: all cores)")
-    infer.add_argument("--streams", type=_positive, metavar="N", help="batches in work at one time (default: up to 4 on a CPU, 1 on a GPU)")
-    infer.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: 1 on a CPU, what fits on a GPU)")
-    infer.add_argument(
-        "--no-draft", action="store_true", help="decode token by token, as training's own code does; the answers are the same"
-    )
-    infer.add_argument("--overwrite", action="store_true", help="replace an earlier run's results in DIR; other files there are kept")
-    infer.set_defaults(run=_infer)
-
-    evaluate = commands.add_parser("evaluate", help="compare a run's masks with drawn ones: the mean Dice of each concept")
-    evaluate.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
-    evaluate.add_argument("--gt", type=Path, required=True, metavar="JSON", help="annotations in Sa2VA's fine-tuning format")
-    evaluate.set_defaults(run=_evaluate)
+    _add_infer(commands)
+    _add_results_commands(commands)
 
     devices = commands.add_parser("devices", help="list every kind of device: usable here, or what it lacks")
     devices.add_argument("--bundle", type=Path, metavar="DIR", help="also look whether this bundle runs there: its engines, for rtx")
@@ -105,39 +113,210 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _PrintCompletion(argparse.Action):
+    """Prints a completion script and ends."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        import shtab
+
+        if values not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"no completion for {values!r}: take one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def _add_infer(commands: Any) -> None:
+    infer = commands.add_parser(
+        "infer",
+        help="segment images: masks, overlays, results.jsonl, report.html",
+        epilog=_INFER,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    infer.set_defaults(run=_infer, usage_error=infer.error)
+    infer.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders or globs (JPG, PNG, TIFF, BMP, DICOM)")
+    infer.add_argument("-o", "--output", type=Path, metavar="DIR", help="where results go (default: out/<bundle name>)")
+    infer.add_argument("--bundle", type=Path, metavar="DIR", help="what to run (default: $VESSEL_BUNDLE, else the newest under ./engines)")
+    infer.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="the question; again for another, of every image (default: the bundle's, 'Please segment vessel in this image.')",
+    )
+    infer.add_argument("--overwrite", action="store_true", help="start anew: replace an earlier run's results in DIR; other files are kept")
+    infer.add_argument("--fail-fast", action="store_true", help="stop at the first image that fails")
+
+    which = infer.add_argument_group("which frames")
+    which.add_argument("--frames", type=_frames, default=slice(None), metavar="A:B:STEP", help="of each multi-frame DICOM, as in Python")
+    which.add_argument("--num-images", type=_positive, metavar="N", help="only the first N frames")
+    which.add_argument("--num-parts", type=_positive, default=1, metavar="K", help="deal the files out to K runs (see vessel-rt merge)")
+    which.add_argument("--part-id", type=_natural, metavar="I", help="which of them this run takes, from 0")
+
+    where = infer.add_argument_group("where it runs")
+    devices = where.add_mutually_exclusive_group()
+    devices.add_argument(
+        "--device",
+        type=_device,
+        metavar="DEVICE",
+        help="auto, cpu, cuda, rtx or tensorrt, or cuda:N for a GPU's number N (default: auto; see vessel-rt devices)",
+    )
+    devices.add_argument("--devices", type=_several_devices, metavar="LIST", help="a process for each: 0,1,2,3 or cuda:0,cuda:1 or cpu:2")
+    where.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS", help="on a Ray cluster, one GPU an actor (no ADDRESS: one on this host)"
+    )
+    where.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads of all streams together (default: all cores)")
+    where.add_argument("--streams", type=_positive, metavar="N", help="batches in work at one time (default: up to 4 on a CPU, 1 on a GPU)")
+    where.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: 1 on a CPU, what fits on a GPU)")
+    where.add_argument(
+        "--no-draft", action="store_true", help="decode token by token, as training's own code does; the answers are the same"
+    )
+
+    told = infer.add_argument_group("what is said, and of whom")
+    _add_naming(told)
+    told.add_argument("--pseudonymize", action="store_true", help="call the output files by study codes, too")
+    told.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    told.add_argument("-v", "--verbose", action="store_true", help="a line for each frame")
+    told.add_argument("--json", action="store_true", help="a summary for programs, as the last line")
+
+
+def _add_naming(group: Any) -> None:
+    group.add_argument("--show-names", action="store_true", help="show the names of files, where study codes stand otherwise")
+    group.add_argument(
+        "--key", type=Path, metavar="FILE", help="the key of study codes (default: $VESSEL_KEY, else in ~/.config/vessel-rt)"
+    )
+
+
+def _add_results_commands(commands: Any) -> None:
+    """What is done with results, and with drawn masks."""
+    raw = argparse.RawDescriptionHelpFormatter
+    evaluate = commands.add_parser(
+        "evaluate", help="compare a run's masks with drawn ones: Dice, IoU, clDice, HD95 ...", epilog=_EVALUATE, formatter_class=raw
+    )
+    evaluate.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
+    evaluate.add_argument(
+        "--gt", type=Path, required=True, metavar="PATH", help="annotations in Sa2VA's fine-tuning format, or a folder of masks"
+    )
+    _add_naming(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    check = commands.add_parser("check-data", help="find what is wrong with annotations", epilog=_CHECK_DATA, formatter_class=raw)
+    check.add_argument("annotations", type=Path, metavar="JSON", help="in Sa2VA's fine-tuning format")
+    check.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of the images that it names")
+    check.add_argument("--fix", type=Path, metavar="JSON", help="write what is sound there, and what was dropped beside it")
+    check.add_argument("--json", action="store_true", help="for programs")
+    _add_naming(check)
+    check.set_defaults(run=_check_data)
+
+    report = commands.add_parser("report", help="make report.html anew, with what evaluate found")
+    report.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
+    report.set_defaults(run=_report)
+
+    merge = commands.add_parser("merge", help="put the parts of a run together")
+    merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="output folders of runs with --num-parts and --part-id")
+    merge.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder")
+    merge.set_defaults(run=_merge)
+
+
 def _infer(arguments: argparse.Namespace) -> int:
     from vessel_rt.folder import InferOptions, infer  # here, so that --help does not wait for the libraries
+    from vessel_rt.frames import Selection
+    from vessel_rt.session import Device
+    from vessel_rt.worker import WorkOptions
 
+    if (arguments.part_id is None) != (arguments.num_parts == 1) or (arguments.part_id or 0) >= arguments.num_parts:
+        arguments.usage_error("--part-id and --num-parts go together: 0 and 2 for the first of two")
     warnings.filterwarnings("ignore", module="PIL")  # what matters in a file raises; the rest would tear the progress bar
-    bundle = _find_bundle(arguments.bundle)
+    bundle = _find_bundle(arguments.bundle, arguments.quiet)
+    output = arguments.output or Path("out") / bundle.folder.resolve().name
     options = InferOptions(
         inputs=tuple(arguments.inputs),
-        output=arguments.output or Path("out") / bundle.folder.resolve().name,
-        questions=tuple(dict.fromkeys(arguments.prompt or [bundle.prompt.default_question])),
-        num_images=arguments.num_images,
-        device=arguments.device,
-        threads=arguments.threads,
-        streams=arguments.streams,
-        batch=arguments.batch,
-        draft=not arguments.no_draft,
+        output=output,
+        naming=_naming(arguments, output, arguments.pseudonymize),
+        work=WorkOptions(
+            questions=tuple(dict.fromkeys(arguments.prompt or [bundle.prompt.default_question])),
+            threads=arguments.threads,
+            streams=arguments.streams,
+            batch=arguments.batch,
+            draft=not arguments.no_draft,
+        ),
+        selection=Selection(arguments.frames, arguments.num_images, arguments.num_parts, arguments.part_id or 0),
+        devices=arguments.devices or (arguments.device or Device("auto"),),
+        ray=arguments.ray,
         overwrite=arguments.overwrite,
+        fail_fast=arguments.fail_fast,
+        quiet=arguments.quiet,
+        verbose=arguments.verbose,
     )
     summary = infer(bundle, options)
-    print(f"images: {summary.images}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
-    print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
-    print(f"results: {options.output}")
-    return 1 if summary.failed else 0
+    code = 128 + summary.stopped if summary.stopped else 1 if summary.failed or summary.images < summary.total else 0
+    if not arguments.quiet:
+        _print_summary(summary, output)
+    if summary.images < summary.total:
+        print(
+            f"vessel-rt: stopped; {summary.images} of {summary.total} frames are done. The same command goes on from there.",
+            file=sys.stderr,
+        )
+    if arguments.json:
+        print(json.dumps(_summary_json(summary, output, code)))
+    return code
+
+
+def _print_summary(summary: Summary, output: Path) -> None:
+    kept = f", {summary.kept} of them done before" if summary.kept else ""
+    print(f"images: {summary.images}{kept}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
+    if summary.images > summary.kept:
+        print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
+    print(f"results: {output}")
+
+
+def _summary_json(summary: Summary, output: Path, code: int) -> dict[str, Any]:
+    found = dataclasses.asdict(summary) | {"stopped": summary.stopped.name if summary.stopped else None}
+    return {"output": str(output), **found, "exit_code": code}
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from vessel_rt.evaluate import evaluate
+    from vessel_rt.report import write_report
 
-    scores = evaluate(arguments.output, arguments.gt)
-    several = len({score.question for score in scores}) > 1
-    for score in scores:
-        asked = f", asked {score.question!r}" if several else ""
-        print(f"mean Dice {score.concept}: {score.mean:.3f} over {len(score.dice)} images{asked}")
+    naming = _naming(arguments, arguments.output)
+    evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names)
+    write_report(arguments.output)
+    print(evaluation.table())
     return 0
+
+
+def _check_data(arguments: argparse.Namespace) -> int:
+    from vessel_rt.check_data import check_data, write_fixed
+
+    checked = check_data(arguments.annotations, arguments.images, _naming(arguments))
+    print(checked.to_json() if arguments.json else checked.table())
+    if arguments.fix:
+        dropped = write_fixed(checked, arguments.fix)
+        print(f"vessel-rt: {len(checked.sound)} items in {arguments.fix}, what was dropped in {dropped}", file=sys.stderr)
+    return 1 if checked.faults else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from vessel_rt.report import write_report
+
+    print(f"report: {write_report(arguments.output)}")
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from vessel_rt.merge import merge
+
+    print(f"images: {merge(arguments.parts, arguments.output)}")
+    print(f"results: {arguments.output}")
+    return 0
+
+
+def _naming(arguments: argparse.Namespace, output: Path | None = None, pseudonymize: bool = False) -> Naming:
+    from vessel_rt.frames import Naming
+    from vessel_rt.privacy import StudyCodes
+
+    return Naming(StudyCodes.load(arguments.key, outside=output), arguments.show_names, pseudonymize)
 
 
 def _devices(arguments: argparse.Namespace) -> int:
@@ -169,7 +348,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _find_bundle(folder: Path | None) -> Bundle:
+def _find_bundle(folder: Path | None, quiet: bool = False) -> Bundle:
     """The bundle to run: the one asked for, else $VESSEL_BUNDLE's, else the newest complete one under ./engines; named unless asked for."""
     from vessel_rt.bundle import BUNDLE_FILE, Bundle
 
@@ -182,13 +361,20 @@ def _find_bundle(folder: Path | None) -> Bundle:
         if not complete:
             raise VesselError(f"no bundle: name one with --bundle or VESSEL_BUNDLE; none is in ./{_ENGINES} (`make export` puts one there)")
         found = max(complete, key=lambda path: path.stat().st_mtime).parent
-    print(f"bundle {found}", file=sys.stderr)
+    if not quiet:
+        print(f"bundle {found}", file=sys.stderr)
     return Bundle.load(found)
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
     return int(text)
 
 
@@ -206,7 +392,23 @@ def _gibibytes(text: str) -> int:
 def _device(text: str) -> Device:
     from vessel_rt.session import Device
 
+    return _parsed(Device.parse, text)
+
+
+def _several_devices(text: str) -> tuple[Device, ...]:
+    from vessel_rt.session import Device
+
+    return _parsed(Device.parse_several, text)
+
+
+def _frames(text: str) -> slice:
+    from vessel_rt.dicom import parse_frames
+
+    return _parsed(parse_frames, text)
+
+
+def _parsed(parse: Callable[[str], T], text: str) -> T:
     try:
-        return Device.parse(text)
+        return parse(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from e

@@ -4,9 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,9 @@ from tests.conftest import ROOT
 from tests.runtime.conftest import make_frame
 from vessel_rt.bundle import BUNDLE_FILE, SCHEMA, Bundle
 from vessel_rt.cli import main
+from vessel_rt.privacy import StudyCodes
+
+TOLD = ("run.json", "timings.jsonl", "report.html")  # of the run, not of the frames
 
 
 def infer(*arguments: str | Path) -> int:
@@ -42,7 +42,15 @@ def test_the_newest_complete_bundle_is_taken_and_named(engines: Path, frames: Pa
     assert "images: 3, failed: 0, masks: 3" in out
     assert "images/s" in out
     assert out.splitlines()[-1] == "results: out/new"
-    assert {path.name for path in Path("out/new").iterdir()} == {"masks", "overlays", "results.jsonl", "run.json"}
+    assert {path.name for path in Path("out/new").iterdir()} == {
+        "masks",
+        "overlays",
+        "previews",
+        "report.html",
+        "results.jsonl",
+        "run.json",
+        "timings.jsonl",
+    }
 
 
 def test_the_environment_names_a_bundle_and_the_option_goes_before_it(
@@ -69,7 +77,9 @@ def test_failed_images_make_the_exit_code_1(engines: Path, frames: Path, capsys:
     assert infer(frames) == 1
     out, err = capsys.readouterr()
     assert "images: 4, failed: 1, masks: 3" in out
-    assert f"vessel-rt: error: {frames / 'b_empty.jpg'}: an empty file" in err
+    assert f"vessel-rt: error: frame 3 of 4 ({StudyCodes.load().code('b_empty')}): an empty file" in err
+    assert infer(frames, "--show-names", "--overwrite") == 1
+    assert f"vessel-rt: error: {frames / 'b_empty.jpg'}: an empty file" in capsys.readouterr().err
 
 
 def test_user_errors_are_one_line(engines: Path, frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,6 +113,14 @@ def test_user_errors_are_one_line(engines: Path, frames: Path, tmp_path: Path, c
         ["infer", "x", "--device", "tpu"],
         ["infer", "x", "--num-images", "0"],
         ["infer", "x", "--threads", "-1"],
+        ["infer", "x", "--devices", "cpu,0"],
+        ["infer", "x", "--devices", "0,0"],
+        ["infer", "x", "--device", "cpu", "--devices", "cpu:2"],
+        ["infer", "x", "--frames", "1:2:0"],
+        ["infer", "x", "--num-parts", "2"],
+        ["infer", "x", "--num-parts", "2", "--part-id", "2"],
+        ["infer", "x", "--part-id", "0"],
+        ["--print-completion", "cmd.exe"],
         ["plan", "--memory", "none"],
         ["fly"],
     ],
@@ -122,6 +140,60 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert f"vessel-rt {vessel_rt.__version__}" in out
     assert "examples:" in out
+
+
+@pytest.mark.parametrize("command", ["infer", "evaluate", "check-data", "report", "merge", "devices", "plan"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: vessel-rt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", shell])
+    assert caught.value.code == 0
+    assert "vessel-rt" in capsys.readouterr().out
+
+
+def test_json_is_the_last_line(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer(frames, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["output"], found["images"], found["kept"], found["exit_code"], found["stopped"]) == ("out/new", 3, 0, 0, None)
+    assert infer(frames, "--json", "-q") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["kept"] == 3
+    assert err == ""
+    assert infer("none", "--json") == 1
+    assert json.loads(capsys.readouterr().out) == {"error": "input 1 of 1: no such file or folder", "exit_code": 1}
+
+
+def test_parts_of_a_run_merge_into_what_one_run_leaves(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("0", "1"):
+        assert infer(frames, "-o", f"part{part}", "--num-parts", "2", "--part-id", part) == 0
+    assert infer(frames, "-o", "whole") == 0
+    assert main(["merge", "part1", "part0", "-o", "merged"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "results: merged"
+    whole = {path.relative_to("whole"): path.read_bytes() for path in Path("whole").rglob("*.*") if path.name not in TOLD}
+    assert whole == {path.relative_to("merged"): path.read_bytes() for path in Path("merged").rglob("*.*") if path.name not in TOLD}
+    assert json.loads(Path("merged/run.json").read_text())["counts"]["images"] == 3
+
+
+def test_a_bug_shows_its_traceback_without_names(
+    engines: Path, frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: Path) -> None:
+        raise RuntimeError(f"no way with {path}")
+
+    (frames / "a.jpg").rename(frames / "Study-4711.jpg")
+    monkeypatch.setattr("vessel_rt.worker.input_sha256", broken)
+    assert infer(frames) == 1
+    out, err = capsys.readouterr()
+    assert "Traceback" in err
+    assert "no way with" in err
+    assert "4711" not in out + err
 
 
 def test_evaluate_prints_the_mean_dice_last(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,28 +235,3 @@ def test_plan_prints_and_refuses_what_does_not_fit(fp16_bundle: Path, tmp_path: 
     recipe.write_text(re.sub(r"capacity = \d+", "capacity = 5120", text))
     assert main([*plan, "--recipe", str(recipe)]) == 1
     assert "language_model.capacity is 5120, the bundle's is 4096" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="interrupts by POSIX signal")
-def test_an_interrupt_leaves_nothing_half_written(standin: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "frames").mkdir()
-    for number in range(300):
-        make_frame(seed=number).save(tmp_path / "frames" / f"{number:03}.bmp")
-    program = (
-        f"import sys; from vessel_rt.cli import main; sys.exit(main(['infer', 'frames', '-o', 'out', '--bundle', {str(standin.folder)!r}]))"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        partial = tmp_path / "out" / "results.jsonl.partial"
-        until = time.monotonic() + 60
-        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < until:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    finished = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert 0 < len(finished) < 300
-    assert not (tmp_path / "out" / "run.json").exists()
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".partial"))]
-    for line in finished:
-        assert (tmp_path / "out" / line["masks"][0]["file"]).exists()
