@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.measure import infer_options, publish
+from benchmarks.measure import infer_options, publish, square_frames
 from vessel_rt.results import TIMINGS_FILE, iter_lines
 
 T = TypeVar("T")
@@ -142,13 +142,9 @@ def _least_iou(theirs: Path, ours: Path) -> float:
 @contextmanager
 def _frames(source: Path, side: int, count: int) -> Iterator[Path]:
     """A folder of `count` frames of `side` x `side` pixels, made of those in `source`."""
-    originals = sorted(path for path in source.iterdir() if path.suffix in (".png", ".jpg"))
     with tempfile.TemporaryDirectory() as folder:
         frames = Path(folder) / f"{side}x{side}"
-        frames.mkdir()
-        for i in range(count):
-            with Image.open(originals[i % len(originals)]) as image:
-                image.convert("RGB").resize((side, side)).save(frames / f"study-{i:04}.png")
+        square_frames(source, frames, side, count)
         yield frames
 
 

@@ -15,13 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from tqdm import tqdm
+
 from vessel_rt.folder import InferOptions
 from vessel_rt.frames import Naming
+from vessel_rt.image import SUFFIXES
 from vessel_rt.privacy import StudyCodes
 from vessel_rt.session import Device
 from vessel_rt.worker import WorkOptions
 
-__all__ = ["Usage", "infer_options", "machine", "process_field", "publish", "run"]
+__all__ = ["Usage", "infer_options", "machine", "process_field", "publish", "run", "square_frames"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,6 +86,16 @@ def process_field(pid: int, file: str, name: str) -> int:
 def infer_options(frames: Path, output: Path, question: str, device: Device, *, draft: bool = True) -> InferOptions:
     """For a run of `vessel_rt.folder.infer` in this process; the key of its study codes is no secret."""
     return InferOptions((str(frames),), output, Naming(StudyCodes(b"benchmark")), WorkOptions((question,), draft=draft), devices=(device,))
+
+
+def square_frames(source: Path, folder: Path, side: int, count: int) -> None:
+    """Make `folder` with `count` frames of `side` x `side` pixels of those in `source`, turned by a degree a round: no two alike."""
+    originals = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+    folder.mkdir()
+    for number in tqdm(range(count), desc="making frames", disable=None, delay=2, leave=False):
+        with Image.open(originals[number % len(originals)]) as image:
+            frame = image.convert("RGB").resize((side, side)).rotate(number // len(originals), Image.Resampling.BILINEAR)
+        frame.save(folder / f"study-{number + 1:04}.png", compress_level=1)
 
 
 def machine() -> dict[str, Any]:

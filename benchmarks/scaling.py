@@ -16,18 +16,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from benchmarks.measure import publish
+from benchmarks.measure import publish, square_frames
 from vessel_rt.errors import VesselError
-from vessel_rt.image import SUFFIXES
 
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
 _SIDE = 512  # pixels: a square is one tile, whatever its side
+_FRAMES = 14  # different ones; folders have links to them
 _CROSSED = 100  # images of the folder on which threads and batches are varied
 _MEMORY_BOUND = 1.05  # peak memory of the largest folder over that of the crossed one
 
@@ -94,7 +91,8 @@ class _Runs:
 
     def __init__(self, bundle: Path, frames: Path, folder: Path) -> None:
         self._bundle, self._folder = bundle, folder
-        self._frames = list(_one_tile_frames(frames, folder / "frames"))
+        square_frames(frames, folder / "frames", _SIDE, _FRAMES)
+        self._frames = sorted((folder / "frames").iterdir())
         self._rows: list[_Row] = []
         self.setting: dict[str, Any] = {}
 
@@ -136,16 +134,6 @@ class _Runs:
             for number in range(images):
                 os.link(self._frames[number % len(self._frames)], folder / f"study-{number + 1:04}.png")
         return folder
-
-
-def _one_tile_frames(source: Path, folder: Path) -> Iterator[Path]:
-    """The images of `source` as squares in `folder`."""
-    folder.mkdir()
-    for path in sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES):
-        frame = folder / f"{path.stem}.png"
-        with Image.open(path) as image:
-            image.convert("RGB").resize((_SIDE, _SIDE)).save(frame)
-        yield frame
 
 
 if __name__ == "__main__":

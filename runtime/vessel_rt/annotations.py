@@ -105,7 +105,7 @@ class _MaskFolder:
         return drawn
 
 
-_ADVICE = "vessel-rt check-data finds what is wrong, and --fix keeps what is sound"
+_ADVICE = "vessel-rt check-data shows what is wrong, and its --fix writes a copy of what is sound"
 
 
 def objects_of(item: Any) -> list[tuple[str, list[Any]]]:

@@ -124,10 +124,9 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._lock, writing(self.folder / RESULTS_FILE):
             self._remove_leftovers()
-            entries = sorted(self.entries(), key=lambda entry: self._frames[entry.name].index)
             for file, lines in ((RESULTS_FILE, "lines"), (TIMINGS_FILE, "timings")):
                 with replacing(self.folder / file) as temporary, temporary.open("wb", buffering=0) as target:
-                    for entry in entries:
+                    for entry in self._in_order():
                         for line in getattr(entry, lines):
                             _write_whole(target, self._in_place(line, entry.name))
             (self.folder / JOURNAL_FILE).unlink()
@@ -144,12 +143,16 @@ class Record:
                 raise
         self._done.add(entry.name)
 
-    def entries(self) -> Iterator[Entry]:
-        """What is done so far, in the order in which it was."""
+    def _in_order(self) -> Iterator[Entry]:
+        """What is done, in the order of the inputs; one at a time, since masks take memory."""
         with (self.folder / JOURNAL_FILE).open("rb") as journal:
-            next(journal)
+            places, at = [], len(journal.readline())
             for text in journal:
-                yield Entry(**json.loads(text))
+                places.append((self._frames[json.loads(text)["name"]].index, at))
+                at += len(text)
+            for _, at in sorted(places):
+                journal.seek(at)
+                yield Entry(**json.loads(journal.readline()))
 
     def _in_place(self, line: dict[str, Any], name: str) -> dict[str, Any]:
         """A line with what inputs and key say today: there may be more files than when it was made."""

@@ -147,7 +147,7 @@ def test_samples(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(VesselError, match=r"^image 1 of 1: not a JPG"):
         read_samples([tmp_path])
-    with pytest.raises(VesselError, match="^image 1 of 1: no such file"):
+    with pytest.raises(VesselError, match=r"^image 1 of 1: no such file"):
         read_samples([tmp_path / "absent.png"])
     Image.new("LA", (5, 7)).save(tmp_path / "gray.png")
     (sample,) = read_samples([tmp_path / "gray.png"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +72,23 @@ def tiny_frames(tiny: Tiny) -> list[Path]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    place = tmp_path / "small_disk"
+    with _mounted(tmp_path / "small_disk", "size=1m") as place:
+        yield place
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A file system that nobody, not even root, can write to."""
+    with _mounted(tmp_path / "read_only", "ro,size=1m") as place:
+        yield place
+
+
+@contextmanager
+def _mounted(place: Path, how: str) -> Iterator[Path]:
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False)
-    if mounted.returncode:
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", place], capture_output=True).returncode:
         pytest.skip("a file system of its own may not be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)

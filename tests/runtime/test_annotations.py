@@ -87,5 +87,5 @@ def test_folders_that_are_not_taken(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_in_the_form_is_for_check_data(tmp_path: Path, items: Any) -> None:
-    with pytest.raises(VesselError, match="vessel-rt check-data finds what is wrong"):
+    with pytest.raises(VesselError, match="vessel-rt check-data shows what is wrong"):
         read_truth(written(tmp_path / "a.json", items))

@@ -105,6 +105,39 @@ def test_user_errors_are_one_line(engines: Path, frames: Path, tmp_path: Path, c
         assert message in line
 
 
+@pytest.mark.parametrize("devices", ["--devices=cpu:1", "--devices=cpu:2"])
+def test_a_folder_that_cannot_be_written_to(
+    engines: Path, frames: Path, read_only: Path, devices: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output in (read_only, read_only / "out"):
+        assert main(["infer", str(frames), "-o", str(output), "-q", devices]) == 1
+        assert capsys.readouterr().err == f"vessel-rt: error: {output}: cannot be written (Read-only file system)\n"
+
+
+@pytest.mark.parametrize("devices", ["--devices=cpu:1", "--devices=cpu:2"])
+def test_a_disk_that_fills_up_keeps_what_is_done(
+    engines: Path, tmp_path: Path, small_disk: Path, devices: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        make_frame(seed=number).resize((200, 140)).save(tmp_path / "in" / f"{number:02}.png")
+    run = ["infer", str(tmp_path / "in"), "-o", str(small_disk / "out"), "-q", devices]
+    assert main(run) == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"vessel-rt: error: {small_disk / 'out'}")
+    assert line.endswith("cannot be written (No space left on device)")
+    files = {path.relative_to(small_disk / "out").as_posix() for path in (small_disk / "out").rglob("*.*")}
+    listed = {file for text in _journal(small_disk / "out") for entry in json.loads(text)["lines"] for file in entry["files"]}
+    assert files - {"journal.jsonl"} == listed
+    shutil.copytree(small_disk / "out", tmp_path / "out")
+    assert main([*run[:3], str(tmp_path / "out"), devices]) == 0
+    assert f"images: 60, {len(listed) // 3} of them done before, failed: 0" in capfd.readouterr().out
+
+
+def _journal(output: Path) -> list[str]:
+    return (output / "journal.jsonl").read_text().splitlines()[1:]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
