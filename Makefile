@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup demo export which synth-8b export-8b build-8b bench test lint
+.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test lint
 
 setup: .venv/ready
 
@@ -18,6 +18,11 @@ setup: .venv/ready
 	$(BIN)/pip install -q -e '.[cpu,export,dicom,ray,dev]'
 	SAM2_BUILD_CUDA=0 $(BIN)/pip install -q --no-deps --no-build-isolation sam2==1.1.0
 	touch $@
+
+# For the tests that use report.html as a person would; without it they are skipped. Debian's Chromium: root installs it.
+browser:
+	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
+	npm install --silent --no-fund --no-audit --prefix .venv/browser 'playwright-core@^1.50'
 
 demo: setup
 	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe engines/cpu.toml --out engines/tiny-fp32 --overwrite
@@ -48,6 +53,7 @@ bench: | setup engines/tiny-fp32 engines/tiny-fp16
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.resume
 	$(BIN)/python -m benchmarks.floor
 	$(BIN)/python -m benchmarks.report
 

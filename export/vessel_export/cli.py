@@ -14,6 +14,7 @@ from vessel_export.engines import add_arguments as add_build_arguments
 from vessel_export.engines import build_after_export
 from vessel_export.ranges import add_arguments as add_ranges_arguments
 from vessel_export.verify import add_arguments as add_verify_arguments
+from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
 from vessel_rt.recipe import PRECISIONS
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vessel-export {vessel_rt.__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     export = commands.add_parser("export", help="merge the checkpoint into its base model and write a bundle")

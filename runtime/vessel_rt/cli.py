@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import vessel_rt
+from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vessel-rt {vessel_rt.__version__}")
-    parser.add_argument(
-        "--print-completion", action=_PrintCompletion, metavar="SHELL", help="a script that completes commands: bash, zsh, tcsh"
-    )
+    add_completion(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_infer(commands)
     _add_results_commands(commands)
@@ -111,20 +110,6 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
     return parser
-
-
-class _PrintCompletion(argparse.Action):
-    """Prints a completion script and ends."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        import shtab
-
-        if values not in shtab.SUPPORTED_SHELLS:
-            parser.error(f"no completion for {values!r}: take one of {', '.join(shtab.SUPPORTED_SHELLS)}")
-        print(shtab.complete(parser, values))
-        parser.exit()
 
 
 def _add_infer(commands: Any) -> None:
@@ -267,6 +252,10 @@ def _print_summary(summary: Summary, output: Path) -> None:
     print(f"images: {summary.images}{kept}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
     if summary.images > summary.kept:
         print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
+    if summary.images == summary.total:
+        from vessel_rt.results import REPORT_FILE
+
+        print(f"report: {output / REPORT_FILE}")
     print(f"results: {output}")
 
 

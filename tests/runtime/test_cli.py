@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -184,11 +185,31 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("program", ["vessel-rt", "vessel-export"])
+def test_completion(shell: str, program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from vessel_export.cli import main as export_main
+
     with pytest.raises(SystemExit) as caught:
-        main(["--print-completion", shell])
+        (main if program == "vessel-rt" else export_main)(["--print-completion", shell])
     assert caught.value.code == 0
-    assert "vessel-rt" in capsys.readouterr().out
+    assert program in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
+def test_bash_completes_commands_options_and_paths(frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    for words, wanted in (
+        (["inf"], "infer"),
+        (["infer", "--dev"], "--devices"),
+        (["infer", f"{frames}/"], f"{frames}/a.jpg"),
+        (["infer", "--bundle", f"{frames}/b"], f"{frames}/b.png"),
+    ):
+        typed = f"COMP_WORDS=(vessel-rt {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_vessel_rt"
+        asked = f"{script}\n{typed}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+        done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+        assert wanted in done.stdout.splitlines(), words
 
 
 def test_json_is_the_last_line(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:

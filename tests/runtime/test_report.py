@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.runtime.conftest import CODES, make_frame
 from tests.runtime.test_folder import lines, options
 from vessel_rt import report
@@ -215,17 +216,17 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     chromium, node = shutil.which("chromium"), shutil.which("node")
     if not (chromium and node):
         pytest.skip("chromium or node is not installed")
-    playwright = os.environ.get("PLAYWRIGHT_CORE") or _node(node, "-p", "require.resolve('playwright-core')")
-    if not playwright:
-        pytest.skip("playwright-core is not installed; PLAYWRIGHT_CORE may name its folder")
+    playwright = Path(os.environ.get("PLAYWRIGHT_CORE") or ROOT / ".venv" / "browser" / "node_modules" / "playwright-core")
+    if not playwright.is_dir():
+        pytest.skip("playwright-core is not installed: make browser, or let PLAYWRIGHT_CORE name its folder")
     script = str(Path(__file__).with_name("report_page.mjs"))
-    return lambda path: json.loads(_node(node, script, str(path), chromium, playwright, check=True))
+    return lambda path: json.loads(_node(node, script, str(path), chromium, str(playwright)))
 
 
-def _node(node: str, *arguments: str, check: bool = False) -> str:
+def _node(node: str, *arguments: str) -> str:
     done = subprocess.run([node, *arguments], capture_output=True, text=True, check=False)
-    assert not (check and done.returncode), done.stderr
-    return done.stdout.strip() if done.returncode == 0 else ""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_page_works_in_a_browser(judged: Path, browse: Callable[[Path], Any]) -> None:
