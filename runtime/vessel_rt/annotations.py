@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.frames import stem_of
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.privacy import StudyCodes
 from vessel_rt.results import decode_rle, read_json
 
-__all__ = ["GroundTruth", "concept_of", "concepts_in", "objects_of", "rasterized", "read_truth"]
+__all__ = ["GroundTruth", "concept_of", "concepts_in", "is_coordinate", "objects_of", "rasterized", "read_truth"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -48,9 +49,13 @@ class _Annotations:
         if not isinstance(items, list):
             raise VesselError(f"{path}: not a list of annotated images; {_ADVICE}")
         self._drawn: dict[str, dict[str, list[Any]]] = {}
+        images: dict[str, str] = {}
         for number, item in enumerate(items):
             try:
-                drawn = self._drawn.setdefault(Path(item["image"]).stem, {})
+                stem = stem_of(Path(item["image"]))
+                if images.setdefault(stem, item["image"]) != item["image"]:
+                    raise VesselError(f"{path}: item {number} is of another image of the same stem; frames are found by their stems")
+                drawn = self._drawn.setdefault(stem, {})
                 for concept, polygons in objects_of(item):
                     drawn.setdefault(concept, []).extend(polygons)
             except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -105,6 +110,7 @@ class _MaskFolder:
         return drawn
 
 
+_FARTHEST = 1_000_000  # pixels from the origin: beyond, pycocotools overflows, and ends the process
 _ADVICE = "vessel-rt check-data shows what is wrong, and its --fix writes a copy of what is sound"
 
 
@@ -126,16 +132,23 @@ def concepts_in(question: str, concepts: Collection[str]) -> list[str]:
     return list(dict.fromkeys(re.findall("|".join(map(re.escape, longest_first)), question.lower()))) if longest_first else []
 
 
+def is_coordinate(value: Any) -> bool:
+    """Whether `value` is a number that a polygon may have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST  # NaN is not
+
+
 def rasterized(polygons: Sequence[Sequence[float]], height: int, width: int) -> Mask:
     """The union [height, width] of polygons `[x0, y0, x1, y1, ...]` in pixels, filled as Sa2VA's training fills them: by pycocotools.
 
-    Raises ValueError for what is not a polygon.
+    Raises ValueError for what is not a polygon, or out of all proportion.
     """
     from pycocotools import mask as coco
 
     if not polygons:
         return np.zeros((height, width), np.bool_)
     try:
+        if not all(is_coordinate(value) for polygon in polygons for value in polygon):
+            raise ValueError("a coordinate is no finite number of pixels")
         return decode_rle(coco.merge(coco.frPyObjects([list(polygon) for polygon in polygons], height, width)))
     except Exception as e:  # the library raises plain Exception
         raise ValueError("not a polygon") from e

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vessel_rt.annotations import concept_of, rasterized
+from vessel_rt.annotations import concept_of, is_coordinate, rasterized
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Naming
 from vessel_rt.image import SUFFIXES, read_image
@@ -31,7 +30,8 @@ _EXAMPLES = 5
 # What each kind means, and what --fix does about it.
 KINDS = {
     "form": "not an annotated image (image: a name, mask: a list, text: a list): dropped",
-    "duplicate image": "a further item of an image: kept if it says something else, dropped if not",
+    "duplicate image": "an item that says what earlier ones said of its image: dropped",
+    "image named twice": "a further item of an image, with other objects: kept",
     "missing image": "no such file among the images: dropped",
     "unreadable image": "the image cannot be read: dropped",
     "more masks than texts": "nothing tells which mask is whose: dropped, but kept where all texts are one concept",
@@ -39,14 +39,14 @@ KINDS = {
     "no mask": "nothing is drawn: dropped",
     "empty text": "an object of no concept: the object is dropped",
     "empty polygon": "fewer than three points: the polygon is dropped",
-    "coordinates": "an odd number of coordinates, or one that is not a finite number: the polygon is dropped",
+    "coordinates": "not a list of pairs of finite numbers, of up to a million pixels: the polygon is dropped",
     "outside the image": "no pixel of the polygon is in the image: the polygon is dropped",
     "partly outside the image": "kept as it is: training cuts it off at the border, too",
     "no area": "the polygon covers no pixel: dropped",
-    "duplicate object": "the same concept and polygons again: dropped",
+    "duplicate object": "the same concept and polygons again, of one image: dropped",
     "without annotation": "an image of the folder that no item names: nothing to fix",
 }
-_NOTES = frozenset({"partly outside the image", "without annotation"})  # said, but no mismatch
+_NOTES = frozenset({"image named twice", "partly outside the image", "without annotation"})  # said, but no mismatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def write_fixed(checked: Checked, path: Path) -> Path:
     said = [dataclasses.asdict(problem) | {"done": KINDS[problem.kind]} for problem in checked.problems]
     for file, content in ((dropped, said), (path, list(checked.sound))):
         with writing(file), replacing(file) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
     return dropped
 
 
@@ -136,7 +136,7 @@ class _Check:
         self.problems: list[Problem] = []
         self.named: set[str] = set()
         self._sizes: dict[str, tuple[int, int] | ImageError] = {}
-        self._seen: set[str] = set()
+        self._seen: dict[str, set[str]] = defaultdict(set)
 
     def note(self, kind: str, place: str, found: str) -> None:
         self.problems.append(Problem(kind, place, found))
@@ -148,21 +148,32 @@ class _Check:
             self.note("form", f"item {number}", fault)
             return None
         name, place = item["image"], _shown(f"item {number}", item["image"], self._naming)
-        if name in self.named:
-            self.note("duplicate image", place, "an earlier item is of this image, too")
+        again = name in self.named
         self.named.add(name)
         size = self._size(name)
         if isinstance(size, ImageError):
             self.note("missing image" if str(size) == "no such file" else "unreadable image", place, str(size))
             return None
-        pairs = self._pairs(item, place)
-        objects = [whole for pair in pairs if (whole := self._object(*pair, size, place)) is not None]
+        found: list[tuple[int, list[Any], str]] = []
+        for number, polygons, text in self._pairs(item, place):
+            if (whole := self._object(number, polygons, text, size, place)) is not None:
+                found.append((number, *whole))
+        if again and found:
+            said = all(_key(polygons, text) in self._seen[name] for _, polygons, text in found)
+            self.note("duplicate image" if said else "image named twice", place, "an earlier item is of this image, too")
+            if said:
+                return None
+        objects = [(polygons, text) for number, polygons, text in found if self._is_new(name, number, polygons, text, place)]
         sound: dict[str, Any] = item | {"mask": [polygons for polygons, _ in objects], "text": [text for _, text in objects]}
-        key = json.dumps(sound, sort_keys=True)
-        if not objects or key in self._seen:
-            return None
-        self._seen.add(key)
-        return sound
+        return sound if objects else None
+
+    def _is_new(self, name: str, number: int, polygons: list[Any], text: str, place: str) -> bool:
+        key = _key(polygons, text)
+        if key in self._seen[name]:
+            self.note("duplicate object", f"{place}, object {number}", "drawn before in this image")
+            return False
+        self._seen[name].add(key)
+        return True
 
     def _size(self, name: str) -> tuple[int, int] | ImageError:
         if name not in self._sizes:
@@ -185,19 +196,16 @@ class _Check:
             if len({concept_of(text) for text in texts}) != 1:
                 return
             texts = [texts[0]] * len(masks)
-        seen: set[str] = set()
         for number, (polygons, text) in enumerate(zip(masks, texts, strict=True)):
-            key = json.dumps([concept_of(text), polygons])
-            if key in seen:
-                self.note("duplicate object", f"{place}, object {number}", "drawn before in this item")
-                continue
-            seen.add(key)
             yield number, polygons, text
 
-    def _object(self, number: int, polygons: list[Any], text: str, size: tuple[int, int], place: str) -> tuple[list[Any], str] | None:
+    def _object(self, number: int, polygons: Any, text: str, size: tuple[int, int], place: str) -> tuple[list[Any], str] | None:
         where = f"{place}, object {number}"
         if not concept_of(text).strip():
             self.note("empty text", where, repr(text))
+            return None
+        if not isinstance(polygons, list):
+            self.note("coordinates", where, f"a {type(polygons).__name__}")
             return None
         if not polygons:
             self.note("empty polygon", where, "no polygon")
@@ -209,6 +217,11 @@ class _Check:
             if kind in (None, *_NOTES):
                 sound.append(polygon)
         return (sound, text) if sound else None
+
+
+def _key(polygons: Any, text: str) -> str:
+    """The same for objects that are the same."""
+    return json.dumps([concept_of(text), polygons])
 
 
 def _form_fault(item: Any) -> str | None:
@@ -224,8 +237,6 @@ def _form_fault(item: Any) -> str | None:
         return "'image' is not the name of a file in a folder"
     if not all(isinstance(text, str) for text in item["text"]):
         return "a text is not text"
-    if not all(isinstance(polygons, list) for polygons in item["mask"]):
-        return "a mask is not a list of polygons"
     return None
 
 
@@ -233,8 +244,8 @@ def _polygon_fault(polygon: Any, size: tuple[int, int]) -> tuple[str | None, str
     """The kind of what is wrong with a polygon, if anything is, and what was found."""
     if not isinstance(polygon, list):
         return "coordinates", f"a {type(polygon).__name__}"
-    if any(isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in polygon):
-        return "coordinates", "not all are finite numbers"
+    if not all(map(is_coordinate, polygon)):
+        return "coordinates", "not all are finite numbers of up to a million pixels"
     if len(polygon) % 2:
         return "coordinates", f"{len(polygon)} of them"
     if len(polygon) < 6:

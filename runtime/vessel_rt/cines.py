@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from vessel_rt.frames import cine_of
-from vessel_rt.outputs import CINES, replacing, writing
-from vessel_rt.results import read_results
+from vessel_rt.outputs import CINES, numbered, replacing, writing
+from vessel_rt.results import RESULTS_FILE, iter_lines
 
 __all__ = ["write_cines"]
 
@@ -23,30 +24,31 @@ def write_cines(output: Path) -> None:
     pages would not be its frames. Raises VesselError.
     """
     cines: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for line in read_results(output):
+    for line in iter_lines(output / RESULTS_FILE):
         if line["frame"] is not None:
             cines[cine_of(line["name"], line["frame"])][line["frame"]].append(line)
+    taken = {cine.casefold() for cine in cines}
     for cine, frames in cines.items():
         whole = [lines for _, lines in sorted(frames.items())]
         if all(line["status"] == "ok" for lines in whole for line in lines):
-            _write_cine(output, cine, whole)
+            _write_cine(output, numbered(cine, taken), whole)
 
 
-def _write_cine(output: Path, cine: str, frames: Sequence[Sequence[dict[str, Any]]]) -> None:
+def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Sequence[dict[str, Any]]]) -> None:
     """`frames` have a line for each question."""
     most = [max(len(lines[question]["masks"]) for lines in frames) for question in range(len(frames[0]))]
     places = [(question, mask) for question, count in enumerate(most) for mask in range(count)]
-    for number, (question, mask) in enumerate(places):
+    for question, mask in places:
         with writing(f"{output}: the TIFF of a cine"):
             (output / CINES).mkdir(exist_ok=True)
-            with replacing(output / CINES / f"{cine}{f'_{number}' if number else ''}.tif") as temporary:
-                pages = _pages(output, frames, question, mask)
-                first = next(pages)
-                first.save(temporary, format="TIFF", save_all=True, append_images=pages, compression="tiff_adobe_deflate")
+            with replacing(output / CINES / f"{next(names)}.tif") as temporary, AppendingTiffWriter(temporary, new=True) as tiff:
+                for page in _pages(output, frames, question, mask):  # one at a time: save(save_all=True) would hold all of them
+                    page.save(tiff, format="TIFF", compression="tiff_adobe_deflate")
+                    tiff.newFrame()
 
 
 def _pages(output: Path, frames: Sequence[Sequence[dict[str, Any]]], question: int, mask: int) -> Iterator[Image.Image]:
-    """One at a time: 0 and 255, as in masks/."""
+    """0 and 255, as in masks/."""
     for lines in frames:
         line = lines[question]
         if mask < len(line["masks"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -66,13 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Bad usage leaves by argparse's SystemExit(2). A bug shows its traceback, without the names of images.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would wait, spinning, on cores that the graphs need
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: a name need not be Unicode
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # here, where a reader that is gone is dealt with
+        return code
     except VesselError as e:
         print(f"vessel-rt: error: {e}", file=sys.stderr)
         if arguments.run is _infer and arguments.json:
             print(json.dumps({"error": str(e), "exit_code": 1}))
+        return 1
+    except BrokenPipeError:  # whoever read has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        from vessel_rt.privacy import conceal
+
+        print(f"vessel-rt: error: {conceal(str(e.filename or 'a file'))}: {e.strerror or type(e).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vessel-rt: interrupted; what was done before is kept", file=sys.stderr)
@@ -133,7 +146,9 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument("--fail-fast", action="store_true", help="stop at the first image that fails")
 
     which = infer.add_argument_group("which frames")
-    which.add_argument("--frames", type=_frames, default=slice(None), metavar="A:B:STEP", help="of each multi-frame DICOM, as in Python")
+    which.add_argument(
+        "--frames", type=_frames, default=slice(None), metavar="A:B:STEP", help="of each cine, as in Python: 10:60:5, 0, --frames=-20:"
+    )
     which.add_argument("--num-images", type=_positive, metavar="N", help="only the first N frames")
     which.add_argument("--num-parts", type=_positive, default=1, metavar="K", help="deal the files out to K runs (see vessel-rt merge)")
     which.add_argument("--part-id", type=_natural, metavar="I", help="which of them this run takes, from 0")
@@ -209,7 +224,7 @@ def _infer(arguments: argparse.Namespace) -> int:
     from vessel_rt.session import Device
     from vessel_rt.worker import WorkOptions
 
-    if (arguments.part_id is None) != (arguments.num_parts == 1) or (arguments.part_id or 0) >= arguments.num_parts:
+    if (arguments.num_parts > 1 and arguments.part_id is None) or (arguments.part_id or 0) >= arguments.num_parts:
         arguments.usage_error("--part-id and --num-parts go together: 0 and 2 for the first of two")
     warnings.filterwarnings("ignore", module="PIL")  # what matters in a file raises; the rest would tear the progress bar
     bundle = _find_bundle(arguments.bundle, arguments.quiet)

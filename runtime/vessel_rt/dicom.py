@@ -37,10 +37,12 @@ _LIBRARIES = ("pydicom", "pylibjpeg", "libjpeg", "openjpeg")
 
 
 def is_dicom(path: Path) -> bool:
-    """By its suffix; a file without one, as archives name them, by its magic. A DICOMDIR is a table of contents, not an image."""
+    """By its suffix; a file without one, as archives name them, by its magic: `I0000012`, or `XA.1.2.840.5`, of which the last number is
+    no suffix. A DICOMDIR is a table of contents, not an image.
+    """
     if path.suffix.lower() in DICOM_SUFFIXES:
         return True
-    if path.suffix or path.name.upper() == "DICOMDIR":
+    if (path.suffix and not path.suffix[1:].isdecimal()) or path.name.upper() == "DICOMDIR":
         return False
     try:
         with path.open("rb") as file:
@@ -50,14 +52,15 @@ def is_dicom(path: Path) -> bool:
 
 
 def frame_count(path: Path) -> int | None:
-    """How many frames a multi-frame file has; None for a single picture. Reads the header only.
+    """How many frames a multi-frame file has; None for a single picture, and for a file that claims more than it can hold, which
+    `read_dicom` tells of. Reads the header only.
 
     Raises:
         ImageError: not a DICOM file.
         VesselError: pydicom is not installed.
     """
     count = _frames(_parsed(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"]))
-    return count if count > 1 else None
+    return count if 1 < count < path.stat().st_size else None
 
 
 def read_dicom(path: Path, number: int | None) -> Image.Image:
@@ -85,7 +88,7 @@ def read_dicom(path: Path, number: int | None) -> Image.Image:
 def parse_frames(text: str) -> slice:
     """`10:60:5`, `10`, `::2`, `-20:` as Python's slices; ValueError says what would do."""
     match = re.fullmatch(r"(-?\d+)?(?:(:)(-?\d+)?(?::(-?\d+)?)?)?", text)
-    if not match or not text or match[4] in ("0", "-0"):
+    if not match or not text or (match[4] and int(match[4]) == 0):
         raise ValueError(f"{text!r} does not choose frames: take START:END:STEP as in Python, such as 10:60:5, 10, or ::2")
     start, stop, step = (None if part is None else int(part) for part in match.group(1, 3, 4))
     if match[2]:
@@ -117,7 +120,7 @@ def _frames(dataset: Any) -> int:
     """How many frames the file says it has; one, where it does not say."""
     try:
         return int(dataset.get("NumberOfFrames") or 1)
-    except (TypeError, ValueError):
+    except Exception:
         raise ImageError("its number of frames is not a number") from None
 
 
@@ -193,7 +196,7 @@ def _check_codestream(dataset: Any, number: int, frames: int) -> None:
     """Refuse a damaged frame of the JPEG family that libjpeg would make up, without a word, or take all memory for."""
     offsets = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths) if "ExtendedOffsetTable" in dataset else None
     code: bytes = _pydicom().encaps.get_frame(dataset.PixelData, number, number_of_frames=frames, extended_offsets=offsets)
-    if not code.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
+    if b"\xff\xd9" not in code:  # compressed data cannot have it but at their end; what some devices pad that with may be anything
         raise ImageError("cut short: the compressed data of this frame have no end")
     if _coded_size(code) != (dataset.Rows, dataset.Columns):
         raise ImageError("damaged: the compressed data of this frame are of another size than the header says")
@@ -213,14 +216,22 @@ def _coded_size(code: bytes) -> tuple[int, int]:
 
 def _as_bytes(pixels: npt.NDArray[Any], dataset: Any, number: int) -> npt.NDArray[np.uint8]:
     """Stored values as 8 bits; [rows, columns] or [rows, columns, 3 or 4]."""
-    kind = dataset.PhotometricInterpretation
+    kind, little_endian = dataset.PhotometricInterpretation, dataset.file_meta.TransferSyntaxUID.is_little_endian
     if kind == "PALETTE COLOR":
-        coloured = _pydicom().pixels.apply_color_lut(pixels, dataset)
-        return _scaled(coloured, 0, 2 ** (8 * coloured.itemsize) - 1)
+        return _coloured(pixels, dataset, little_endian)
     if kind not in _GRAY:
         return _scaled(pixels, 0, 2**dataset.BitsStored - 1)
-    gray = _gray(pixels, _rules(dataset, number), dataset.file_meta.TransferSyntaxUID.is_little_endian)
+    gray = _gray(pixels, _rules(dataset, number), little_endian)
     return np.uint8(255) - gray if kind == "MONOCHROME1" else gray
+
+
+def _coloured(values: npt.NDArray[Any], dataset: Any, little_endian: bool) -> npt.NDArray[np.uint8]:
+    """Through a palette; one in segments by pydicom."""
+    if "RedPaletteColorLookupTableData" not in dataset:
+        coloured = _pydicom().pixels.apply_color_lut(values, dataset)
+        return _scaled(coloured, 0, 2 ** (8 * coloured.itemsize) - 1)
+    planes = [_looked_up(values, dataset, little_endian, f"{colour}PaletteColorLookupTable") for colour in ("Red", "Green", "Blue")]
+    return np.stack([_scaled(plane, *ends.tolist()) for plane, ends in planes], axis=-1)
 
 
 def _gray(values: npt.NDArray[Any], rules: Any, little_endian: bool) -> npt.NDArray[np.uint8]:
@@ -239,14 +250,14 @@ def _gray(values: npt.NDArray[Any], rules: Any, little_endian: bool) -> npt.NDAr
     return _scaled(values, *ends.tolist())
 
 
-def _looked_up(values: npt.NDArray[Any], lut: Any, little_endian: bool) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Values through a modality or VOI LUT (PS3.3 C.11.1.1, C.11.2.1.1), and the ends of what it can give.
+def _looked_up(values: npt.NDArray[Any], lut: Any, little_endian: bool, name: str = "LUT") -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Values through a modality or VOI LUT (PS3.3 C.11.1.1, C.11.2.1.1) or a colour of a palette (C.7.6.3.1.5), and the ends of what
+    it can give.
 
-    Not by pydicom 3.0: it fails at a modality LUT of 12 bits, and takes the index into a VOI LUT of 8 bits modulo 256.
+    Not by pydicom 3.0: it fails at a modality LUT of 12 bits, and takes the index into a VOI LUT or palette of 8 bits modulo 256.
     """
-    count, first, bits = lut.LUTDescriptor
-    data = np.frombuffer(lut.LUTData, "<u2" if little_endian else ">u2") if isinstance(lut.LUTData, bytes) else np.asarray(lut.LUTData)
-    table = data.astype("<u2")
+    (count, first, bits), data = lut[f"{name}Descriptor"].value, lut[f"{name}Data"].value
+    table = (np.frombuffer(data, "<u2" if little_endian else ">u2") if isinstance(data, bytes) else np.asarray(data)).astype("<u2")
     count = count or 2**16
     if bits == 8 and len(table) < count:  # two entries a word
         table = table.view(np.uint8)

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vessel_rt.masks import run_lengths
 from vessel_rt.metrics import METRICS, bootstrap_interval
 from vessel_rt.outputs import replacing, writing
 from vessel_rt.privacy import StudyCodes
-from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, decode_rle, read_results
+from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, decode_rle, read_results
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
@@ -66,13 +67,14 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All comparisons and scores; `failed` images have no answer, `without_truth` nothing drawn."""
+    """All comparisons and scores; `failed` images have no answer, `without_truth` nothing drawn; `stopped`: the run is not finished."""
 
     truth: str
     comparisons: tuple[Comparison, ...]
     scores: tuple[Score, ...]
     failed: int
     without_truth: int
+    stopped: bool
 
     def table(self) -> str:
         """For a terminal; the last lines tell the mean Dice of each concept."""
@@ -83,6 +85,8 @@ class Evaluation:
             lines.append(f"{score.concept}, {score.images} images{asked}")
             lines += [self._row(score, name) for name in METRICS]
         lines.append(f"images that failed: {self.failed}, without a drawn mask: {self.without_truth}; they are not counted")
+        if self.stopped:
+            lines.append("the run was stopped before its end: these are the images that it had done")
         for score in self.scores:
             asked = f", asked {score.question!r}" if several else ""
             lines.append(f"mean Dice {score.concept}: {score.mean['dice']:.3f} over {score.images} images{asked}")
@@ -115,6 +119,8 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         raise VesselError(f"{output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
+    for question in questions:
+        _check_concepts(truth, question, drawn.concepts(question), [line for line in good if line["question"] == question])
     if not comparisons:
         raise VesselError(f"{truth}: has no drawn mask for any image of {output}; images are found by their files' names")
     groups: dict[tuple[str, str], list[Comparison]] = {}
@@ -122,7 +128,8 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         groups.setdefault((comparison.question, comparison.concept), []).append(comparison)
     compared = {comparison.index for comparison in comparisons}
     evaluation = Evaluation(
-        truth=truth.name,
+        truth=truth.name if show_names else "a folder of masks" if truth.is_dir() else "annotations",
+        stopped=not (output / RUN_FILE).exists(),
         comparisons=comparisons,
         scores=tuple(_score(question, concept, group) for (question, concept), group in groups.items()),
         failed=len({line["index"] for line in lines if line["status"] != "ok"}),
@@ -130,6 +137,18 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     )
     _write(evaluation, output, show_names)
     return evaluation
+
+
+def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], lines: Sequence[dict[str, Any]]) -> None:
+    """Refuse annotations that lack a concept of the question: nothing would tell which mask of an answer is of which."""
+    if None in concepts or not lines:
+        return
+    usual = statistics.median_high([len(line["masks"]) for line in lines])
+    if concepts and usual > len(concepts):
+        raise VesselError(
+            f"{truth}: of what {question!r} asks for it has only {', '.join(map(repr, concepts))}, but answers have {usual} masks: which "
+            "is whose cannot be told; ask for one at a time, or compare with a folder of masks"
+        )
 
 
 def _comparisons(lines: Sequence[dict[str, Any]], drawn: GroundTruth) -> Iterator[Comparison]:
@@ -179,7 +198,7 @@ def _write(evaluation: Evaluation, output: Path, show_names: bool) -> None:
     }
     for name, text in texts.items():
         with writing(output / name), replacing(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", newline="")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def _metrics_rows(comparisons: Sequence[Comparison], show_names: bool) -> Iterator[list[Any]]:

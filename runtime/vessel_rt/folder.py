@@ -30,7 +30,7 @@ from vessel_rt.outputs import Entry, replacing, writing
 from vessel_rt.ray_workers import RayWorkers
 from vessel_rt.record import Record
 from vessel_rt.report import write_report
-from vessel_rt.results import REPORT_FILE, RUN_FILE
+from vessel_rt.results import REPORT_FILE, RUN_FILE, read_run
 from vessel_rt.session import Device, onnxruntime
 from vessel_rt.worker import Worker, WorkOptions, cores
 from vessel_rt.workers import Job, Workers
@@ -143,23 +143,23 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
         VesselError: nothing could be begun (inputs, output folder, question, device, bundle), or a result could not be written.
     """
     began, started, stop = time.perf_counter(), datetime.datetime.now(datetime.UTC), Stop()
-    frames, total = find_frames(options.inputs, options.naming, options.selection)
+    frames, names = find_frames(options.inputs, options.naming, options.selection)
     if not frames:
         raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
     record = Record(options.output, frames, options.overwrite)
-    devices = [choose_device(bundle, device) for device in options.devices]
+    devices = [_choose(bundle, device, options.ray) for device in options.devices]
     settings = _settings(bundle, options, devices[0].kind)
     left = record.resume(settings)
-    summary = Summary(total=len(frames), in_all_parts=total)
+    summary = Summary(total=len(frames), in_all_parts=len(names))
     for entry in record.kept:
         summary.count(entry)
     summary.kept = summary.images
-    if not left and all((options.output / name).exists() for name in (RUN_FILE, REPORT_FILE)):
+    if not left and _is_finished(options):
         return summary
     say = _Console(options)
     if left:
-        jobs = [Job(bundle.folder, device, _share(options.work, devices), options.output, [frame.name for frame in frames], total, settings,
-                    options.naming.show_names) for device in devices]  # fmt: skip
+        work, shown = _share(options.work, devices), options.naming.show_names
+        jobs = [Job(bundle.folder, device, work, options.output, names, settings, shown) for device in devices]
         with _workers(jobs, options.ray, stop, say) as workers:
             _announce(options, devices, bundle)
             summary.load_seconds = time.perf_counter() - began
@@ -174,6 +174,21 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
     if summary.images == summary.total:
         _finish(bundle, options, devices, started, summary)
     return summary
+
+
+def _choose(bundle: Bundle, device: Device, ray: str | None) -> Device:
+    """What is used here; of GPUs elsewhere, in a cluster, only the kind is known."""
+    if ray and device.kind == "gpu":
+        raise VesselError("--ray gives an actor to each GPU of the cluster; name their kind with --device cuda or rtx, not their numbers")
+    return Device(device.kind) if ray and device.kind not in ("auto", "cpu") else choose_device(bundle, device)
+
+
+def _is_finished(options: InferOptions) -> bool:
+    """Whether what tells of all results together is there, and calls frames as this run would."""
+    if not all((options.output / name).exists() for name in (RUN_FILE, REPORT_FILE)):
+        return False
+    told, naming = read_run(options.output).get("options", {}), options.naming
+    return (told.get("show_names"), told.get("key")) == (naming.show_names, naming.codes.key_id)
 
 
 def _run(
@@ -246,7 +261,7 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
         "kind": kind,
         "questions": options.work.questions,
         "draft": options.work.draft,
-        "pseudonymize": options.naming.pseudonymize,
+        "pseudonymize": options.naming.codes.key_id if options.naming.pseudonymize else None,
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
@@ -271,7 +286,7 @@ def _finish(bundle: Bundle, options: InferOptions, devices: Sequence[Device], st
     write_cines(options.output)
     with writing(options.output / RUN_FILE), replacing(options.output / RUN_FILE) as temporary:
         report = _report(bundle, options, devices, started, summary)
-        temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
     write_report(options.output)
 
 
@@ -304,6 +319,7 @@ def _report(
             "part_id": selection.part,
             "pseudonymize": naming.pseudonymize,
             "show_names": naming.show_names,
+            "key": naming.codes.key_id,
         },
         "counts": {
             "in_all_parts": summary.in_all_parts,

@@ -16,7 +16,7 @@ from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.privacy import StudyCodes, remember
 
-__all__ = ["Frame", "Naming", "Selection", "cine_of", "find_frames", "frame_suffix", "input_sha256", "read_frame"]
+__all__ = ["Frame", "Naming", "Selection", "cine_of", "find_frames", "frame_suffix", "input_sha256", "read_frame", "stem_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Frame:
     shown: str
 
 
-def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | None = None) -> tuple[list[Frame], int]:
-    """The frames that `inputs` name, each once, in order; and how many there are in all parts together.
+def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | None = None) -> tuple[list[Frame], list[str]]:
+    """The frames that `inputs` name, each once, in order; and the names of those of all parts together.
 
     A file is taken as it is; of a folder (not of those in it) and of a glob, sorted, what has the suffix of an image, or is DICOM, and is
     not hidden. Parts are of whole files, dealt out in turn.
@@ -78,7 +78,7 @@ def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | No
     frames = [_frame(path, number, index, len(places), naming) for index, (path, number) in enumerate(places)]
     _check_distinct(frames)
     order = {path: place for place, path in enumerate(dict.fromkeys(path for path, _ in places))}
-    return [frame for frame in frames if order[frame.path] % selection.parts == selection.part], len(places)
+    return [frame for frame in frames if order[frame.path] % selection.parts == selection.part], [frame.name for frame in frames]
 
 
 def read_frame(frame: Frame) -> Image.Image:
@@ -95,6 +95,11 @@ def input_sha256(path: Path) -> str:
         raise ImageError("no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})") from e
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without its suffix; all of `XA.1.2.840.5`, of which the last number is none."""
+    return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
 def frame_suffix(number: int | None) -> str:
     """What a name has for a frame of a multi-frame file."""
     return "" if number is None else f"_frame_{number:06}"
@@ -108,7 +113,7 @@ def cine_of(name: str, number: int) -> str:
 def _remember(inputs: Sequence[str], naming: Naming) -> None:
     if not naming.show_names:
         for text in inputs:
-            remember(text, naming.codes.code(Path(text).stem))
+            remember(text, naming.codes.code(stem_of(Path(text))))
 
 
 def _images_of(text: str, shown: str) -> list[Path]:
@@ -143,7 +148,7 @@ def _places(files: Sequence[Path], chosen: slice) -> Iterator[tuple[Path, int | 
 
 
 def _frame(path: Path, number: int | None, index: int, total: int, naming: Naming) -> Frame:
-    suffix, stem = frame_suffix(number), path.stem
+    suffix, stem = frame_suffix(number), stem_of(path)
     code = naming.codes.code(stem) + suffix
     if not naming.show_names:
         remember(path, code)

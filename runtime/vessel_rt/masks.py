@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bounding_box", "run_lengths", "upsample"]
+__all__ = ["bounding_box", "eroded", "run_lengths", "upsample"]
 
 
 def upsample(logits: npt.NDArray[np.float32], middle: int, width: int, height: int) -> npt.NDArray[np.float32]:
@@ -51,6 +51,12 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> list[int] | None:
     if not len(columns):
         return None
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def eroded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The mask without its outermost pixels: those with one of four neighbours outside, or beyond the image's border."""
+    padded = np.pad(mask, 1)
+    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
 def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:

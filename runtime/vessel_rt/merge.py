@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from vessel_rt.cines import write_cines
 from vessel_rt.errors import VesselError
-from vessel_rt.outputs import replacing, writing
+from vessel_rt.outputs import is_result_file, replacing, writing
 from vessel_rt.report import write_report
-from vessel_rt.results import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, json_lines, read_results, read_run
+from vessel_rt.results import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, read_results, read_run, read_timings
 
 __all__ = ["merge"]
 
@@ -28,8 +28,8 @@ def merge(parts: Sequence[Path], output: Path) -> int:
     runs = [read_run(part) for part in parts]
     try:
         total = _check_parts(parts, runs)
-        lines = _in_order(parts, RESULTS_FILE, total)
-        timings = _in_order(parts, TIMINGS_FILE, total)
+        lines = _in_order(parts, read_results, total)
+        timings = _in_order(parts, read_timings, total)
     except (KeyError, TypeError, ValueError) as e:
         raise VesselError(f"{parts[0]} or another part: not written by this version of vessel-rt ({type(e).__name__}: {e})") from e
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -41,7 +41,7 @@ def merge(parts: Sequence[Path], output: Path) -> int:
                 temporary.write_text("".join(json.dumps(line) + "\n" for _, line in ordered), encoding="utf-8")
         write_cines(output)
         with replacing(output / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(_merged(runs), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(_merged(runs), indent=1) + "\n", encoding="ascii")
     write_report(output)
     return total
 
@@ -51,6 +51,8 @@ def _check_parts(parts: Sequence[Path], runs: Sequence[dict[str, Any]]) -> int:
     found: dict[int, Path] = {}
     for part, run in zip(parts, runs, strict=True):
         options = run["options"]
+        if options["key"] != runs[0]["options"]["key"]:
+            raise VesselError(f"{part}: its study codes were made with another key than those of {parts[0]}; run it again with that --key")
         if options["num_parts"] != len(parts):
             raise VesselError(f"{part}: one of {options['num_parts']} parts; {len(parts)} were given")
         other = found.setdefault(options["part_id"], part)
@@ -59,9 +61,9 @@ def _check_parts(parts: Sequence[Path], runs: Sequence[dict[str, Any]]) -> int:
     return int(runs[0]["counts"]["in_all_parts"])
 
 
-def _in_order(parts: Sequence[Path], name: str, total: int) -> list[tuple[Path, dict[str, Any]]]:
+def _in_order(parts: Sequence[Path], read: Callable[[Path], list[dict[str, Any]]], total: int) -> list[tuple[Path, dict[str, Any]]]:
     """The lines of all parts, each with its folder, as one run would have them."""
-    found = [(part, line) for part in parts for line in _lines(part, name)]
+    found = [(part, line) for part in parts for line in read(part)]
     if len({line["settings"] for _, line in found if "settings" in line}) > 1:
         raise VesselError(f"{parts[0]}: another bundle, device, question or version made the other parts; run them alike")
     found.sort(key=lambda item: item[1]["index"])
@@ -70,20 +72,15 @@ def _in_order(parts: Sequence[Path], name: str, total: int) -> list[tuple[Path, 
     return found
 
 
-def _lines(part: Path, name: str) -> list[dict[str, Any]]:
-    if name == RESULTS_FILE:
-        return read_results(part)
-    try:
-        return json_lines((part / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise VesselError(f"{part / name}: cannot be read ({type(e).__name__})") from e
-
-
 def _copy_files(lines: Sequence[tuple[Path, dict[str, Any]]], output: Path) -> None:
-    files = {file: (part, sha256, line["code"]) for part, line in lines for file, sha256 in line["files"].items()}
+    files: dict[str, tuple[Path, str, str]] = {}
+    for part, line in lines:
+        for file, sha256 in line["files"].items():
+            if files.setdefault(file, (part, sha256, line["code"])) != (part, sha256, line["code"]):
+                raise VesselError(f"{part}: a file of {line['code']} is called as one of {files[file][2]}; give all parts the same inputs")
     for file, (part, sha256, code) in tqdm(files.items(), desc="merging", unit="file", disable=None, delay=2, leave=False):
-        folder, _, name = file.partition("/")
-        if folder not in ("masks", "overlays", "previews") or Path(name).name != name:
+        folder = file.partition("/")[0]
+        if not is_result_file(file):
             raise VesselError(f"{part / RESULTS_FILE}: lists a file that is not among results")
         try:
             content = (part / file).read_bytes()

@@ -12,6 +12,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vessel_rt.masks import eroded
+
 __all__ = ["METRICS", "bootstrap_interval", "cldice", "dice", "hd95", "iou", "sensitivity", "skeletonize", "specificity"]
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -61,7 +63,7 @@ def hd95(predicted: Mask, truth: Mask) -> float:
     """
     if not (predicted.any() and truth.any()):
         return float("nan") if predicted.any() or truth.any() else 0.0
-    one, other = _outline(predicted), _outline(truth)
+    one, other = predicted & ~eroded(predicted), truth & ~eroded(truth)
     return float(max(np.percentile(_distances(one, other), 95), np.percentile(_distances(other, one), 95)))
 
 
@@ -127,11 +129,6 @@ def _removable() -> tuple[Mask, Mask]:
 def _share(inside: Mask, of: Mask) -> float:
     total = int(of.sum())
     return int((inside & of).sum()) / total if total else float("nan")
-
-
-def _outline(mask: Mask) -> Mask:
-    padded = np.pad(mask, 1)
-    return mask & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
 
 
 def _distances(points: Mask, others: Mask) -> npt.NDArray[np.float64]:

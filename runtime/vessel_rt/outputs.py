@@ -5,11 +5,14 @@ Each file is whole or absent: it is written under a temporary name beside it and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import itertools
 import os
+import re
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +23,29 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vessel_rt.errors import VesselError
+from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Frame
-from vessel_rt.masks import bounding_box, run_lengths
+from vessel_rt.masks import bounding_box, eroded, run_lengths
 from vessel_rt.segmenter import Mask, Result
 
-__all__ = ["CINES", "MASKS", "OVERLAYS", "PREVIEWS", "Entry", "FrameWriter", "draw_overlay", "failure", "replacing", "writing"]
+__all__ = [
+    "CINES",
+    "MASKS",
+    "OVERLAYS",
+    "PREVIEWS",
+    "Entry",
+    "FrameWriter",
+    "draw_overlay",
+    "failure",
+    "is_result_file",
+    "numbered",
+    "replacing",
+    "writing",
+]
 
 MASKS, OVERLAYS, PREVIEWS, CINES = "masks", "overlays", "previews", "cines"
 
+_FILE = re.compile(rf"({MASKS}|{OVERLAYS}|{PREVIEWS})/[^/\\]+")
 _PREVIEW_SIDE = 512  # pixels: of the longer side, at most
 # Distinct from each other and from gray, for the eyes of most colour-blind people too.
 _COLOURS = ((255, 82, 82), (64, 196, 255), (255, 214, 64), (105, 240, 174), (224, 130, 255), (255, 158, 64))
@@ -56,7 +73,7 @@ class FrameWriter:
 
     Args:
         folder: with masks/, overlays/ and previews/ in it.
-        names: of all frames of the run.
+        names: of all frames of the run, those of other parts, too.
         settings: what a line says of the settings that it was made with.
     """
 
@@ -64,8 +81,13 @@ class FrameWriter:
         self._folder, self._names, self._settings = folder, frozenset(name.casefold() for name in names), settings
 
     def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result]) -> Entry:
-        """Write one frame's files, whose input has this hash; if that is cut short, none of them stays. Raises VesselError."""
-        names = iter(self._mask_names(frame.name, sum(len(result.masks) for result in results)))
+        """Write one frame's files, whose input has this hash; if that is cut short, none of them stays.
+
+        Raises:
+            ImageError: the frame's name is too long for the names of its results.
+            VesselError: a file cannot be written.
+        """
+        names = (f"{MASKS}/{name}.png" for name in numbered(frame.name, self._names))
         masks = [mask.pixels for result in results for mask in result.masks]
         written: dict[str, str] = {}
         try:
@@ -80,7 +102,8 @@ class FrameWriter:
                 }
         except BaseException:
             for name in written:
-                (self._folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    (self._folder / name).unlink(missing_ok=True)
             raise
         made = {"input": sha256, "settings": self._settings}
         lines = [
@@ -88,11 +111,6 @@ class FrameWriter:
             for result, of_result in zip(results, records, strict=True)
         ]
         return Entry(frame.name, lines, [_timing(frame, result.question, result) for result in results])
-
-    def _mask_names(self, name: str, count: int) -> list[str]:
-        numbered = (f"{name}_{number}" for number in itertools.count(1))
-        free = (other for other in numbered if other.casefold() not in self._names)
-        return [f"{MASKS}/{mask}.png" for mask in itertools.islice(itertools.chain([name], free), count)]
 
     def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> dict[str, Any]:
         self._save(name, _stencil(mask.pixels), written, format="PNG")
@@ -109,9 +127,14 @@ class FrameWriter:
         """Write an image file, put its SHA-256 into `written`, and return it."""
         buffer = io.BytesIO()
         image.save(buffer, **how)
+        try:
+            with replacing(self._folder / name) as temporary:
+                temporary.write_bytes(buffer.getbuffer())
+        except OSError as e:
+            if e.errno == errno.ENAMETOOLONG:
+                raise ImageError("its name is too long for the names of its results; shorten it, or take --pseudonymize") from e
+            raise
         written[name] = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        with replacing(self._folder / name) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
         return written[name]
 
 
@@ -120,6 +143,17 @@ def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -
     made = {"input": None, "settings": settings}
     lines = [_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
     return Entry(frame.name, lines, [_timing(frame, question, None) for question in questions])
+
+
+def numbered(name: str, taken: Collection[str]) -> Iterator[str]:
+    """`name`, `name_1`, `name_2` ... without those, but for the first, that are among `taken`, which are caseless."""
+    yield name
+    yield from (other for number in itertools.count(1) if (other := f"{name}_{number}").casefold() not in taken)
+
+
+def is_result_file(name: str) -> bool:
+    """Whether a line may list a file of this name: one right inside its folder, since lines may have been tampered with."""
+    return _FILE.fullmatch(name) is not None
 
 
 def _files(masks: Sequence[dict[str, Any]], written: dict[str, str]) -> dict[str, str]:
@@ -175,7 +209,7 @@ def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> 
     for mask, colour in zip(masks, itertools.cycle(_COLOURS), strict=False):
         tinted = Image.blend(overlay, Image.new("RGB", overlay.size, colour), _TINT)
         overlay.paste(tinted, mask=_stencil(mask))
-        overlay.paste(colour, mask=_stencil(mask & ~_eroded(mask)))
+        overlay.paste(colour, mask=_stencil(mask & ~eroded(mask)))
     return overlay
 
 
@@ -189,12 +223,6 @@ def _preview(image: Image.Image) -> Image.Image:
 def _stencil(mask: npt.NDArray[np.bool_]) -> Image.Image:
     """`mask` as Pillow takes it: 255 and 0."""
     return Image.fromarray(mask.view(np.uint8) * np.uint8(255))
-
-
-def _eroded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The mask without its outermost pixels (those with one of four neighbours outside)."""
-    padded = np.pad(mask, 1)
-    return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
 @contextmanager

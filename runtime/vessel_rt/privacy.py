@@ -48,13 +48,25 @@ class StudyCodes:
 
     def code(self, stem: str) -> str:
         """12 hexadecimal digits for a file's stem."""
-        return hmac.new(self._key, os.fsencode(stem), hashlib.sha256).hexdigest()[:CODE_DIGITS]
+        return self._digits(stem.encode("utf-8", "surrogatepass"))
+
+    @property
+    def key_id(self) -> str:
+        """12 hexadecimal digits for the key itself, which do not tell it; no stem has a zero byte."""
+        return self._digits(b"\0key")
+
+    def _digits(self, message: bytes) -> str:
+        return hmac.new(self._key, message, hashlib.sha256).hexdigest()[:CODE_DIGITS]
 
 
 def _default_path() -> Path:
     if os.environ.get("VESSEL_KEY"):
         return Path(os.environ["VESSEL_KEY"])
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "vessel-rt" / "study-codes.key"
+    try:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    except RuntimeError:
+        raise VesselError("there is no home folder for the key of study codes; name a place with --key or VESSEL_KEY") from None
+    return folder / "vessel-rt" / "study-codes.key"
 
 
 def _read(path: Path) -> bytes:

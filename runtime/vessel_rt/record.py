@@ -11,9 +11,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Frame, cine_of, input_sha256
-from vessel_rt.outputs import CINES, MASKS, OVERLAYS, PREVIEWS, Entry, replacing, writing
+from vessel_rt.outputs import CINES, MASKS, OVERLAYS, PREVIEWS, Entry, is_result_file, replacing, writing
 from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, TIMINGS_FILE, json_lines
 
 try:
@@ -69,6 +69,9 @@ class Record:
         self._kept: dict[str, Entry] = {}
         self._stale = set(self._earlier)
         ours = any((folder / name).exists() for name in (JOURNAL_FILE, RESULTS_FILE))
+        strangers = [] if ours or not overwrite else [name for name in _DERIVED if (folder / name).exists()]
+        if strangers:
+            raise VesselError(f"{folder}: holds {strangers[0]}, but no run's results; move it away, or choose another folder with -o")
         if not (ours or overwrite) and folder.exists() and any(folder.iterdir()):
             raise VesselError(
                 f"{folder}: not empty, and holds no run's results; choose another output folder with -o, or allow it with --overwrite"
@@ -178,7 +181,7 @@ class Record:
         except (OSError, ValueError, KeyError, TypeError) as e:
             file = journal if journal.exists() else results
             raise VesselError(
-                f"{file}: cut short, or not written by this version of vessel-rt; choose another output folder with -o"
+                f"{file}: cut short, or not written by this version of vessel-rt; choose another output folder with -o, or delete this one"
             ) from e
 
     def _check_foreign(self, planned: Collection[str]) -> None:
@@ -211,12 +214,17 @@ class Record:
 
     def _unchanged(self) -> list[Entry]:
         """The earlier entries that are still true."""
-        good = [entry for entry in self._earlier.values() if entry.error is None]
+        good = [entry for entry in self._earlier.values() if entry.error is None and not self._is_in_the_way(entry)]
         inputs = functools.lru_cache(maxsize=None)(input_sha256)  # a cine has many frames
         with ThreadPoolExecutor(_HASHING) as pool:
             checked = pool.map(lambda entry: self._holds(entry, inputs), good)
             held = tqdm(checked, desc="checking what is done", total=len(good), unit="frame", disable=None, delay=2, leave=False)
             return [entry for entry, holds in zip(good, held, strict=True) if holds]
+
+    def _is_in_the_way(self, entry: Entry) -> bool:
+        """Whether one of its further masks is called as another frame is, which was not among the inputs then."""
+        names = {name.casefold() for name in self._frames if name != entry.name}
+        return any(Path(file).stem.casefold() in names for file in _listed(entry))
 
     def _holds(self, entry: Entry, inputs: Callable[[Path], str]) -> bool:
         try:
@@ -228,15 +236,20 @@ class Record:
 
     def _remove_stale(self) -> None:
         """Remove the files of entries that are not kept. A mask that somebody has changed stays, renamed: it may be a day's work."""
+        kept = {file for entry in self._kept.values() for file in _listed(entry)}
         for name in self._stale:
             for file, sha256 in _listed(self._earlier[name]).items():
                 path = self.folder / file
+                if file in kept:
+                    continue
                 if not self._overwrite and file.startswith(MASKS) and _sha256(path) not in (sha256, None):
-                    os.replace(path, path.with_name(f"{path.name}.changed"))
+                    others = (path.with_name(f"{path.name}.changed{number}") for number in itertools.chain([""], itertools.count(2)))
+                    os.replace(path, next(other for other in others if not other.exists()))
                 path.unlink(missing_ok=True)
         cines = {cine_of(name, line["frame"]) for name in self._earlier for line in self._earlier[name].lines if line["frame"] is not None}
         for path in (self.folder / CINES).glob("*.tif"):
-            if path.stem in cines or path.stem.rpartition("_")[0] in cines:
+            first, _, number = path.stem.rpartition("_")
+            if path.stem in cines or (first in cines and number.isdecimal()):
                 path.unlink()
 
     def _remove_leftovers(self) -> None:
@@ -258,10 +271,9 @@ def _checked(entry: Entry) -> Entry:
 
 
 def _listed(entry: Entry) -> dict[str, str]:
-    """The files that an entry lists, with their hashes: those right inside their folders, since lines may have been tampered with."""
-    folders = "|".join((MASKS, OVERLAYS, PREVIEWS))
+    """The files that an entry lists, with their hashes."""
     files = {file: sha256 for line in entry.lines for file, sha256 in line["files"].items()}
-    return {file: sha256 for file, sha256 in files.items() if re.fullmatch(rf"({folders})/[^/\\]+", file)}
+    return {file: sha256 for file, sha256 in files.items() if is_result_file(file)}
 
 
 def _whole_lines(path: Path) -> list[Any]:

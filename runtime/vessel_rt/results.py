@@ -30,6 +30,7 @@ __all__ = [
     "read_json",
     "read_results",
     "read_run",
+    "read_timings",
 ]
 
 RESULTS_FILE = "results.jsonl"
@@ -39,6 +40,8 @@ EVALUATION_FILE = "evaluation.json"
 METRICS_FILE = "metrics.csv"
 MEANS_FILE = "metrics_mean.csv"
 REPORT_FILE = "report.html"
+
+_OF_A_RUN = (RESULTS_FILE, TIMINGS_FILE, RUN_FILE)
 
 
 def read_results(output: Path) -> list[dict[str, Any]]:
@@ -52,6 +55,12 @@ def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
     with _faults(path), path.open("rb") as file:
         for line in file:
             yield json.loads(line)
+
+
+def read_timings(output: Path) -> list[dict[str, Any]]:
+    """The lines of timings.jsonl, in the same order. Raises VesselError."""
+    lines: list[dict[str, Any]] = _read(output / TIMINGS_FILE, json_lines)
+    return lines
 
 
 def read_run(output: Path) -> dict[str, Any]:
@@ -88,6 +97,7 @@ def _faults(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise VesselError(f"{path}: missing; a run that was finished leaves it in its output folder") from None
-    except (OSError, ValueError) as e:
-        raise VesselError(f"{path}: cannot be read ({e})") from e
+        hint = "a run that was finished leaves it in its output folder" if path.name in _OF_A_RUN else "no such file"
+        raise VesselError(f"{path}: missing; {hint}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise VesselError(f"{path}: cannot be read ({(e.strerror if isinstance(e, OSError) else None) or e})") from e

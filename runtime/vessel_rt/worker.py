@@ -165,7 +165,10 @@ class Worker:
             return failure(read.frame, self._options.questions, str(read.error), self._settings)
         results = [self._segmenter.finish(read.pixels, answer) for answer in answers]
         results = [dataclasses.replace(result, ms=read.ms | result.ms) for result in results]
-        return self._writer.write(read.frame, read.sha256, read.image, results)
+        try:
+            return self._writer.write(read.frame, read.sha256, read.image, results)
+        except ImageError as e:
+            return failure(read.frame, self._options.questions, str(e), self._settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -39,14 +39,13 @@ _PROGRAM = "from vessel_rt.workers import serve; serve()"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker needs to know. `names` are of the run's frames, `total` is how many there are in all parts of it together."""
+    """What a worker needs to know. `names` are of the run's frames, those of other parts, too."""
 
     bundle: Path
     device: Device
     options: WorkOptions
     output: Path
     names: Collection[str]
-    total: int
     settings: str
     show_names: bool = False
 
@@ -54,7 +53,7 @@ class Job:
         """Load the bundle on the device. Raises VesselError."""
         deployment = deploy(Bundle.load(self.bundle), self.device, progress, batch=self.options.batch)
         writer = FrameWriter(self.output, self.names, self.settings)
-        return Worker(deployment, self.options, self.total, writer, self.settings, stop, say)
+        return Worker(deployment, self.options, len(self.names), writer, self.settings, stop, say)
 
 
 class Workers:
@@ -194,7 +193,8 @@ class _Process:
         # -P: no module from the folder that the user happens to be in. A session of its own: Ctrl-C is for the parent to deal with.
         command = [sys.executable, "-P", "-c", _PROGRAM]
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self._send(job)
+        with contextlib.suppress(_Died):  # wait_until_ready says so
+            self._send(job)
 
     def wait_until_ready(self) -> None:
         try:

@@ -108,6 +108,21 @@ if (found.order.length) {
   found.closed = !(await isOpen("detail"));
   found.focused = await page.evaluate(() => document.activeElement.title);
 }
+// Another question, of which the filter leaves fewer frames than are listed now, or none.
+found.asked = [];
+const asked = await page.$$eval("#detail .asked option", (options) => options.length);
+for (let question = asked - 1; question > 0; question--) {
+  await page.selectOption("#filter", "no mask");
+  const [before] = await page.$$(".card");
+  if (!before) continue;
+  await before.click();
+  await page.selectOption("#detail .asked select", { index: question });
+  await settle(page);
+  found.asked.push([await isOpen("detail"), (await labels()).length]);
+  await page.keyboard.press("Escape");
+  await page.selectOption("main .asked select", { index: 0 });
+  await page.selectOption("#filter", "all");
+}
 await page.keyboard.press("?");
 found.help = await isOpen("help");
 await shoot(page, "keys");

@@ -89,3 +89,16 @@ def test_folders_that_are_not_taken(tmp_path: Path) -> None:
 def test_what_is_not_in_the_form_is_for_check_data(tmp_path: Path, items: Any) -> None:
     with pytest.raises(VesselError, match="vessel-rt check-data shows what is wrong"):
         read_truth(written(tmp_path / "a.json", items))
+
+
+def test_two_images_of_one_stem_are_not_joined(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"image": f"{folder}/a.png", "mask": [[SQUARE]], "text": ["vessel"]} for folder in ("one", "two")]))
+    with pytest.raises(VesselError, match="item 1 is of another image of the same stem"):
+        read_truth(path)
+
+
+@pytest.mark.parametrize("value", [1e9, -1e7, 10**400, float("nan"), float("inf"), True, "x", None])
+def test_what_the_library_would_die_of_is_no_polygon(value: Any) -> None:
+    with pytest.raises(ValueError, match="not a polygon"):
+        rasterized([[0, 0, value, 0, value, 9]], 64, 96)

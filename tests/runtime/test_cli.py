@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,15 +130,18 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
     assert line.startswith(f"vessel-rt: error: {small_disk / 'out'}")
     assert line.endswith("cannot be written (No space left on device)")
     files = {path.relative_to(small_disk / "out").as_posix() for path in (small_disk / "out").rglob("*.*")}
-    listed = {file for text in _journal(small_disk / "out") for entry in json.loads(text)["lines"] for file in entry["files"]}
-    assert files - {"journal.jsonl"} == listed
+    listed = {file for line in _lines_so_far(small_disk / "out") for file in line["files"]}
+    assert files - {"journal.jsonl", "results.jsonl", "timings.jsonl"} == listed
     shutil.copytree(small_disk / "out", tmp_path / "out")
     assert main([*run[:3], str(tmp_path / "out"), devices]) == 0
     assert f"images: 60, {len(listed) // 3} of them done before, failed: 0" in capfd.readouterr().out
 
 
-def _journal(output: Path) -> list[str]:
-    return (output / "journal.jsonl").read_text().splitlines()[1:]
+def _lines_so_far(output: Path) -> list[Any]:
+    """Of the journal, unless what was cut short left room for the results that are made of it."""
+    if not (output / "journal.jsonl").exists():
+        return [json.loads(text) for text in (output / "results.jsonl").read_text().splitlines()]
+    return [line for text in (output / "journal.jsonl").read_text().splitlines()[1:] for line in json.loads(text)["lines"]]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def _journal(output: Path) -> list[str]:
         ["infer", "x", "--frames", "1:2:0"],
         ["infer", "x", "--num-parts", "2"],
         ["infer", "x", "--num-parts", "2", "--part-id", "2"],
-        ["infer", "x", "--part-id", "0"],
+        ["infer", "x", "--part-id", "1"],
         ["--print-completion", "cmd.exe"],
         ["plan", "--memory", "none"],
         ["fly"],
@@ -289,3 +294,47 @@ def test_plan_prints_and_refuses_what_does_not_fit(fp16_bundle: Path, tmp_path: 
     recipe.write_text(re.sub(r"capacity = \d+", "capacity = 5120", text))
     assert main([*plan, "--recipe", str(recipe)]) == 1
     assert "language_model.capacity is 5120, the bundle's is 4096" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["infer", "x" * 300],
+        ["infer", "frames", "-o", "y" * 300],
+        ["evaluate", "out/none", "--gt", "z" * 300],
+        ["check-data", "nothing.json", "--images", "frames"],
+        ["check-data", "deep.json", "--images", "frames"],
+        ["check-data", "long.json", "--images", "frames"],
+        ["report", "frames"],
+        ["merge", "frames", "-o", "merged"],
+    ],
+)
+def test_whatever_is_given_an_error_is_one_line(
+    arguments: list[str], engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("deep.json").write_text("[" * 100_000)
+    Path("long.json").write_text(json.dumps([{"image": "w" * 300, "mask": [[[1, 1, 9, 1, 9, 9]]], "text": ["vessel"]}]))
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    if "long.json" not in arguments:  # a fault of an item, and no error
+        assert len([line for line in err.splitlines() if line.startswith("vessel-rt: error: ")]) == 1
+
+
+def test_texts_that_are_no_unicode(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    item = {"image": "a\ud800.png", "mask": [[[1, 1, 9, 1, 9, 9]]], "text": ["vessel\udc80"]}
+    Path("odd.json").write_text(json.dumps([item, item | {"image": "a.jpg"}]))
+    assert main(["check-data", "odd.json", "--images", str(frames), "--fix", "fixed.json"]) == 1
+    assert json.loads(Path("fixed.json").read_text()) == [item | {"image": "a.jpg"}]
+    (frames / "a.jpg").rename(frames / os.fsdecode(b"caf\xe9.jpg"))
+    assert infer(frames, "--show-names") == 0
+    assert "caf\\udce9.jpg" in Path("out/new/report.html").read_text()
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    program = "import sys; from vessel_rt.cli import main; sys.exit(main(['devices', '--json']))"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""

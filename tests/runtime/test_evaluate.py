@@ -155,3 +155,27 @@ def test_the_trained_models_metrics_equal_monais(tiny: Tiny, fp32_bundle: Path, 
         theirs = compute_hausdorff_distance(p, t, include_background=True, percentile=95).item()
         assert comparison.values["hd95"] == pytest.approx(theirs, abs=1e-3)  # there, the rank to interpolate at is float32
         assert not math.isnan(comparison.values["cldice"])
+
+
+def test_which_mask_is_whose_is_not_guessed(tmp_path: Path) -> None:
+    """The annotations lack the concept of the first mask."""
+    out = run_folder(tmp_path, "Please segment vessel and catheter.", [("a", [box(0, 0, 10, 10), box(20, 0, 30, 10)])])
+    gt = annotated(tmp_path, [{"image": "a.png", "mask": [[square(20, 0, 30, 10)]], "text": ["catheter"]}])
+    with pytest.raises(VesselError, match="it has only 'catheter', but answers have 2 masks"):
+        evaluate(out, gt)
+
+
+def test_a_run_that_was_stopped_is_said_to_be_so(tmp_path: Path) -> None:
+    out = run_folder(tmp_path, "Please segment vessel.", [("a", [box(0, 0, 10, 10)])])
+    gt = annotated(tmp_path, [{"image": "a.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]}])
+    assert "the run was stopped before its end" in evaluate(out, gt).table()
+    (out / "run.json").write_text("{}")
+    assert "stopped" not in evaluate(out, gt).table()
+
+
+def test_what_is_compared_with_is_named_only_where_names_are_shown(tmp_path: Path) -> None:
+    out = run_folder(tmp_path, "Please segment vessel.", [("a", [box(0, 0, 10, 10)])])
+    annotated(tmp_path, [{"image": "a.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]}]).rename(tmp_path / "S0042.json")
+    for show_names, truth in ((False, "annotations"), (True, "S0042.json")):
+        evaluate(out, tmp_path / "S0042.json", show_names=show_names)
+        assert json.loads((out / "evaluation.json").read_text())["truth"] == truth

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ from vessel_rt.engine import Target
 from vessel_rt.errors import BundleError, OutOfMemory, VesselError
 from vessel_rt.folder import InferOptions, infer
 from vessel_rt.frames import Naming
+from vessel_rt.privacy import StudyCodes
 from vessel_rt.segmenter import Segmenter
 from vessel_rt.session import Device
 from vessel_rt.worker import WorkOptions
@@ -252,3 +254,42 @@ def test_quiet_says_only_errors_and_verbose_every_frame(
     assert f"vessel-rt: error: frame 6 of 7 ({CODES.code('004_text')}): not a JPG" in err
     assert len(said) == (0 if quiet else 6)
     assert ("device cpu" in err) is not quiet
+
+
+def test_a_frame_that_comes_later_may_be_called_as_a_mask_was(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    asked = ("Where?", "Please segment vessel in this image.")
+    infer(standin, options(frames, tmp_path / "out", *asked))
+    make_frame(seed=9).save(frames / "a_1.png")
+    assert infer(standin, options(frames, tmp_path / "out", *asked)).kept == 2
+    infer(standin, options(frames, tmp_path / "once", *asked))
+    assert lines(tmp_path / "out") == lines(tmp_path / "once")
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+def test_a_run_that_is_done_follows_when_names_are_to_be_shown_no_more(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    (frames / "a.jpg").rename(frames / "S0042.jpg")
+    shown = dataclasses.replace(options(frames, tmp_path / "out"), naming=Naming(CODES, show_names=True))
+    infer(standin, shown)
+    assert "S0042" in (tmp_path / "out" / "report.html").read_text()
+    for codes in (CODES, StudyCodes(b"another key")):
+        summary = infer(standin, dataclasses.replace(shown, naming=Naming(codes)))
+        assert summary.kept == 3
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert "S0042" not in page
+        assert codes.code("S0042") in page
+
+
+def test_pseudonyms_of_two_keys_are_not_mixed(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    first = dataclasses.replace(options(frames / "a.jpg", tmp_path / "out"), naming=Naming(CODES, pseudonymize=True))
+    infer(standin, first)
+    with pytest.raises(VesselError, match="--overwrite"):
+        infer(standin, dataclasses.replace(first, naming=Naming(StudyCodes(b"another key"), pseudonymize=True)))
+
+
+def test_a_frame_whose_results_would_have_too_long_names_fails_alone(standin: Bundle, frames: Path, tmp_path: Path) -> None:
+    (frames / "b.png").rename(frames / f"{'b' * 250}.png")  # its first mask still has a name, its second has none
+    for kept in (0, 2):
+        summary = infer(standin, options(frames, tmp_path / "out", "Where?", "What?"))
+        assert (summary.images, summary.kept, summary.failed) == (3, kept, 1)
+    assert [line["error"] for line in lines(tmp_path / "out")][2].startswith("its name is too long")
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 4

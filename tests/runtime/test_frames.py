@@ -83,4 +83,4 @@ def test_parts_are_dealt_out_and_keep_their_places(frames: Path) -> None:
     parts = [found([str(frames)], parts=3, part=part) for part in range(3)]
     assert [names(part) for part in parts] == [["a.jpg", "d0.png", "d3.png"], ["b.png", "d1.png"], ["c.tif", "d2.png"]]
     assert sorted(frame.index for part in parts for frame in part) == list(range(7))
-    assert find_frames([str(frames)], Naming(CODES), Selection(parts=3))[1] == 7
+    assert find_frames([str(frames)], Naming(CODES), Selection(parts=3))[1] == ["a", "b", "c", "d0", "d1", "d2", "d3"]

@@ -8,6 +8,7 @@ import pytest
 
 from tests.runtime.conftest import make_frame
 from tests.runtime.test_folder import options
+from tests.runtime.test_workers import same_results
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
 from vessel_rt.folder import infer
@@ -70,4 +71,22 @@ def test_results_cannot_point_outside_their_folder(parts: list[Path], tmp_path: 
     line["files"] = {"masks/../../victim.png": "0"}
     (parts[1] / "results.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(VesselError, match="lists a file that is not among results"):
+        merge(parts, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_further_mask_never_takes_the_name_of_a_frame_in_another_part(standin: Bundle, frames: Path, tmp_path: Path, place: int) -> None:
+    (frames / "b.png").rename(frames / ["a_1.png", "_.png"][place])
+    (frames / "c.tif").rename(frames / ["c.tif", "__1.tif"][place])
+    asked = ("Where?", "What?")
+    infer(standin, options(frames, tmp_path / "whole", *asked))
+    for part in range(2):
+        infer(standin, options(frames, tmp_path / f"part{part}", *asked, selection=Selection(parts=2, part=part)))
+    merge([tmp_path / "part0", tmp_path / "part1"], tmp_path / "merged")
+    same_results(tmp_path / "merged", tmp_path / "whole")
+
+
+def test_parts_with_codes_of_two_keys_are_not_merged(parts: list[Path], tmp_path: Path) -> None:
+    change(parts[1] / "run.json", lambda run: run["options"].update(key="0" * 12))
+    with pytest.raises(VesselError, match=r"part1: its study codes were made with another key than those of .*part0"):
         merge(parts, tmp_path / "merged")

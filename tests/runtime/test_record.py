@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -224,3 +225,30 @@ def test_a_full_disk_leaves_whole_entries(tmp_path: Path, small_disk: Path) -> N
     assert 0 < len(done) < 40
     assert {path.stem for path in (small_disk / "out" / "masks").iterdir()} == set(done)
     assert not list(small_disk.rglob("*.tmp"))
+
+
+def test_every_mask_that_was_drawn_by_hand_is_kept(abc: list[Frame], tmp_path: Path) -> None:
+    for drawn in (b"first", b"second", b"third"):
+        run(tmp_path / "out", abc)
+        (tmp_path / "out" / "masks" / "b.png").write_bytes(drawn)
+    run(tmp_path / "out", abc)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out" / "masks").glob("*.changed*")}
+    assert kept == {"b.png.changed": b"first", "b.png.changed2": b"second", "b.png.changed3": b"third"}
+
+
+def test_files_that_are_called_nearly_as_ours_are_left_alone(abc: list[Frame], tmp_path: Path) -> None:
+    cine = [dataclasses.replace(abc[0], number=0, name="a_frame_000000")]
+    run(tmp_path / "out", cine)
+    (tmp_path / "out" / "cines").mkdir()
+    for name in ("a.tif", "a_1.tif", "a_final.tif"):
+        (tmp_path / "out" / "cines" / name).write_text("pages")
+    run(tmp_path / "out", cine, overwrite=True)
+    assert [path.name for path in (tmp_path / "out" / "cines").iterdir()] == ["a_final.tif"]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "report.html", "run.json"])
+def test_overwrite_needs_a_run_to_replace_its_account(abc: list[Frame], tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(VesselError, match=f"holds {name}, but no run's results"):
+        Record(tmp_path / "out", abc, overwrite=True)

@@ -283,3 +283,14 @@ def test_a_page_of_failures_and_hostile_texts_works_in_a_browser(out: Path, brow
     assert len(found["filtered"]["failed"]) == COUNT
     assert found["text"].count(HOSTILE) >= COUNT
     assert HOSTILE in found["facts"]
+
+
+def test_another_question_may_leave_nothing_of_the_list(
+    standin: Bundle, frames: Path, tmp_path: Path, browse: Callable[[Path], Any]
+) -> None:
+    infer(standin, options(frames, tmp_path / "out", "Where?", "What?", "Which?"))
+    empty = {"Where?": 3, "What?": 1, "Which?": 0}
+    rewrite(tmp_path / "out" / "results.jsonl", lambda line: line | ({"masks": []} if line["index"] < empty[line["question"]] else {}))
+    found = browse(write_report(tmp_path / "out"))
+    assert (found["errors"], found["requests"]) == ([], [])
+    assert found["asked"] == [[False, 0], [True, 1]]
