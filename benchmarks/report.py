@@ -149,6 +149,20 @@ def _flat() -> str:
     return _table(["", "", "ratio", "bound"], rows)
 
 
+def _resume() -> str:
+    found = _result("resume")
+    rows = [
+        ["frames, over two processes", found["images"]],
+        [
+            "kills, and frames done after the first and the last",
+            f"{found['kills']}, {found['done_after_each'][0]} and {found['done_after_each'][-1]}",
+        ],
+        ["files compared, but for times", found["files_compared"]],
+        ["files that differ", found["files_that_differ"]],
+    ]
+    return _table(["", ""], rows)
+
+
 def _accuracy() -> str:
     rows = [
         [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['least_mask_iou']:.4f}"]
@@ -224,6 +238,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "memory": _memory,
     "scaling": _scaling,
     "flat": _flat,
+    "resume": _resume,
     "accuracy": _accuracy,
     "floor": _floor,
     "projection": _projection,
