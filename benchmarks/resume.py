@@ -46,11 +46,11 @@ def main() -> int:
         began = time.perf_counter()
         subprocess.run(clean, check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - began
-        loading = seconds - json.loads((folder / "clean" / "run.json").read_text(encoding="utf-8"))["seconds"]["images"]
+        took = json.loads((folder / "clean" / "run.json").read_text(encoding="utf-8"))["seconds"]
         done = [0]
         for left in tqdm(range(arguments.kills, 0, -1), desc="killed", unit="time", disable=None):
-            rest = (seconds - loading) * (1 - done[-1] / arguments.images)
-            done.append(_kill(killed, folder / "killed", chance.uniform(0, loading + 2 * rest / (left + 1))))
+            rest = took["images"] * (1 - done[-1] / arguments.images)  # most of it has to be left for the other kills
+            done.append(_kill(killed, folder / "killed", chance.uniform(0, took["load"] + 1.5 * rest / (left + 1))))
         began = time.perf_counter()
         subprocess.run(killed, check=True, stdout=sys.stderr)
         last = time.perf_counter() - began
