@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
+from vessel_rt.bundle import sha256_of
 from vessel_rt.dicom import DICOM_SUFFIXES, frame_count, is_dicom, read_dicom
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.image import SUFFIXES, read_image
@@ -89,8 +89,7 @@ def read_frame(frame: Frame) -> Image.Image:
 def input_sha256(path: Path) -> str:
     """Of a file's content. Raises ImageError."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as e:
         raise ImageError("no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})") from e
 

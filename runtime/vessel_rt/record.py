@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from typing import IO, Any, Self
 
 from tqdm import tqdm
 
+from vessel_rt.bundle import sha256_of
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Frame, cine_of, input_sha256
 from vessel_rt.outputs import CINES, MASKS, OVERLAYS, PREVIEWS, Entry, is_result_file, replacing, writing
@@ -292,8 +292,7 @@ def _write_whole(file: IO[bytes], line: dict[str, Any]) -> None:
 def _sha256(path: Path) -> str | None:
     """Of a file's content; None where there is none to read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError:
         return None
 
