@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime themselves; what the project promises is tested in test_network.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from vessel_rt.engine import packed_cuda_runtime
 from vessel_rt.errors import EngineError, first_line
+from vessel_rt.session import onnxruntime
 
 __all__ = ["ARCHITECTURES", "Provider", "described_provider", "installed_provider"]
 
@@ -49,6 +50,7 @@ def installed_provider() -> Provider:
     """
     if importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx") is None:
         raise EngineError("--builder rtx: TensorRT-RTX is not installed: pip install 'vessel-rt[rtx]'")
+    onnxruntime()  # before the provider's package, which would import it with its telemetry on
     import onnxruntime_ep_nv_tensorrt_rtx as package
 
     library = Path(package.get_library_path())

@@ -23,6 +23,7 @@ import onnx
 from vessel_export.described_gpu import Provider
 from vessel_export.parts import EP_CONTEXT, Context
 from vessel_rt.errors import EngineError, first_line
+from vessel_rt.session import onnxruntime
 from vessel_rt.shapes import Profile
 
 __all__ = ["Compiled", "compile_graph"]
@@ -136,8 +137,7 @@ def _compile(request: _Request) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed build leaves no compiler behind
     for library in request.preload:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     try:
         ort.register_execution_provider_library(request.provider, request.library)
     except Exception as e:  # ONNX Runtime's errors share no base class

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import io
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,11 +111,15 @@ class Device:
 
 
 def onnxruntime() -> Any:
-    """The onnxruntime module, imported on first use: which of its packages is installed is the user's choice.
+    """The onnxruntime module, imported on first use, with its telemetry off. Nothing else imports it.
+
+    Which of its packages is installed is the user's choice. A program that imports onnxruntime before vessel_rt has to set
+    ORT_DISABLE_TELEMETRY=1 itself: the library reads it once, when it is loaded.
 
     Raises:
         VesselError: none is installed.
     """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # disable_telemetry_events() comes too late: the library has begun by then
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
@@ -150,9 +155,9 @@ def _probe_tensorrt(device: Device) -> None:
 
 def _probe_rtx(device: Device) -> None:
     """TensorRT-RTX is a library of its own, which is registered with ONNX Runtime once a process."""
+    ort = onnxruntime()  # before the provider's package, which would import it with its telemetry on
     import onnxruntime_ep_nv_tensorrt_rtx as rtx
 
-    ort = onnxruntime()
     if rtx.get_ep_name() not in ort.get_available_providers():
         try:
             for library in packed_cuda_runtime(Path(rtx.get_library_path())):
