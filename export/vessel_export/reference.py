@@ -74,7 +74,7 @@ class ReferenceResult:
     `prompt_ids` [prompt] and `answer_ids` [answer] are int64, the answer with its stop token; `answer` is its text as Sa2VA
     prints it, special tokens included. `hidden_states` [answer, hidden] is the final-norm state whose logits gave `answer_ids`, so its
     row k stands at position prompt - 1 + k; `seg_states` [masks, hidden] are those at the positions that consume [SEG].
-    `masks` is bool [masks, height, width] at the image's own size.
+    `mask_logits` is float32 [masks, height, width] at the image's own size, `masks` where their sigmoid is above one half.
     """
 
     prompt_ids: Tensor
@@ -87,7 +87,12 @@ class ReferenceResult:
     sam2_pixel_values: Tensor
     sam2_features: Sam2Features
     prediction: MaskPrediction
-    masks: Tensor
+    mask_logits: Tensor
+
+    @property
+    def masks(self) -> Tensor:
+        """bool [masks, height, width]."""
+        return self.mask_logits.sigmoid() > 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +178,7 @@ class Reference:
             sam2_pixel_values=sam2_pixel_values,
             sam2_features=features,
             prediction=prediction,
-            masks=self.upsample(prediction.low_res_logits, height=image.height, width=image.width),
+            mask_logits=self.upsample(prediction.low_res_logits, height=image.height, width=image.width),
         )
 
     def prompt_ids(self, question: str, image_tokens: int) -> Tensor:
@@ -263,11 +268,11 @@ class Reference:
 
     @torch.inference_mode()
     def upsample(self, low_res_logits: Tensor, *, height: int, width: int) -> Tensor:
-        """low_res_logits [masks, 256, 256] -> bool [masks, height, width]: bilinear to SAM2's square, then to the image's size."""
+        """low_res_logits [masks, 256, 256] -> float32 [masks, height, width]: bilinear to SAM2's square, then to the image's size."""
         size, logits = self.sam2.image_size, low_res_logits.float()[:, None]
         for shape in ((size, size), (height, width)):
             logits = nn.functional.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
-        return logits[:, 0].sigmoid() > 0.5
+        return logits[:, 0]
 
 
 def tile_image(image: Image.Image, size: int) -> list[Image.Image]:

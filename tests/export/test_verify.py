@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import Tiny
 from vessel_export.reference import Reference
-from vessel_export.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, verify
+from vessel_export.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, undecided_pixels, verify
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.deployment import deploy
 from vessel_rt.errors import BundleError, VesselError
@@ -132,6 +132,15 @@ def test_report_passes_only_when_all_does(checks: Sequence[Check], masks: int, p
     report = Report("fp32", 1, masks, tuple(checks))
     assert report.passed == passed
     assert ("FAILED" in report.table()) != passed
+
+
+def test_only_pixels_whose_logit_is_next_to_zero_may_fall_to_either_side() -> None:
+    logits = np.full((2, 3, 4), 20.0, np.float32)
+    logits[0, 0, 0], logits[0, 0, 1], logits[1] = -4e-7, 0.1, 0.0
+    undecided = undecided_pixels(logits, 1e-4)
+    assert np.argwhere(undecided[0]).tolist() == [[0, 0]]
+    assert not undecided[1].any(), "a mask of zeros has no largest logit"
+    assert not undecided_pixels(logits, 0.0).any()
 
 
 def test_mask_iou() -> None:
