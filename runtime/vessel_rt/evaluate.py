@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from vessel_rt.annotations import GroundTruth, read_truth
 from vessel_rt.errors import VesselError
-from vessel_rt.masks import run_lengths
 from vessel_rt.metrics import METRICS, bootstrap_interval
 from vessel_rt.outputs import replacing, writing
 from vessel_rt.privacy import StudyCodes
-from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, decode_rle, read_results
+from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, read_results
+from vessel_rt.rle import decode_rle, encode_rle
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
@@ -115,7 +115,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         questions = list(dict.fromkeys(line["question"] for line in lines))
         good = [line for line in lines if line["status"] == "ok"]
         comparisons = tuple(_comparisons(good, drawn))
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise VesselError(f"{output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
@@ -174,7 +174,7 @@ def _compare(line: dict[str, Any], concept: str | None, number: int, truth: npt.
         predicted_area=int(predicted.sum()),
         true_area=int(truth.sum()),
         values={name: metric(predicted, truth) for name, metric in METRICS.items()},
-        truth_rle=run_lengths(truth),
+        truth_rle=encode_rle(truth),
     )
 
 

@@ -25,7 +25,8 @@ from PIL import Image
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Frame
-from vessel_rt.masks import bounding_box, eroded, run_lengths
+from vessel_rt.masks import bounding_box, eroded
+from vessel_rt.rle import encode_rle
 from vessel_rt.segmenter import Mask, Result
 
 __all__ = [
@@ -120,7 +121,7 @@ class FrameWriter:
             "object_score": round(mask.object_score, 6),
             "area": int(mask.pixels.sum()),
             "box": bounding_box(mask.pixels),
-            "rle": run_lengths(mask.pixels),
+            "rle": encode_rle(mask.pixels),
         }
 
     def _save(self, name: str, image: Image.Image, written: dict[str, str], **how: Any) -> str:

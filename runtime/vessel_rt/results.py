@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from vessel_rt.errors import VesselError
 
 __all__ = [
@@ -24,7 +21,6 @@ __all__ = [
     "RESULTS_FILE",
     "RUN_FILE",
     "TIMINGS_FILE",
-    "decode_rle",
     "iter_lines",
     "json_lines",
     "read_json",
@@ -77,14 +73,6 @@ def read_json(path: Path) -> Any:
 def json_lines(text: str) -> list[Any]:
     """The lines of a JSON Lines file. Not str.splitlines: that breaks at characters that JSON has inside its strings."""
     return [json.loads(line) for line in text.removesuffix("\n").split("\n")] if text else []
-
-
-def decode_rle(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
-    """A mask [height, width] of COCO's compressed run lengths."""
-    from pycocotools import mask as coco
-
-    decoded: npt.NDArray[np.bool_] = coco.decode(rle).astype(np.bool_)
-    return decoded
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

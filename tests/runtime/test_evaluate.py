@@ -20,7 +20,7 @@ from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluate import evaluate
 from vessel_rt.folder import infer
-from vessel_rt.masks import run_lengths
+from vessel_rt.rle import encode_rle
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
@@ -37,7 +37,7 @@ def run_folder(tmp_path: Path, question: str, results: list[tuple[str, list[np.n
     common = {"question": question, "width": 60, "height": 40}
     lines = [
         {"index": i, "image": f"{name}.png", "name": name, "code": CODES.code(name), "status": "ok", **common}
-        | {"masks": [{"rle": run_lengths(mask)} for mask in masks]}
+        | {"masks": [{"rle": encode_rle(mask)} for mask in masks]}
         for i, (name, masks) in enumerate(results)
     ]
     failed = {"index": len(lines), "image": "failed.png", "name": "failed", "code": "c0de", "status": "error", "masks": [], **common}
@@ -97,7 +97,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert (means["dice"]["mean"], means["dice"]["images"], means["hd95"]["left_out"]) == ("0.5", "2", "1")
     found = json.loads((out / "evaluation.json").read_text())
     assert found["images"][1]["hd95"] is None
-    assert found["images"][0]["truth_rle"] == run_lengths(box(0, 0, 10, 10))
+    assert found["images"][0]["truth_rle"] == encode_rle(box(0, 0, 10, 10))
     assert found["summary"][0]["ci95"]["dice"] == [0.0, 1.0]
     evaluate(out, gt, show_names=True)
     assert rows(out / "metrics.csv")[0]["image"] == "a.png"

@@ -23,9 +23,8 @@ from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluate import evaluate
 from vessel_rt.folder import infer
-from vessel_rt.masks import run_lengths
 from vessel_rt.report import write_report
-from vessel_rt.results import decode_rle
+from vessel_rt.rle import decode_rle, encode_rle
 
 COUNT, FAILED, WITHOUT_MASK = 60, 7, 3  # frames, and the places of the one that fails and the one that shows nothing
 HOSTILE = "</script><!--<script><img src=x onerror=alert(1)>&amp;'\""
@@ -83,7 +82,7 @@ def _with_another_mask(line: dict[str, Any]) -> dict[str, Any]:
         return line | {"masks": []}
     mask = np.zeros((line["height"], line["width"]), np.bool_)
     mask[20:40, 10 : 12 + (7 * line["index"]) % COUNT] = True
-    return line | {"masks": [line["masks"][0] | {"area": int(mask.sum()), "rle": run_lengths(mask)}]}
+    return line | {"masks": [line["masks"][0] | {"area": int(mask.sum()), "rle": encode_rle(mask)}]}
 
 
 @pytest.fixture
