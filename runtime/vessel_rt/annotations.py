@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import stem_of
-from vessel_rt.image import SUFFIXES, read_image
+from vessel_rt.image import SUFFIXES, read_levels
 from vessel_rt.privacy import StudyCodes
 from vessel_rt.results import read_json
 from vessel_rt.rle import decode_rle
@@ -102,7 +102,7 @@ class _MaskFolder:
             return None
         label = f"{self._path}: the drawn mask of frame {line['index'] + 1} ({line['code']})"
         try:
-            levels = np.asarray(read_image(self._files[stem]).convert("L"))
+            levels = read_levels(self._files[stem])
         except ImageError as e:
             raise VesselError(f"{label}: {e}") from e
         if levels.shape != (line["height"], line["width"]):

@@ -20,7 +20,7 @@ from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Naming
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.outputs import replacing, writing
-from vessel_rt.privacy import remember
+from vessel_rt.privacy import printable, remember
 from vessel_rt.results import read_json
 
 __all__ = ["KINDS", "Checked", "Problem", "check_data", "write_fixed"]
@@ -263,7 +263,7 @@ def _polygon_fault(polygon: Any, size: tuple[int, int]) -> tuple[str | None, str
 
 def _shown(what: str, name: str, naming: Naming) -> str:
     if naming.show_names:
-        return f"{what} ({name})"
+        return f"{what} ({printable(name)})"
     code = naming.codes.code(Path(name).stem)
     remember(name, code)
     return f"{what} ({code})"

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from vessel_rt.bundle import Bundle
     from vessel_rt.folder import Summary
     from vessel_rt.frames import Naming
+    from vessel_rt.image import Rescale
     from vessel_rt.session import Device
 
 __all__ = ["main"]
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that is gone is dealt with
         return code
     except VesselError as e:
-        print(f"vessel-rt: error: {e}", file=sys.stderr)
+        from vessel_rt.privacy import printable
+
+        print(f"vessel-rt: error: {printable(str(e))}", file=sys.stderr)
         if arguments.run is _infer and arguments.json:
             print(json.dumps({"error": str(e), "exit_code": 1}))
         return 1
@@ -83,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:
-        from vessel_rt.privacy import conceal
+        from vessel_rt.privacy import conceal, printable
 
-        print(f"vessel-rt: error: {conceal(str(e.filename or 'a file'))}: {e.strerror or type(e).__name__}", file=sys.stderr)
+        print(f"vessel-rt: error: {printable(conceal(str(e.filename or 'a file')))}: {e.strerror or type(e).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vessel-rt: interrupted; what was done before is kept", file=sys.stderr)
@@ -145,9 +147,20 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument("--overwrite", action="store_true", help="start anew: replace an earlier run's results in DIR; other files are kept")
     infer.add_argument("--fail-fast", action="store_true", help="stop at the first image that fails")
 
-    which = infer.add_argument_group("which frames")
+    which = infer.add_argument_group("which frames, and how they are read")
     which.add_argument(
-        "--frames", type=_frames, default=slice(None), metavar="A:B:STEP", help="of each cine, as in Python: 10:60:5, 0, --frames=-20:"
+        "--frames",
+        type=_frames,
+        metavar="A:B:STEP",
+        help="of each cine, as in Python: 10:60:5, 0, --frames=-20: (default: all); the pages of a TIFF are frames only if this is given",
+    )
+    which.add_argument(
+        "--rescale",
+        nargs="?",
+        const="",
+        type=_rescale,
+        metavar="LOW:HIGH",
+        help="take gray images of more than 8 bits, too, and scale LOW to black, HIGH to white (without a value: each file's own range)",
     )
     which.add_argument("--num-images", type=_positive, metavar="N", help="only the first N frames")
     which.add_argument("--num-parts", type=_positive, default=1, metavar="K", help="deal the files out to K runs (see vessel-rt merge)")
@@ -226,7 +239,6 @@ def _infer(arguments: argparse.Namespace) -> int:
 
     if (arguments.num_parts > 1 and arguments.part_id is None) or (arguments.part_id or 0) >= arguments.num_parts:
         arguments.usage_error("--part-id and --num-parts go together: 0 and 2 for the first of two")
-    warnings.filterwarnings("ignore", module="PIL")  # what matters in a file raises; the rest would tear the progress bar
     bundle = _find_bundle(arguments.bundle, arguments.quiet)
     output = arguments.output or Path("out") / bundle.folder.resolve().name
     options = InferOptions(
@@ -239,6 +251,7 @@ def _infer(arguments: argparse.Namespace) -> int:
             streams=arguments.streams,
             batch=arguments.batch,
             draft=not arguments.no_draft,
+            rescale=arguments.rescale,
         ),
         selection=Selection(arguments.frames, arguments.num_images, arguments.num_parts, arguments.part_id or 0),
         devices=arguments.devices or (arguments.device or Device("auto"),),
@@ -409,6 +422,12 @@ def _frames(text: str) -> slice:
     from vessel_rt.dicom import parse_frames
 
     return _parsed(parse_frames, text)
+
+
+def _rescale(text: str) -> Rescale:
+    from vessel_rt.image import Rescale
+
+    return _parsed(Rescale.parse, text)
 
 
 def _parsed(parse: Callable[[str], T], text: str) -> T:

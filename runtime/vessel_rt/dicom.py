@@ -5,20 +5,24 @@ What else the file holds identifies a patient: nothing of it leaves this module,
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import logging
 import re
 import struct
 import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.image import MAX_SIDE
+from vessel_rt.image import MAX_SIDE, require_regular
 
 __all__ = ["DICOM_SUFFIXES", "frame_count", "is_dicom", "parse_frames", "read_dicom"]
 
@@ -33,6 +37,14 @@ _XRAY = (  # whose modality LUT leads back to the beam's intensity, and is not f
     "1.2.840.10008.5.1.4.1.1.12.3",
 )
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS: 0xFF comes before
+_SIZES = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
+_SEQUENCES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ModalityLUTSequence", "VOILUTSequence")
+_ITEM, _ITEM_OF_BIG_ENDIAN = b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"  # the tag at which an item of a sequence, or a fragment, begins
+_MOST_PARTS = 300_000  # of a header: each takes microseconds and a kilobyte, and 1,000 frames of an enhanced file have a sixth of them
+_MOST_INFLATED = 30  # times the size of a deflated file; 64 MiB are always let pass
+_LEAST_CODESTREAM = 2 + 13 + 10 + 2  # bytes of JPEG: SOI, SOF and SOS of one component, EOI; JPEG 2000 and RLE need more
+_TOO_MANY_PARTS = f"its header has more than {_MOST_PARTS} parts"
+_TOO_MANY_FRAMES = "its header claims more frames than it can hold: cut short, or damaged"
 _LIBRARIES = ("pydicom", "pylibjpeg", "libjpeg", "openjpeg")
 
 
@@ -45,22 +57,23 @@ def is_dicom(path: Path) -> bool:
     if (path.suffix and not path.suffix[1:].isdecimal()) or path.name.upper() == "DICOMDIR":
         return False
     try:
+        require_regular(path)
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
-    except OSError:
+    except (OSError, ImageError):
         return False
 
 
 def frame_count(path: Path) -> int | None:
     """How many frames a multi-frame file has; None for a single picture, and for a file that claims more than it can hold, which
-    `read_dicom` tells of. Reads the header only.
+    `read_dicom` tells of. Reads the header only, and where the fragments of compressed pixels begin.
 
     Raises:
         ImageError: not a DICOM file.
         VesselError: pydicom is not installed.
     """
-    count = _frames(_parsed(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"]))
-    return count if 1 < count < path.stat().st_size else None
+    header, room = _header(path)
+    return count if 1 < (count := _frames(header)) <= room else None
 
 
 def read_dicom(path: Path, number: int | None) -> Image.Image:
@@ -99,20 +112,24 @@ def parse_frames(text: str) -> slice:
 @functools.lru_cache(maxsize=1)
 def _opened(path: Path, changed: int, size: int) -> Any:
     """The whole data set of a file, found fit to be decoded."""
-    dataset = _parsed(path)
+    with _source(path) as source:
+        dataset = _parsed(source)
     if "PixelData" not in dataset:
         if "EncryptedAttributesSequence" in dataset:
             raise ImageError("its attributes are encrypted, and its pixels with them")
         if _header_ends(path) < size - 16:  # the reader drops an element that it cannot finish
             raise ImageError("cut short: its pixel data end before they should")
         raise ImageError("a DICOM file without pixel data (a report, a file of another kind, or one cut short)")
-    for name in ("Rows", "Columns", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "SamplesPerPixel"):
+    for name in (*_SIZES, "BitsStored"):
         if not dataset.get(name):
             raise ImageError(f"its header says nothing of {name}")
     if max(dataset.Rows, dataset.Columns) > MAX_SIDE:
         raise ImageError(f"{dataset.Columns}x{dataset.Rows} pixels are too many; sides up to {MAX_SIDE} are read")
-    if not 0 < _frames(dataset) < size:
-        raise ImageError("its header claims more frames than it can hold")
+    if not 0 < _frames(dataset) <= max(1, _header(path)[1]):
+        raise ImageError(_TOO_MANY_FRAMES)
+    raw = [dataset.get_item(name).value for name in _SEQUENCES if name in dataset]  # bytes, where they are parsed only when looked at
+    if sum(value.count(tag) for value in raw if isinstance(value, bytes) for tag in (_ITEM, _ITEM_OF_BIG_ENDIAN)) > _MOST_PARTS:
+        raise ImageError(_TOO_MANY_PARTS)
     return dataset
 
 
@@ -124,16 +141,100 @@ def _frames(dataset: Any) -> int:
         raise ImageError("its number of frames is not a number") from None
 
 
-def _parsed(path: Path, **how: Any) -> Any:
-    pydicom = _pydicom()
+class _Source:
+    """A file as pydicom reads it: only so often, since a header may have millions of empty parts."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.tell, self.seek = file, file.tell, file.seek
+        self._left = _MOST_PARTS
+
+    @property
+    def is_spent(self) -> bool:
+        return self._left < 0
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self.is_spent:
+            raise ImageError(_TOO_MANY_PARTS)
+        return self.file.read(size)
+
+
+@contextlib.contextmanager
+def _source(path: Path) -> Iterator[_Source]:
+    """The file, its deflated part inflated. Whatever is wrong with it in the block is an ImageError that quotes nothing."""
+    pydicom, source = _pydicom(), None
     try:
-        return pydicom.dcmread(path, **how)
+        require_regular(path)
+        with path.open("rb") as file:
+            source = _Source(_inflated(path, file))
+            yield source
+    except ImageError:
+        raise
     except pydicom.errors.InvalidDicomError:
         raise ImageError("an empty file" if path.stat().st_size == 0 else "not a DICOM file, or an encrypted one") from None
-    except OSError as e:
-        raise ImageError(f"cannot be read ({_kind(e)})") from None
     except Exception as e:
+        if source and source.is_spent:  # the library made another error of it
+            raise ImageError(_TOO_MANY_PARTS) from None
+        if isinstance(e, OSError) and e.strerror:
+            raise ImageError(f"cannot be read ({e.strerror})") from None
         raise ImageError(f"its header cannot be read ({_kind(e)}): cut short, or damaged") from None
+
+
+def _inflated(path: Path, file: IO[bytes]) -> IO[bytes]:
+    """`file`, or, if it is deflated, what it holds without compression."""
+    pydicom = _pydicom()
+    meta = pydicom.filereader.read_file_meta_info(path)
+    if meta.get("TransferSyntaxUID") != pydicom.uid.DeflatedExplicitVRLittleEndian:
+        return file
+    content, begins = file.read(), 132 + 12 + meta.FileMetaInformationGroupLength
+    most = max(_MOST_INFLATED * len(content), 1 << 26)
+    data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content[begins:], most)
+    if len(data) == most:
+        raise ImageError("what it holds is out of proportion to its size")
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    plain = pydicom.filebase.DicomBytesIO()
+    plain.write(content[:132])
+    pydicom.filewriter.write_file_meta_info(plain, meta, enforce_standard=False)
+    plain.write(data)
+    plain.seek(0)
+    return io.BytesIO(plain.getvalue())
+
+
+def _parsed(source: _Source, **how: Any) -> Any:
+    dataset = _pydicom().dcmread(source, **how)
+    if source.is_spent:
+        raise ImageError(_TOO_MANY_PARTS)
+    return dataset
+
+
+def _header(path: Path) -> tuple[Any, int]:
+    """What a file's header says of its pixels, and for how many frames there is room in what follows it. Raises ImageError."""
+    with _source(path) as source:
+        header = _parsed(source, stop_before_pixels=True, specific_tags=["NumberOfFrames", *_SIZES])
+        begins, ends = source.tell(), source.seek(0, io.SEEK_END)
+        frames = _frames(header)
+        try:
+            if header.file_meta.TransferSyntaxUID.is_encapsulated:
+                return header, _fragments(source.file, begins + 12, ends, frames)
+            bits = int(header.Rows) * int(header.Columns) * int(header.SamplesPerPixel) * int(header.BitsAllocated)
+            return header, 8 * (ends - begins) * (3 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else 2) // (2 * bits)
+        except Exception:  # not there, zero, or no numbers: told of when the file is read
+            return header, 0
+
+
+def _fragments(file: IO[bytes], at: int, ends: int, claimed: int) -> int:
+    """How many fragments the compressed pixels have, without the table before them: each frame has one at least. At most `claimed`."""
+    if claimed * (8 + _LEAST_CODESTREAM) > ends - at:
+        return 0
+    count = -1
+    while at + 8 <= ends and count < claimed:
+        file.seek(at)
+        tag, length = struct.unpack("<4sI", file.read(8))
+        if tag != _ITEM:
+            break
+        count += 1
+        at += 8 + length
+    return count
 
 
 def _kind(error: Exception) -> str:
@@ -143,9 +244,9 @@ def _kind(error: Exception) -> str:
 
 def _header_ends(path: Path) -> int:
     """Where the attributes before the pixel data end, in bytes."""
-    with path.open("rb") as file:
-        _pydicom().dcmread(file, stop_before_pixels=True)
-        return file.tell()
+    with _source(path) as source:
+        _parsed(source, stop_before_pixels=True)
+        return source.tell()
 
 
 @functools.cache
@@ -156,6 +257,8 @@ def _pydicom() -> Any:
         import pydicom.config
         import pydicom.encaps
         import pydicom.errors
+        import pydicom.filereader
+        import pydicom.filewriter
         import pydicom.pixels
         import pydicom.uid
     except ModuleNotFoundError as e:

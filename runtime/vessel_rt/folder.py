@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,8 +25,9 @@ from vessel_rt.cines import write_cines
 from vessel_rt.deployment import choose_device
 from vessel_rt.engine import ENGINES
 from vessel_rt.errors import VesselError
-from vessel_rt.frames import Frame, Naming, Selection, find_frames
+from vessel_rt.frames import Frame, Naming, Selection, find_frames, told_kinds
 from vessel_rt.outputs import Entry, replacing, writing
+from vessel_rt.privacy import printable
 from vessel_rt.ray_workers import RayWorkers
 from vessel_rt.record import Record
 from vessel_rt.report import write_report
@@ -71,7 +72,8 @@ class Summary:
     `images` have been tried, of `total` (`in_all_parts` of the run); of them `kept` were done by an earlier run.
     `masks`, `without_mask`, `undrafted` (runs of
     language_model after the first were needed) and `answers` count results: a frame has one for each question. In each of `streams` `batch`
-    images ran at once at first, `least_batch` after the device had run out of memory. `stopped` by this signal, the run may go on.
+    images ran at once at first, `least_batch` after the device had run out of memory. `skipped` counts the files that were not taken, by
+    input and kind. `stopped` by this signal, the run may go on.
     """
 
     total: int = 0
@@ -88,6 +90,7 @@ class Summary:
     least_batch: int = 1
     load_seconds: float = 0.0
     seconds: float = 0.0
+    skipped: dict[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     stopped: signal.Signals | None = None
 
     @property
@@ -143,20 +146,22 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
         VesselError: nothing could be begun (inputs, output folder, question, device, bundle), or a result could not be written.
     """
     began, started, stop = time.perf_counter(), datetime.datetime.now(datetime.UTC), Stop()
-    frames, names = find_frames(options.inputs, options.naming, options.selection)
+    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection)
+    say = _Console(options)
+    for place, kinds in skipped.items():
+        say(f"skipped in {place}: {told_kinds(kinds)}")
     if not frames:
         raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
     record = Record(options.output, frames, options.overwrite)
     devices = [_choose(bundle, device, options.ray) for device in options.devices]
     settings = _settings(bundle, options, devices[0].kind)
     left = record.resume(settings)
-    summary = Summary(total=len(frames), in_all_parts=len(names))
+    summary = Summary(total=len(frames), in_all_parts=len(names), skipped=skipped)
     for entry in record.kept:
         summary.count(entry)
     summary.kept = summary.images
     if not left and _is_finished(options):
         return summary
-    say = _Console(options)
     if left:
         work, shown = _share(options.work, devices), options.naming.show_names
         jobs = [Job(bundle.folder, device, work, options.output, names, settings, shown) for device in devices]
@@ -243,7 +248,7 @@ class _Console:
 
     def __call__(self, text: str) -> None:
         if not self._quiet or text.startswith("error"):
-            tqdm.write(f"vessel-rt: {text}", file=sys.stderr)
+            tqdm.write(f"vessel-rt: {printable(text)}", file=sys.stderr)
 
 
 def _share(work: WorkOptions, devices: Sequence[Device]) -> WorkOptions:
@@ -261,6 +266,7 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
         "kind": kind,
         "questions": options.work.questions,
         "draft": options.work.draft,
+        "rescale": dataclasses.asdict(options.work.rescale) if options.work.rescale else None,
         "pseudonymize": options.naming.codes.key_id if options.naming.pseudonymize else None,
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -313,7 +319,7 @@ def _report(
         "options": {
             **dataclasses.asdict(options.work),
             "devices": [str(device) for device in options.devices],
-            "frames": [selection.frames.start, selection.frames.stop, selection.frames.step],
+            "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
             "num_images": selection.num_images,
             "num_parts": selection.parts,
             "part_id": selection.part,
@@ -332,6 +338,7 @@ def _report(
             "masks": summary.masks,
             "without_mask": summary.without_mask,
         },
+        "skipped": summary.skipped,
         "started": started.isoformat(timespec="seconds"),
         "seconds": {"load": round(summary.load_seconds, 3), "images": round(summary.seconds, 3)},
         "images_per_second": round(summary.images_per_second, 4),

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterator, Sequence
+import itertools
+import mimetypes
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -13,10 +18,22 @@ from tqdm import tqdm
 from vessel_rt.bundle import sha256_of
 from vessel_rt.dicom import DICOM_SUFFIXES, frame_count, is_dicom, read_dicom
 from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.image import SUFFIXES, read_image
-from vessel_rt.privacy import StudyCodes, remember
+from vessel_rt.image import SUFFIXES, Rescale, page_count, read_image, require_regular
+from vessel_rt.privacy import StudyCodes, printable, remember
 
-__all__ = ["Frame", "Naming", "Selection", "cine_of", "find_frames", "frame_suffix", "input_sha256", "read_frame", "stem_of"]
+__all__ = [
+    "Found",
+    "Frame",
+    "Naming",
+    "Selection",
+    "cine_of",
+    "find_frames",
+    "frame_suffix",
+    "input_sha256",
+    "read_frame",
+    "stem_of",
+    "told_kinds",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +47,12 @@ class Naming:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then part `part` of `parts`."""
+    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then part `part` of `parts`.
 
-    frames: slice = dataclasses.field(default_factory=lambda: slice(None))
+    Without `frames`, all of a DICOM cine are taken, and a TIFF with several pages is an error: its pages need not be frames.
+    """
+
+    frames: slice | None = None
     num_images: int | None = None
     parts: int = 1
     part: int = 0
@@ -40,7 +60,7 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One picture to segment: a file, or frame `number` (from 0) of a multi-frame DICOM file.
+    """One picture to segment: a file, or frame `number` (from 0) of a multi-frame DICOM file or of a TIFF with several pages.
 
     `index` is its place among all frames that the inputs name, whichever part of them this run takes. Its outputs are called `name`,
     without a suffix; results.jsonl calls its file `image`; `shown` is for the screen.
@@ -55,40 +75,54 @@ class Frame:
     shown: str
 
 
-def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | None = None) -> tuple[list[Frame], list[str]]:
-    """The frames that `inputs` name, each once, in order; and the names of those of all parts together.
+class Found(NamedTuple):
+    """The frames of this part, the names of those of all parts, and, by input, how many files of each kind were not taken."""
+
+    frames: list[Frame]
+    names: list[str]
+    skipped: dict[str, Mapping[str, int]]
+
+
+def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | None = None) -> Found:
+    """The frames that `inputs` name, each once, in order.
 
     A file is taken as it is; of a folder (not of those in it) and of a glob, sorted, what has the suffix of an image, or is DICOM, and is
-    not hidden. Parts are of whole files, dealt out in turn.
+    not hidden; besides, what has no suffix and cannot be read. Parts are of whole files, dealt out in turn.
 
     Raises:
-        VesselError: an input that is not there, in which there is no image, or of which `selection` leaves no frame; two images whose
-            outputs would have one name.
+        VesselError: an input that is not there or is no file, in which there is no image, or of which `selection` leaves no frame; two
+            images whose outputs would have one name.
     """
     selection = selection or Selection()
     _remember(inputs, naming)
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
+    skipped: dict[str, Mapping[str, int]] = {}
     for position, text in enumerate(inputs, start=1):
-        shown = text if naming.show_names else f"input {position} of {len(inputs)}"
-        for path in _images_of(text, shown):
-            files.setdefault(path.resolve(), path)
-    places = list(_places(list(files.values()), selection.frames))[: selection.num_images]
+        place = f"input {position} of {len(inputs)}"
+        images, others = _images_of(text, printable(text) if naming.show_names else place, naming.show_names)
+        if others:
+            skipped[place] = others
+        for path in images:
+            files.setdefault(os.path.realpath(path) if os.path.isfile(path) else os.path.abspath(path), path)
+    places = list(itertools.islice(_places(list(files.values()), selection.frames), selection.num_images))
     if not places:
         raise VesselError("--frames leaves no frame of the inputs; frames count from 0, and the end is not included")
     frames = [_frame(path, number, index, len(places), naming) for index, (path, number) in enumerate(places)]
     _check_distinct(frames)
     order = {path: place for place, path in enumerate(dict.fromkeys(path for path, _ in places))}
-    return [frame for frame in frames if order[frame.path] % selection.parts == selection.part], [frame.name for frame in frames]
+    chosen = [frame for frame in frames if order[frame.path] % selection.parts == selection.part]
+    return Found(chosen, [frame.name for frame in frames], skipped)
 
 
-def read_frame(frame: Frame) -> Image.Image:
-    """The frame in RGB, 8 bits. Raises ImageError."""
-    return read_dicom(frame.path, frame.number) if is_dicom(frame.path) else read_image(frame.path)
+def read_frame(frame: Frame, rescale: Rescale | None = None) -> Image.Image:
+    """The frame in RGB, 8 bits; `rescale` is for images that are not DICOM, see `read_image`. Raises ImageError."""
+    return read_dicom(frame.path, frame.number) if is_dicom(frame.path) else read_image(frame.path, frame.number, rescale)
 
 
 def input_sha256(path: Path) -> str:
     """Of a file's content. Raises ImageError."""
     try:
+        require_regular(path)
         return sha256_of(path)
     except OSError as e:
         raise ImageError("no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})") from e
@@ -115,34 +149,82 @@ def _remember(inputs: Sequence[str], naming: Naming) -> None:
             remember(text, naming.codes.code(stem_of(Path(text))))
 
 
-def _images_of(text: str, shown: str) -> list[Path]:
+def _images_of(text: str, shown: str, show_names: bool) -> tuple[list[Path], Mapping[str, int]]:
+    """The files that an input names, sorted, and how many of each kind are not taken."""
     path = Path(text)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        candidates, place = list(path.iterdir()), f"{shown}: this folder"
-    elif glob.has_magic(text):
-        candidates, place = [Path(name) for name in glob.glob(text, recursive=True)], f"{shown}: this pattern"
+    if os.path.isfile(path):
+        return [path], {}
+    if os.path.isdir(path):
+        try:
+            candidates, place = list(path.iterdir()), f"{shown}: this folder"
+        except OSError as e:
+            raise VesselError(f"{shown}: this folder cannot be read ({e.strerror})") from e
+    elif not os.path.lexists(path) and glob.has_magic(text):
+        matched = (Path(name) for name in glob.glob(text, recursive=True))
+        candidates, place = [candidate for candidate in matched if not os.path.isdir(candidate)], f"{shown}: this pattern"
     else:
-        raise VesselError(f"{shown}: no such file or folder")
-    images = [p for p in sorted(candidates) if not p.name.startswith(".") and p.is_file() and _is_image(p)]
+        raise VesselError(f"{shown}: {'not a regular file' if os.path.exists(path) else 'no such file or folder'}")
+    visible = [candidate for candidate in sorted(candidates) if not candidate.name.startswith(".")]
+    taken = [_is_image(candidate) for candidate in visible]
+    images = list(itertools.compress(visible, taken))
+    others = _kinds((candidate for candidate, is_taken in zip(visible, taken, strict=True) if not is_taken), show_names)
     if not images:
-        raise VesselError(f"{place} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))})")
-    return images
+        found = f", but {told_kinds(others)}" if others else ""
+        raise VesselError(f"{place} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))}){found}")
+    return images, others
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES or is_dicom(path)
+    """Whether it is taken, if only to say that it cannot be read: what is called as an image is, or has no suffix and may be one."""
+    if os.path.isdir(path):
+        return False
+    if path.suffix.lower() in SUFFIXES or is_dicom(path):
+        return True
+    return stem_of(path) == path.name and _is_unreadable(path)
 
 
-def _places(files: Sequence[Path], chosen: slice) -> Iterator[tuple[Path, int | None]]:
+def _is_unreadable(path: Path) -> bool:
+    """Whether it is a file, or a link to none, that does not let itself be read."""
+    try:
+        require_regular(path)
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError:
+        return True
+    except ImageError:
+        return False
+    return False
+
+
+def _kinds(paths: Iterable[Path], show_names: bool) -> dict[str, int]:
+    """How many there are of each kind: of each suffix that says nothing of a patient, which is one that others use."""
+    kinds: Counter[str] = Counter()
+    for path in paths:
+        suffix = path.suffix.lower()
+        if os.path.isdir(path):
+            kinds["subfolder"] += 1
+        elif os.path.exists(path) and not os.path.isfile(path):
+            kinds["special file"] += 1
+        elif stem_of(path) == path.name:
+            kinds["without a suffix"] += 1
+        else:
+            kinds[printable(suffix) if show_names or mimetypes.guess_type(f"a{suffix}") != (None, None) else "other"] += 1
+    return dict(sorted(kinds.items()))
+
+
+def told_kinds(kinds: Mapping[str, int]) -> str:
+    """Such as `1 .gif, 3 .txt, 2 subfolders`."""
+    return ", ".join(f"{count} {kind}{'s' * (count > 1 and kind in ('subfolder', 'special file'))}" for kind, count in kinds.items())
+
+
+def _places(files: Sequence[Path], chosen: slice | None) -> Iterator[tuple[Path, int | None]]:
     """The files, and of a multi-frame one the frames chosen. One whose header cannot be read is told of when its turn comes."""
     for path in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
         try:
-            count = frame_count(path) if is_dicom(path) else None
+            count = frame_count(path) if is_dicom(path) else None if chosen is None else page_count(path)
         except ImageError:
             count = None
-        for number in [None] if count is None else range(count)[chosen]:
+        for number in [None] if count is None else range(count)[chosen or slice(None)]:
             yield path, number
 
 
@@ -159,7 +241,7 @@ def _frame(path: Path, number: int | None, index: int, total: int, naming: Namin
         name=code if naming.pseudonymize else stem + suffix,
         code=code,
         image=code.removesuffix(suffix) if naming.pseudonymize else path.name,
-        shown=f"{path}{suffix}" if naming.show_names else f"{place} ({code})",
+        shown=printable(f"{path}{suffix}") if naming.show_names else f"{place} ({code})",
     )
 
 

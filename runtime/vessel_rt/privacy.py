@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["CODE_DIGITS", "StudyCodes", "conceal", "remember"]
+__all__ = ["CODE_DIGITS", "StudyCodes", "conceal", "printable", "remember"]
 
 CODE_DIGITS = 12  # hexadecimal: among 10,000 files two share a code once in 5 million folders, and then the run says so and ends
 
@@ -100,6 +100,11 @@ def remember(path: Path | str, shown: str) -> None:
     for text in (str(path), os.path.abspath(path), Path(path).name, Path(path).stem):
         if text.strip("./"):
             _known[text] = shown
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with an escape for every character that a terminal would obey or not show: a file's name may hold any."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text)
 
 
 def conceal(text: str) -> str:

@@ -198,7 +198,7 @@ class Record:
     def _check_inputs(self) -> None:
         listed = {(self.folder / file).resolve() for entry in self._earlier.values() for file in _listed(entry)}
         for frame in self._frames.values():
-            if frame.path.resolve() in listed:
+            if Path(os.path.realpath(frame.path)) in listed:  # resolve() fails where links go round in a circle
                 raise VesselError(f"{frame.shown}: is both an input and a result that would be overwritten; choose another -o")
 
     def _files_of_frames(self) -> Iterator[tuple[str, str]]:

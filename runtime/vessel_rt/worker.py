@@ -24,6 +24,7 @@ from PIL import Image
 from vessel_rt.deployment import Deployment
 from vessel_rt.errors import ImageError, OutOfMemory
 from vessel_rt.frames import Frame, input_sha256, read_frame
+from vessel_rt.image import Rescale
 from vessel_rt.outputs import Entry, FrameWriter, failure
 from vessel_rt.segmenter import Answer, Pixels, Segmenter
 
@@ -39,13 +40,17 @@ _INPUTS = 64  # files whose hashes are remembered: a cine has many frames
 
 @dataclasses.dataclass(frozen=True)
 class WorkOptions:
-    """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None leave the choice to the machine."""
+    """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None leave the choice to the machine.
+
+    `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`.
+    """
 
     questions: tuple[str, ...]
     threads: int = 0
     streams: int | None = None
     batch: int | None = None
     draft: bool = True
+    rescale: Rescale | None = None
 
     def streams_on(self, kind: str, frames: int) -> int:
         """How many batches of `frames` in all are in work at one time on a kind of device.
@@ -122,7 +127,7 @@ class Worker:
     def _read(self, frame: Frame) -> _Read:
         try:
             began = time.perf_counter()
-            sha256, image = self._hash(frame.path), read_frame(frame)
+            sha256, image = self._hash(frame.path), read_frame(frame, self._options.rescale)
             ms = {"read": (time.perf_counter() - began) * 1e3}
             return _Read(frame, sha256, image, self._segmenter.prepare(image), ms=ms)
         except ImageError as e:

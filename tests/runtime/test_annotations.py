@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.runtime.conftest import CODES
+from tests.runtime.image_files import png
 from vessel_rt.annotations import concepts_in, rasterized, read_truth
 from vessel_rt.errors import VesselError
 
@@ -102,3 +104,34 @@ def test_two_images_of_one_stem_are_not_joined(tmp_path: Path) -> None:
 def test_what_the_library_would_die_of_is_no_polygon(value: Any) -> None:
     with pytest.raises(ValueError, match="not a polygon"):
         rasterized([[0, 0, value, 0, value, 9]], 64, 96)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float", "uint32", "palette", "bits", "one gray", "16-bit colour"])
+def test_drawn_masks_of_any_depth_are_read(tmp_path: Path, kind: str) -> None:
+    drawn = np.zeros((40, 60), np.bool_)
+    drawn[10:20, 15:30] = True
+    if kind == "one gray":
+        drawn[:] = True
+    images = {
+        "uint16": Image.fromarray(drawn * np.uint16(40_000)),
+        "float": Image.fromarray(drawn.astype(np.float32)),
+        "uint32": Image.fromarray(drawn * np.int32(2**31 - 1)),
+        "palette": Image.fromarray(drawn.astype(np.uint8) * np.uint8(255)).convert("P"),
+        "bits": Image.fromarray(drawn),
+        "one gray": Image.fromarray(drawn * np.uint16(777)),
+    }
+    if kind == "16-bit colour":
+        (tmp_path / "a_gt.png").write_bytes(png(np.repeat((drawn * np.uint16(60_000))[..., None], 3, axis=2)))
+    else:
+        images[kind].save(tmp_path / f"a_gt.{'tif' if kind in ('float', 'uint32') else 'png'}")
+    np.testing.assert_array_equal(read_truth(tmp_path).mask(line("a"), None), drawn)
+
+
+def test_a_drawn_mask_that_is_no_single_picture_is_named(tmp_path: Path) -> None:
+    page = Image.new("L", (60, 40))
+    page.save(tmp_path / "a.tif", save_all=True, append_images=[page])
+    with pytest.raises(VesselError, match=r"frame 1 \(c0de\): 2 pages"):
+        read_truth(tmp_path).mask(line("a"), None)
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(VesselError, match="not a regular file"):
+        read_truth(tmp_path).mask(line("b"), None)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.runtime.conftest import CODES, make_frame
-from vessel_rt.errors import VesselError
-from vessel_rt.frames import Frame, Naming, Selection, find_frames
+from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.frames import Frame, Naming, Selection, find_frames, input_sha256, read_frame, told_kinds
 
 
 def found(inputs: list[str], **selection: int) -> list[Frame]:
@@ -84,3 +88,99 @@ def test_parts_are_dealt_out_and_keep_their_places(frames: Path) -> None:
     assert [names(part) for part in parts] == [["a.jpg", "d0.png", "d3.png"], ["b.png", "d1.png"], ["c.tif", "d2.png"]]
     assert sorted(frame.index for part in parts for frame in part) == list(range(7))
     assert find_frames([str(frames)], Naming(CODES), Selection(parts=3))[1] == ["a", "b", "c", "d0", "d1", "d2", "d3"]
+
+
+def make_pages(path: Path, count: int = 5) -> Path:
+    pages = [Image.fromarray(np.full((4, 6), 10 * page, np.uint8)) for page in range(count)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    return path
+
+
+def test_pages_are_frames_only_when_frames_are_asked_for(tmp_path: Path) -> None:
+    make_pages(tmp_path / "a.tif")
+    shutil.copy(tmp_path / "a.tif", tmp_path / "b.jpg")  # what a file is called does not matter
+    make_pages(tmp_path / "c.tif", 1)
+    (whole, *_) = find_frames([str(tmp_path / "a.tif")], Naming(CODES)).frames
+    assert (whole.name, whole.number) == ("a", None)
+    with pytest.raises(ImageError, match=r"5 pages.*--frames"):
+        read_frame(whole)
+    chosen = find_frames([str(tmp_path)], Naming(CODES), Selection(slice(1, None, 3))).frames
+    assert [(frame.name, frame.number) for frame in chosen] == [
+        ("a_frame_000001", 1),
+        ("a_frame_000004", 4),
+        ("b_frame_000001", 1),
+        ("b_frame_000004", 4),
+        ("c", None),
+    ]
+    assert [read_frame(frame).getpixel((0, 0)) for frame in chosen] == [(level,) * 3 for level in (10, 40, 10, 40, 0)]
+
+
+def test_what_is_not_taken_is_counted_by_kind(frames: Path) -> None:
+    (frames / "deeper").mkdir()
+    (frames / "deeper.dcm").mkdir()
+    for name in ("notes.txt", "more.TXT", ".hidden", "moving.gif", "plain", "XA.1.2.3", "DICOMDIR", "Quokka.4711", "x.quokka"):
+        (frames / name).write_bytes(b"text")
+    os.mkfifo(frames / "pipe")
+    (frames / "gone.txt").symlink_to("nowhere")
+    found = find_frames([str(frames / "a.jpg"), str(frames)], Naming(CODES))
+    assert [frame.path.name for frame in found.frames] == ["a.jpg", "b.png", "c.tif"]
+    assert found.skipped == {
+        "input 2 of 2": {".gif": 1, ".txt": 3, "other": 1, "special file": 1, "subfolder": 2, "without a suffix": 4},
+    }
+    assert told_kinds({".gif": 1, ".txt": 3, "subfolder": 2}) == "1 .gif, 3 .txt, 2 subfolders"
+    shown = find_frames([str(frames)], Naming(CODES, show_names=True)).skipped["input 1 of 1"]
+    assert shown[".quokka"] == 1
+    assert find_frames([str(frames / "*.[jt]*")], Naming(CODES)).skipped == {"input 1 of 1": {".txt": 2}}
+    assert find_frames([str(frames / "**")], Naming(CODES)).skipped["input 1 of 1"].get("subfolder") is None
+
+
+def test_a_folder_without_an_image_says_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(VesselError, match=r"this folder holds no image \(.*\), but 2 \.txt"):
+        found([str(tmp_path)])
+
+
+def test_what_is_called_as_an_image_and_cannot_be_read_is_a_frame(frames: Path) -> None:
+    for name in ("d.png", "e", "f.dcm"):
+        (frames / name).symlink_to("nowhere")
+    (frames / "g").symlink_to("g")
+    os.mkfifo(frames / "h.jpg")
+    with socket.socket(socket.AF_UNIX) as plug:
+        plug.bind(str(frames / "i.bmp"))
+        (frames / "j.dcm").symlink_to("/dev/zero")
+        taken = found([str(frames)])
+        assert names(taken) == ["a.jpg", "b.png", "c.tif", "d.png", "e", "f.dcm", "g", "h.jpg", "i.bmp", "j.dcm"]
+        for frame in taken[3:]:
+            for read in (lambda frame=frame: input_sha256(frame.path), lambda frame=frame: read_frame(frame)):
+                with pytest.raises(ImageError, match=r"no such file|not a regular file|symbolic links"):
+                    read()
+    assert find_frames([str(frames)], Naming(CODES), Selection(slice(None))).names == [frame.name for frame in taken]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that root cannot read")
+def test_a_file_without_a_suffix_that_cannot_be_read_is_a_frame(frames: Path) -> None:
+    (frames / "d").symlink_to("/proc/self/mem")  # regular, and its first byte is an error
+    assert names(found([str(frames)])) == ["a.jpg", "b.png", "c.tif", "d"]
+    with pytest.raises(ImageError, match="cannot be read"):
+        input_sha256(frames / "d")
+
+
+def test_an_input_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone[1].png").symlink_to("nowhere")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        with pytest.raises(VesselError, match=r"^input 1 of 1: not a regular file$"):
+            found([str(path)])
+    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder$"):
+        found([str(tmp_path / "gone[1].png")])
+
+
+def test_characters_that_a_terminal_obeys_are_escaped(tmp_path: Path) -> None:
+    name = "a\x1b]0;title\x07\r\n\u202e\x9b.png"
+    (tmp_path / name).write_bytes(b"")
+    (frame,) = find_frames([str(tmp_path)], Naming(CODES, show_names=True)).frames
+    assert frame.shown == str(tmp_path / r"a\x1b]0;title\x07\r\n\u202e\x9b.png")
+    with pytest.raises(VesselError) as caught:
+        find_frames([str(tmp_path / "none\x1b.png")], Naming(CODES, show_names=True))
+    assert "\x1b" not in str(caught.value)

@@ -100,7 +100,7 @@ def test_a_bug_in_a_process_shows_its_traceback_without_names(standin: Bundle, t
     make_frame().save(tmp_path / "in" / "Study-4711-B.png")
     broken = (
         "from vessel_rt import worker, workers\n"
-        "def read(frame): raise RuntimeError(f'no way with {frame.path}')\n"
+        "def read(frame, rescale): raise RuntimeError(f'no way with {frame.path}')\n"
         "worker.read_frame = read; workers.serve()"
     )
     monkeypatch.setattr("vessel_rt.workers._PROGRAM", broken)
