@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.resources
-import json
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,17 +15,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vessel_export.base_config import LanguageConfig, VisionConfig, read_config_json, read_json
 from vessel_export.errors import BaseModelError
 from vessel_export.page_cache import let_go
+from vessel_export.sam2_files import build_sam2, find_sam2_yaml, read_sam2_config, read_sam2_state
 from vessel_rt.errors import first_line
 
 __all__ = [
     "DEFAULT_BASE",
     "DEFAULT_SAM2",
     "BaseModel",
-    "LanguageConfig",
     "Sam2",
-    "VisionConfig",
     "open_base",
     "open_sam2",
 ]
@@ -36,46 +33,24 @@ __all__ = [
 DEFAULT_BASE = "OpenGVLab/InternVL3-8B"
 DEFAULT_SAM2 = "facebook/sam2-hiera-large"
 
-_SAM2_FILES = {  # Hugging Face id: (checkpoint in it, configuration inside the sam2 package); the SAM 2.0 family
-    "facebook/sam2-hiera-tiny": ("sam2_hiera_tiny.pt", "sam2_hiera_t.yaml"),
-    "facebook/sam2-hiera-small": ("sam2_hiera_small.pt", "sam2_hiera_s.yaml"),
-    "facebook/sam2-hiera-base-plus": ("sam2_hiera_base_plus.pt", "sam2_hiera_b+.yaml"),
-    "facebook/sam2-hiera-large": ("sam2_hiera_large.pt", "sam2_hiera_l.yaml"),
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names for them
+
+_SAM2_FILES = {  # Hugging Face id: checkpoint in it; the SAM 2.0 family
+    "facebook/sam2-hiera-tiny": "sam2_hiera_tiny.pt",
+    "facebook/sam2-hiera-small": "sam2_hiera_small.pt",
+    "facebook/sam2-hiera-base-plus": "sam2_hiera_base_plus.pt",
+    "facebook/sam2-hiera-large": "sam2_hiera_large.pt",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of InternViT. `downsample` is the pixel shuffle's factor per side (2: four patches become one image token)."""
+class _Piece:
+    """A tensor in a safetensors file: where, and of what shape and dtype ("BF16")."""
 
-    layers: int
-    hidden_size: int
-    heads: int
-    intermediate_size: int
-    image_size: int
-    patch_size: int
-    norm_eps: float
-    downsample: int
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return (self.image_size // self.patch_size // self.downsample) ** 2
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageConfig:
-    """Sizes of the Qwen2 language model; `vocabulary` is the base model's, before the fine-tune's tokens."""
-
-    layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocabulary: int
-    rope_theta: float
-    norm_eps: float
-    max_positions: int
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,39 +60,52 @@ class BaseModel:
     folder: Path
     vision: VisionConfig
     language: LanguageConfig
-    _sources: Mapping[str, tuple[tuple[Path, str], ...]]
+    _sources: Mapping[str, tuple[_Piece, ...]]  # one piece, or three of one width: Q, K and V
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the tensors are in."""
+        return tuple(sorted({piece.file for pieces in self._sources.values() for piece in pieces}))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`.
 
         Raises:
-            BaseModelError: no such tensor.
+            BaseModelError: no such tensor, or not of a floating-point dtype.
         """
-        shapes = []
-        for file, key in self._pieces(name):
-            with safe_open(file, "pt") as opened:
-                shapes.append(tuple(opened.get_slice(key).get_shape()))
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        pieces = self._pieces(name)
+        return pieces[0].shape if len(pieces) == 1 else (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """The shape of matrix `name`, [out, in]; BaseModelError if there is no such matrix."""
+        match self.shape(name):
+            case (rows, columns):
+                return rows, columns
+            case shape:
+                raise BaseModelError(f"{self.folder}: {name} has shape {list(shape)}, not a matrix's; download the base model whole")
 
     def tensor(self, name: str) -> torch.Tensor:
         """Tensor `name` in the file's dtype, memory-mapped where it is stored whole; BaseModelError if there is none."""
         pieces = []
-        for file, key in self._pieces(name):
-            with safe_open(file, "pt") as opened:
-                pieces.append(opened.get_tensor(key))
+        for piece in self._pieces(name):
+            with safe_open(piece.file, "pt") as opened:
+                pieces.append(opened.get_tensor(piece.key))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def let_go(self, name: str) -> None:
         """Tell the system that tensor `name`, of which nobody holds a view, was read and is not needed again."""
-        for file, _ in self._pieces(name):
-            with file.open("rb") as opened:
+        for piece in self._pieces(name):
+            with piece.file.open("rb") as opened:
                 let_go(opened)
 
-    def _pieces(self, name: str) -> tuple[tuple[Path, str], ...]:
-        try:
-            return self._sources[name]
-        except KeyError:
-            raise BaseModelError(f"{self.folder}: lacks {name}; it is not a whole InternVL3 model, download it again") from None
+    def _pieces(self, name: str) -> tuple[_Piece, ...]:
+        pieces = self._sources.get(name)
+        if pieces is None:
+            raise BaseModelError(f"{self.folder}: lacks {name}; it is not a whole InternVL3 model, download it again")
+        for piece in pieces:
+            if piece.dtype not in _FLOATS:
+                raise BaseModelError(f"{piece.file}: {piece.key} is {piece.dtype}; --base takes the model in {', '.join(_FLOATS)}")
+        return pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,27 +113,30 @@ class Sam2:
     """A SAM 2.0 checkpoint and the configuration of sam2's own modules for it."""
 
     path: Path
-    model_config: Any  # omegaconf's DictConfig under `model`
+    config: Mapping[str, Any]  # as `read_sam2_config` returns it
     state_dict: Mapping[str, torch.Tensor]
 
     @property
     def image_size(self) -> int:
         """Side of the square input, in pixels."""
-        return int(self.model_config.image_size)
+        return int(self.config["image_size"])
+
+    @property
+    def width(self) -> int:
+        """Channels of the image features, of which a prompt's tokens have as many."""
+        return int(self.config["image_encoder"]["neck"]["d_model"])
 
     def build(self, state_dict: Mapping[str, torch.Tensor] | None = None) -> torch.nn.Module:
         """sam2's SAM2Base in FP32 and eval mode, with these weights, or `state_dict`'s where a name is in it.
 
         Raises:
-            BaseModelError: a tensor is missing, unexpected or of another shape.
+            BaseModelError: the configuration does not make a model, or a tensor is missing, unexpected or of another shape.
         """
-        from hydra.utils import instantiate
-
-        model: torch.nn.Module = instantiate(self.model_config, _recursive_=True)
         weights = {**self.state_dict, **(state_dict or {})}
         try:
+            model = build_sam2(self.config)
             model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=True)
-        except RuntimeError as e:
+        except (RuntimeError, ValueError) as e:
             raise BaseModelError(f"{self.path}: does not fit its configuration: {' '.join(str(e).split())}") from e
         return model.eval()
 
@@ -161,11 +152,7 @@ def open_base(spec: str) -> BaseModel:
         raise BaseModelError(f"{folder}: no config.json; --base takes an InternVL3 folder (OpenGVLab/InternVL3-8B, downloaded whole)")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise BaseModelError(f"{folder}: no tokenizer (vocab.json or tokenizer.json); download the base model whole")
-    config = _read_json(folder / "config.json")
-    try:
-        vision, language = _vision_config(config), _language_config(config)
-    except (KeyError, TypeError, ValueError) as e:
-        raise BaseModelError(f"{folder / 'config.json'}: not an InternVL3 with Qwen2 that can be exported ({e})") from e
+    vision, language = read_config_json(folder / "config.json")
     return BaseModel(folder, vision, language, _index(folder))
 
 
@@ -177,25 +164,9 @@ def open_sam2(spec: str) -> Sam2:
     Raises:
         BaseModelError: not found and not downloadable, no configuration, or not a SAM2 checkpoint.
     """
-    from omegaconf import OmegaConf
-
     path = _sam2_file(spec)
-    beside = path.with_suffix(".yaml")
-    packaged = dict(_SAM2_FILES.values())
-    if beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    elif path.name in packaged:
-        text = importlib.resources.files("sam2").joinpath("configs", "sam2", packaged[path.name]).read_text(encoding="utf-8")
-    else:
-        raise BaseModelError(f"{path}: no configuration for it; put its .yaml beside it as {beside.name}")
-    targets = set(re.findall(r"_target_:\s*(\S+)", text))
-    if not targets or not all(target.startswith("sam2.modeling.") for target in targets):
-        raise BaseModelError(f"{beside}: may only name modules of sam2.modeling; it names {', '.join(sorted(targets)) or 'none'}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as e:
-        raise BaseModelError(f"{path}: not a SAM2 checkpoint ({first_line(e)}); download it again") from e
-    return Sam2(path, OmegaConf.create(text).model, state)
+    config = read_sam2_config(find_sam2_yaml(path))
+    return Sam2(path, config, read_sam2_state(path))
 
 
 def _local_or_hub(spec: str, flag: str) -> Path:
@@ -219,7 +190,7 @@ def _sam2_file(spec: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _offline_is_one_line(spec, "--sam2"):
-        return Path(hf_hub_download(spec, _SAM2_FILES[spec][0]))
+        return Path(hf_hub_download(spec, _SAM2_FILES[spec]))
 
 
 @contextlib.contextmanager
@@ -232,100 +203,49 @@ def _offline_is_one_line(spec: str, flag: str) -> Iterator[None]:
         ) from e
 
 
-def _vision_config(config: dict[str, Any]) -> VisionConfig:
-    c = config["vision_config"]
-    native = "text_config" in config
-    _require(c.get("norm_type", "layer_norm") == "layer_norm", "norm_type is not layer_norm")
-    _require(c.get("hidden_act", "gelu") == "gelu", "the vision model's activation is not gelu")
-    _require(not c.get("use_qk_norm" if native else "qk_normalization", False), "the vision model normalises Q and K")
-    _require(c.get("attention_bias" if native else "qkv_bias", True), "the vision model has no QKV bias")
-    _require(config.get("select_layer", config.get("vision_feature_layer", -1)) == -1, "the vision feature is not the last layer's")
-    _require(config.get("ps_version", "v2") == "v2", "pixel shuffle is not v2")
-    downsample = 1 / float(config.get("downsample_ratio", 0.5))
-    _require(downsample == int(downsample), "downsample_ratio is not 1/n")
-    return VisionConfig(
-        layers=c["num_hidden_layers"],
-        hidden_size=c["hidden_size"],
-        heads=c["num_attention_heads"],
-        intermediate_size=c["intermediate_size"],
-        image_size=config.get("force_image_size") or _side(c["image_size"]),
-        patch_size=_side(c["patch_size"]),
-        norm_eps=c["layer_norm_eps"],
-        downsample=int(downsample),
-    )
+def _index(folder: Path) -> dict[str, tuple[_Piece, ...]]:
+    """Original name -> the pieces it is made of; in the native layout Q, K and V are apart and concatenate to qkv."""
+    sources: dict[str, dict[str, _Piece]] = {}
+    for piece in _read_pieces(folder):
+        name, letter = _original_name(piece.key), ""
+        if part := re.search(r"\.attn\.([qkv])_proj\.", name):
+            name, letter = name.replace(part.group(0), ".attn.qkv."), part.group(1)
+        if letter in sources.setdefault(name, {}):
+            raise BaseModelError(f"{piece.file}: {piece.key} is there twice; download the base model whole")
+        sources[name][letter] = piece
+    for name, pieces in sources.items():
+        joined = "".join(sorted(pieces))
+        widths = {piece.shape[1:] for piece in pieces.values()}
+        if joined and (joined != "kqv" or len(widths) != 1 or not all(piece.shape for piece in pieces.values())):
+            raise BaseModelError(f"{folder}: the parts of {name} do not fit together; download the base model whole")
+    return {name: tuple(pieces[letter] for letter in sorted(pieces, key="qkv".find)) for name, pieces in sources.items()}
 
 
-def _language_config(config: dict[str, Any]) -> LanguageConfig:
-    c = config.get("text_config") or config["llm_config"]
-    _require(c.get("model_type", "qwen2") == "qwen2", f"the language model is {c.get('model_type')}, not qwen2")
-    _require(c.get("hidden_act", "silu") == "silu", "the language model's activation is not silu")
-    _require(not c.get("use_sliding_window", False), "the language model uses a sliding window")
-    _require(not c.get("tie_word_embeddings", config.get("tie_word_embeddings", False)), "embedding and head are tied")
-    rope = c.get("rope_parameters") or {**(c.get("rope_scaling") or {}), "rope_theta": c.get("rope_theta")}
-    # "dynamic" only changes positions beyond max_position_embeddings, which the export refuses.
-    _require(rope.get("rope_type", rope.get("type", "default")) in ("default", "dynamic"), f"rope scaling {rope} is not supported")
-    return LanguageConfig(
-        layers=c["num_hidden_layers"],
-        hidden_size=c["hidden_size"],
-        heads=c["num_attention_heads"],
-        kv_heads=c["num_key_value_heads"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        intermediate_size=c["intermediate_size"],
-        vocabulary=c["vocab_size"],
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=c["rms_norm_eps"],
-        max_positions=c["max_position_embeddings"],
-    )
-
-
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _side(value: int | list[int]) -> int:
-    """A square's side: the transformers-native configuration writes [448, 448]."""
-    if isinstance(value, list):
-        _require(len(set(value)) == 1, f"{value} is not square")
-        return value[0]
-    return value
-
-
-def _index(folder: Path) -> dict[str, tuple[tuple[Path, str], ...]]:
-    """Original name -> the (file, key) pieces it is made of; in the native layout Q, K and V are apart and concatenate to qkv."""
-    sources: dict[str, list[tuple[int, Path, str]]] = {}
-    for file, key in _keys(folder):
-        name = _original_name(key)
-        part = re.search(r"\.attn\.([qkv])_proj\.", name)
-        if part:
-            name = name.replace(part.group(0), ".attn.qkv.")
-        sources.setdefault(name, []).append(("qkv".index(part.group(1)) if part else 0, file, key))
-    return {name: tuple((file, key) for _, file, key in sorted(pieces)) for name, pieces in sources.items()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise BaseModelError(f"{path}: cannot be read ({first_line(e)}); download the base model whole") from e
-    if not isinstance(document, dict):
-        raise BaseModelError(f"{path}: not a JSON object; download the base model whole")
-    return document
-
-
-def _keys(folder: Path) -> Iterator[tuple[Path, str]]:
+def _weights_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    files = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
-    for name in sorted(files):
-        path = folder / name
-        if path.resolve().parent != folder.resolve() and not path.is_symlink():  # the hub's cache links to its blobs
-            raise BaseModelError(f"{index}: names a file outside its folder: {name}")
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise BaseModelError(f"{index}: has no weight_map of file names; download the base model whole")
+    for name in names.values():
+        if name != re.split(r"[/\\]", name)[-1] or name in ("", ".", ".."):
+            raise BaseModelError(f"{index}: names a file outside its folder: {name[:200]!r}; download the base model whole")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _read_pieces(folder: Path) -> Iterator[_Piece]:
+    """Every tensor of the folder. (The library checks that a file's header fits its size.)"""
+    for path in _weights_files(folder):
         try:
+            if not path.is_file():
+                raise FileNotFoundError("no such file")
             with safe_open(path, "pt") as opened:
-                keys = list(opened.keys())
+                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+                pieces = [_Piece(path, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
         except (OSError, SafetensorError) as e:
-            raise BaseModelError(f"{path}: cannot be read ({e}); download the base model whole") from e
-        yield from ((path, key) for key in keys)
+            raise BaseModelError(f"{path}: cannot be read ({first_line(e)}); download the base model whole") from e
+        yield from pieces
 
 
 # From the transformers-native layout to the original one, in this order (transformers' own conversion script, reversed).

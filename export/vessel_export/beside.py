@@ -54,7 +54,7 @@ def beside(function: Callable[P, T]) -> Iterator[Beside[P, T]]:
         def result() -> T:
             try:
                 value, error = pickle.load(out_of)
-            except EOFError:
+            except (EOFError, pickle.UnpicklingError):  # it ended without an answer, or within one
                 code = process.wait()
                 raise VesselError(f"{function.__name__}: its process ended with code {code}; is there memory enough?") from None
             if error is not None:
@@ -87,9 +87,10 @@ def _answer() -> None:
     try:
         function = pickle.load(sys.stdin.buffer)
         args, kwargs = pickle.load(sys.stdin.buffer)
-        answer: tuple[object, Exception | None] = function(*args, **kwargs), None
-    except EOFError:  # the first process ended, or needs no answer
+    except (EOFError, pickle.UnpicklingError):  # the first process ended, or needs no answer
         return
+    try:
+        answer: tuple[object, Exception | None] = function(*args, **kwargs), None
     except Exception as e:
         e.add_note(traceback.format_exc())
         answer = None, e

@@ -23,6 +23,7 @@ from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
 from vessel_export.graphs.vision_encoder import build_vision_encoder
+from vessel_export.hub_cache import hashing
 from vessel_export.merge import NEW_TOKENS, MergePlan, plan_merge
 from vessel_export.neighbours import find_neighbours, link_engines, older_file
 from vessel_export.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
@@ -106,7 +107,9 @@ def export_bundle(request: ExportRequest) -> Export:
         tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
         prompt = _prompt(tokenizer, base)
         neighbours = find_neighbours(out, request.base, request.recipe.precision)
-        stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
+        with hashing(base.files) as hashed:
+            stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
+            hashed()
         tokenizer.save(str(folder / prompt.tokenizer))
         files = _records(folder, written)
         engines = link_engines(folder, files, neighbours)
@@ -150,7 +153,8 @@ def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
     alpha = given if given is not None else checkpoint.lora_alpha
     if alpha is None:
         raise CheckpointError(
-            f"{checkpoint.path}: does not tell LoRA's alpha; give it with --lora-alpha (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
+            f"{checkpoint.path}: does not tell LoRA's alpha as one plain number; give it with --lora-alpha"
+            f" (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
         )
     return alpha
 

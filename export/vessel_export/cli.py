@@ -13,6 +13,8 @@ import vessel_rt
 from vessel_export.engines import add_arguments as add_build_arguments
 from vessel_export.engines import build_after_export
 from vessel_export.ranges import add_arguments as add_ranges_arguments
+from vessel_export.streams import forgiving_streams
+from vessel_export.training_config import positive_number
 from vessel_export.verify import add_arguments as add_verify_arguments
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
@@ -31,7 +33,17 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vessel-export`; returns the exit code: 0 done, 1 bad input or parity beyond tolerance, 2 bad usage, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    with forgiving_streams() as output:
+        arguments = _parser().parse_args(argv)
+        code = _run(arguments)
+        if output.failure:
+            if not isinstance(output.failure, BrokenPipeError):  # whoever read may go, as `head` does
+                print(f"vessel-export: standard output: {output.failure.strerror}", file=sys.stderr)
+            code = code or int(arguments.run is _inspect)  # whose work is what it prints
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments))
     except VesselError as e:
@@ -65,12 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<precision>)")
     export.add_argument("--recipe", type=Path, metavar="TOML", help="what to make (default: engines/rtx3090.toml)")
     export.add_argument("--precision", choices=PRECISIONS, help="instead of the recipe's: fp16 or bf16 for GPUs, fp32 for CPUs")
-    export.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
+    export.add_argument("--lora-alpha", type=positive_number, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
     export.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a tensor that nothing uses; may be repeated")
     export.add_argument("--overwrite", action="store_true", help="replace the bundle at --out, once the new one is complete")
     export.set_defaults(run=_export)
 
-    inspect = commands.add_parser("inspect", help="show what a checkpoint or a work_dirs folder holds, and what export would do with it")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a checkpoint or a work_dirs folder holds, and what export would do with it",
+        description="Reads names, shapes and what training recorded. Values are not read: export and verify check those for damage.",
+    )
     inspect.add_argument("path", type=Path, metavar="PATH", help="an iter_*.pth, or the folder that training wrote them to")
     form = inspect.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for programs")

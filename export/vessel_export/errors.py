@@ -2,7 +2,7 @@
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["BaseModelError", "CheckpointError", "SynthError"]
+__all__ = ["BaseModelError", "CheckpointError", "SynthError", "UnreadableFile"]
 
 
 class CheckpointError(VesselError):
@@ -15,3 +15,10 @@ class BaseModelError(VesselError):
 
 class SynthError(VesselError):
     """A random model that cannot be written as asked."""
+
+
+class UnreadableFile(ValueError):
+    """What is wrong with a file, in a phrase for another error's message: printable and short, whatever of the file's text is in it."""
+
+    def __init__(self, phrase: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in phrase[:500]))

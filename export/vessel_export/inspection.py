@@ -1,6 +1,6 @@
 """`vessel-export inspect`: what a checkpoint, or a folder of them, holds, and what an export would make of it.
 
-Reads the pickle of a checkpoint, never its tensors' values (a check of those is the export's), and runs nothing of it.
+Reads the pickle of a checkpoint, never its tensors' values (`export` and `verify` check those), and runs nothing of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from vessel_export.checkpoint import LORA_PREFIX, Checkpoint, open_checkpoint
+from vessel_export.checkpoint import LORA_PREFIX, Checkpoint, survey_checkpoint
 from vessel_export.errors import CheckpointError
 from vessel_export.merge import NEW_TOKENS
-from vessel_export.training_config import UNKNOWN, find, read_config
+from vessel_export.training_config import UNKNOWN, find
 
 __all__ = ["CheckpointReport", "FolderReport", "Group", "inspect_checkpoint", "inspect_folder", "markdown", "show", "to_json"]
 
@@ -126,11 +126,10 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
     """What the checkpoint at `path` holds.
 
     Raises:
-        CheckpointError: as `open_checkpoint`: not a checkpoint, damaged, or one that would run code.
+        CheckpointError: as `survey_checkpoint`: not a checkpoint, damaged, or one that would run code.
     """
-    checkpoint = open_checkpoint(path)
-    text = checkpoint.meta.get("cfg")
-    config = read_config(text if isinstance(text, str) else "")
+    checkpoint = survey_checkpoint(path)
+    config = checkpoint.config
     members: dict[str, list[str]] = {name: [] for name in _GROUPS}
     for name in checkpoint.tensors:
         members[_group(name)].append(name)
@@ -243,6 +242,8 @@ def _problems(checkpoint: Checkpoint, members: Mapping[str, Sequence[str]]) -> I
     """What would stop an export, as far as names and shapes tell."""
     if checkpoint.lora_alpha is None and members["LoRA"]:
         yield f"LoRA's alpha is not told: give it with --lora-alpha (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
+    for name, kind in checkpoint.unusable.items():
+        yield f"{name} is {kind}, not a dense floating-point tensor: --skip {name}, if nothing needs it"
     for name in members["unknown"]:
         yield f"{name} is unknown: --skip {name}, if nothing needs it"
     layers = [int(match[1]) for name in members["LoRA"] if (match := _LORA.fullmatch(name))]
@@ -308,7 +309,8 @@ def _sections(report: CheckpointReport | FolderReport) -> Iterator[_Section]:
     yield _Section("run", (), tuple((key, str(value)) for key, value in report.training.items()))
     lora = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in report.lora.items()}
     yield _Section("LoRA", (), tuple(lora.items()))
-    yield _Section("trained, in the checkpoint", ("",), tuple((line,) for line in report.trained))
+    trained = tuple((line,) for line in report.trained)
+    yield _Section("trained, in the checkpoint", ("",), trained or (("nothing that vessel-rt knows",),))
     yield _Section("frozen, from the base models", ("",), tuple((line,) for line in report.frozen))
     losses = tuple((name, kind, str(weight)) for name, kind, weight in report.losses)
     yield _Section("losses", ("loss", "type", "weight"), losses or ((UNKNOWN, UNKNOWN, UNKNOWN),))

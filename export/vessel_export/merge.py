@@ -102,7 +102,7 @@ def _stored(name: str, source: BaseModel, key: str, dtype: torch.dtype) -> Outpu
 
 
 def _transposed(name: str, source: BaseModel, key: str, dtype: torch.dtype) -> OutputTensor:
-    rows, columns = source.shape(key)
+    rows, columns = source.matrix_shape(key)
     return OutputTensor(name, (columns, rows), dtype, lambda: in_pieces(source.tensor(key).T))
 
 
@@ -197,7 +197,7 @@ def _common_keys(base: BaseModel, capacity: int) -> list[OutputTensor]:
 def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: float, dtype: torch.dtype) -> OutputTensor:
     """One LoRA target, [in, out]: (W + (B @ A) * alpha / r).T with W [out, in], A [r, in], B [out, r]."""
     key = f"language_model.{module}.weight"
-    out_features, in_features = base.shape(key)
+    out_features, in_features = base.matrix_shape(key)
     rank = ledger.lora_rank
     a = ledger.take(f"{LORA_PREFIX}{module}.lora_A.weight", (rank, in_features))
     b = ledger.take(f"{LORA_PREFIX}{module}.lora_B.weight", (out_features, rank))
@@ -227,7 +227,7 @@ def _sam2_updates(ledger: _Ledger, sam2: Sam2) -> dict[str, torch.Tensor]:
 
 def _prompt_head(ledger: _Ledger, base: BaseModel, sam2: Sam2) -> dict[str, torch.Tensor]:
     """text_hidden_fcs: Linear, ReLU, Linear, from the language model's width to SAM2's."""
-    hidden, narrow = base.language.hidden_size, int(sam2.model_config.image_encoder.neck.d_model)
+    hidden, narrow = base.language.hidden_size, sam2.width
     shapes: dict[str, tuple[int, ...]] = {
         "0.weight": (hidden, hidden),
         "0.bias": (hidden,),

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vessel_export.checkpoint import Checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
+from vessel_export.sam2_files import build_sam2, find_sam2_yaml, read_sam2_config, read_sam2_state
 from vessel_rt.errors import first_line
 
 __all__ = [
@@ -31,7 +33,6 @@ __all__ = [
     "load_tokenizer",
     "load_vision_model",
     "open_internvl3",
-    "sam2_yaml",
 ]
 
 SPECIAL_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")  # in the order of Sa2VA's training configuration, which gives their ids
@@ -81,22 +82,35 @@ def open_internvl3(folder: Path) -> InternVL3:
         BaseModelError: no such folder, another architecture, or tensors of unknown names.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
-        raise BaseModelError(f"{folder}: no base model here (config.json: {e}); give a folder of InternVL3") from e
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BaseModelError(f"{folder}: no base model here (config.json: {first_line(e)}); give a folder of InternVL3") from e
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{folder}: config.json is not a JSON object; give a folder of InternVL3")
     original = config.get("model_type") == "internvl_chat"
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "language": {}, "mlp1": {}}
     prefixes = _ORIGINAL_PARTS if original else _HF_PARTS
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
+        for name, tensor in _tensors(file).items():
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if prefix is None:
                 raise BaseModelError(f"{file}: unexpected tensor {name}; give an InternVL3 base model")
             part, _, key = (prefixes[prefix] + name.removeprefix(prefix)).partition(".")
             parts[part][key] = tensor
-    vision_config, text_config = (_original_configs if original else _hf_configs)(folder, config)
+    try:
+        vision_config, text_config = (_original_configs if original else _hf_configs)(folder, config)
+        ratio = float(config["downsample_ratio"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise BaseModelError(f"{folder}: config.json lacks what InternVL3 has, or has it of another kind ({e})") from e
     vision = _as_transformers_vision(parts["vision"]) if original else parts["vision"]
-    return InternVL3(folder, vision_config, text_config, float(config["downsample_ratio"]), vision, parts["language"])
+    return InternVL3(folder, vision_config, text_config, ratio, vision, parts["language"])
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as e:
+        raise BaseModelError(f"{file}: cannot be read ({first_line(e)}); download the base model whole") from e
 
 
 def load_tokenizer(base: InternVL3) -> Any:
@@ -193,20 +207,12 @@ def load_sam2(weights: Path, trained: Checkpoint) -> Any:
     Raises:
         BaseModelError: no yaml, one that names anything but sam2's modules, an unreadable .pt, or tensors that do not fit.
     """
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    yaml = sam2_yaml(weights)
-    config = OmegaConf.load(yaml)
-    OmegaConf.resolve(config)
-    for target in _targets(OmegaConf.to_container(config)):
-        if not target.startswith("sam2.modeling."):  # hydra calls whatever a yaml names
-            raise BaseModelError(f"{yaml}: names {target}; only classes of sam2.modeling are built")
+    config, state = read_sam2_config(find_sam2_yaml(weights)), read_sam2_state(weights)
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError) as e:
-        raise BaseModelError(f"{weights}: not a SAM2 .pt ({first_line(e)})") from e
-    model: Any = _load_strictly(instantiate(config.model, _recursive_=True), state, str(weights))
+        built: Any = build_sam2(config)
+    except ValueError as e:
+        raise BaseModelError(f"{weights}: {e}") from e
+    model: Any = _load_strictly(built, state, str(weights))
     mask_decoder = _under(trained.tensors, "grounding_encoder.sam2_model.sam_mask_decoder.")
     _load_strictly(model.sam_mask_decoder, mask_decoder, f"{trained.path}: sam_mask_decoder")
     return model
@@ -248,27 +254,6 @@ def _as_transformers_vision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[name] = tensor
     return renamed
-
-
-def sam2_yaml(weights: Path) -> Path:
-    """The yaml beside the .pt, else the one that the sam2 package has for Meta's file name."""
-    from sam2 import build_sam
-
-    beside = weights.with_suffix(".yaml")
-    if beside.is_file():
-        return beside
-    for inside, file_name in build_sam.HF_MODEL_ID_TO_FILENAMES.values():
-        if file_name == weights.name:
-            return Path(build_sam.__file__).parent / str(inside)
-    raise BaseModelError(f"{weights}: no {beside.name} beside it, and not one of Meta's file names; put SAM2's yaml there")
-
-
-def _targets(node: Any) -> list[str]:
-    """Every `_target_` of a hydra configuration."""
-    if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value)]
-    return [target for value in node for target in _targets(value)] if isinstance(node, list) else []
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

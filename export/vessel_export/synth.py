@@ -30,7 +30,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from vessel_export.base_model import LanguageConfig, VisionConfig
+from vessel_export.base_config import LanguageConfig, VisionConfig
 from vessel_export.checkpoint import LORA_PREFIX
 from vessel_export.errors import SynthError
 from vessel_export.merge import NEW_TOKENS

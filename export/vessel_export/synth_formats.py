@@ -14,16 +14,16 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch.overrides import TorchFunctionMode
 
-from vessel_export.base_model import LanguageConfig, VisionConfig
+from vessel_export.base_config import LanguageConfig, VisionConfig
 from vessel_export.safetensors_writer import OutputTensor, write_safetensors
+from vessel_export.sam2_files import build_sam2, parse_sam2_config
 
 __all__ = [
     "ADDED_TOKENS", "ANSWER_END", "FIRST_TOKEN", "PROMPT_END", "base_config", "mapped", "sam2_shapes", "save_checkpoint", "save_sam2",
@@ -176,10 +176,8 @@ def _letters() -> list[str]:
 @functools.cache
 def sam2_shapes(config: str) -> Mapping[str, tuple[int, ...]]:
     """The tensors of the SAM2 that a sam2 .yaml describes, by the names of its state dict."""
-    from hydra.utils import instantiate
-
     with _WithoutWeights():
-        module: torch.nn.Module = instantiate(OmegaConf.create(config).model, _recursive_=True)
+        module = build_sam2(parse_sam2_config(config))
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
@@ -212,7 +210,7 @@ def save_sam2(path: Path, state: Mapping[str, torch.Tensor]) -> None:
     torch.save({"model": OrderedDict(state)}, path)
 
 
-def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], *, rank: int, alpha: float | None) -> None:
+def save_checkpoint(path: Path | BinaryIO, state: Mapping[str, torch.Tensor], *, rank: int, alpha: float | None) -> None:
     """What mmengine's CheckpointHook saves of a Sa2VA fine-tune, without an optimizer; `alpha` None leaves the configuration out of it."""
     meta = {
         "epoch": 0,

@@ -43,7 +43,7 @@ def extend_tokenizer(folder: Path, vocabulary: int, new_tokens: Sequence[str]) -
 def _load(folder: Path) -> Tokenizer:
     """The original layout ships vocab.json and merges.txt, which transformers turns into a tokenizer; the native one tokenizer.json."""
     if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8-sig"))
     from transformers import Qwen2Tokenizer
 
     loaded: Tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer

@@ -3,51 +3,102 @@
 from __future__ import annotations
 
 import ast
+import math
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-__all__ = ["UNKNOWN", "find", "read_config"]
+__all__ = ["UNKNOWN", "find", "find_all", "positive_number", "read_config"]
 
 UNKNOWN = "unknown"  # in place of what the text does not tell, or tells by code
+
+_LONGEST_TEXT = 1 << 20  # characters; Sa2VA's configuration has about 20,000
+_DEEPEST = 50  # lists and dictionaries in each other
+_LARGEST = 1 << 20  # values and characters in all, where names stand for what was assigned before
+
+
+class _TooLarge(ValueError):
+    pass
 
 
 def read_config(text: str) -> dict[str, Any]:
     """The assignments of `text`: literals, lists, tuples, dictionaries and `dict(...)`, and names assigned before; all else is UNKNOWN.
 
-    Text that is not Python gives an empty dictionary.
+    Text that is not Python, or that means more than a configuration of sensible size, gives an empty dictionary.
     """
+    if len(text) > _LONGEST_TEXT:
+        return {}
+    reader = _Reader()
     try:
-        body = ast.parse(text).body
+        with warnings.catch_warnings(action="ignore"):  # of the text's escapes
+            body = ast.parse(text).body
+        for statement in body:
+            if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
+                reader.names[statement.targets[0].id] = reader.value(statement.value, 0)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
-    names: dict[str, Any] = {}
-    for statement in body:
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
-            names[statement.targets[0].id] = _value(statement.value, names)
-    return names
+    return reader.names
 
 
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Constant():
-            return node.value
-        case ast.List() | ast.Tuple() | ast.Set():
-            return [_value(element, names) for element in node.elts]
-        case ast.Dict():
-            pairs = zip(node.keys, node.values, strict=True)
-            return {key.value: _value(value, names) for key, value in pairs if isinstance(key, ast.Constant)}
-        case ast.Call(func=ast.Name(id="dict"), args=[]):
-            return {keyword.arg: _value(keyword.value, names) for keyword in node.keywords if keyword.arg}
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return -number
-        case ast.Name():
-            return names.get(node.id, UNKNOWN)
-    return UNKNOWN
+class _Reader:
+    """Turns expressions into plain values, each a copy of its own, as long as all of them together stay small."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Any] = {}
+        self._size = 0
+
+    def value(self, node: ast.expr, depth: int) -> Any:
+        self._spend(1, depth)
+        match node:
+            case ast.Constant():
+                return self._copy(node.value, depth)
+            case ast.List() | ast.Tuple() | ast.Set():
+                return [self.value(element, depth + 1) for element in node.elts]
+            case ast.Dict():
+                pairs = zip(node.keys, node.values, strict=True)
+                return {key.value: self.value(value, depth + 1) for key, value in pairs if _is_text(key)}
+            case ast.Call(func=ast.Name(id="dict"), args=[]):
+                return {keyword.arg: self.value(keyword.value, depth + 1) for keyword in node.keywords if keyword.arg}
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
+                return self._copy(-number, depth)
+            case ast.Name():
+                return self._copy(self.names.get(node.id, UNKNOWN), depth)
+        return UNKNOWN
+
+    def _copy(self, value: Any, depth: int) -> Any:
+        self._spend(1, depth)
+        match value:
+            case list():
+                return [self._copy(element, depth + 1) for element in value]
+            case dict():
+                return {key: self._copy(element, depth + 1) for key, element in value.items()}
+            case str() if value.isprintable():
+                self._spend(len(value), depth)
+                return value
+            case None | float():
+                return value
+            case int() if abs(value) < 1 << 63:
+                return value
+        return UNKNOWN
+
+    def _spend(self, size: int, depth: int) -> None:
+        self._size += size
+        if self._size > _LARGEST or depth > _DEEPEST:
+            raise _TooLarge
+
+
+def _is_text(node: ast.expr | None) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isprintable()
 
 
 def find(config: Mapping[str, Any], key: str) -> Any:
     """The first value under `key`, at whatever depth; UNKNOWN if there is none."""
     return next(_found(config, key), UNKNOWN)
+
+
+def find_all(config: Mapping[str, Any], key: str) -> list[Any]:
+    """All values under `key`, at whatever depth."""
+    return list(_found(config, key))
 
 
 def _found(value: Any, key: str) -> Iterator[Any]:
@@ -59,3 +110,11 @@ def _found(value: Any, key: str) -> Iterator[Any]:
     elif isinstance(value, list):
         for inner in value:
             yield from _found(inner, key)
+
+
+def positive_number(text: str) -> float:
+    """The number that a command line's argument gives; ValueError if it is not positive and finite."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(text)
+    return number

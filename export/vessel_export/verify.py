@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from vessel_export.emulate import emulate
+from vessel_export.training_config import positive_number
 from vessel_rt.bundle import Bundle, LanguageModelSpec, sha256_of
 from vessel_rt.deployment import Deployment, deploy
 from vessel_rt.errors import BundleError, ImageError, VesselError
@@ -373,7 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0 (default: the one named in the bundle)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images and folders (default: three drawn frames)")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a question; may be repeated (default: the bundle's)")
-    parser.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA's alpha, instead of the bundle's")
+    parser.add_argument("--lora-alpha", type=positive_number, metavar="A", help="LoRA's alpha, instead of the bundle's")
     parser.add_argument("--device", type=Device.parse, default=_CPU, metavar="DEVICE", help="where the bundle runs (default: cpu)")
     parser.add_argument("--emulate", action="store_true", help="round as a GPU does, on the CPU (always so for bf16 on the CPU)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads for one operator (default: all cores)")

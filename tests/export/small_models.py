@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vessel_export import synth
-from vessel_export.base_model import LanguageConfig, VisionConfig
+from vessel_export.base_config import LanguageConfig, VisionConfig
 from vessel_export.synth import SynthModel, checkpoint_tensors
 from vessel_export.synth_formats import ADDED_TOKENS, save_checkpoint
 

@@ -336,7 +336,7 @@ def test_offline_names_the_flag(small: ExportRequest, tmp_path: Path, monkeypatc
 def test_a_configuration_that_would_run_code(small: ExportRequest, tmp_path: Path) -> None:
     shutil.copy(small.sam2, tmp_path / "evil.pt")
     (tmp_path / "evil.yaml").write_text("model:\n  _target_: os.system\n  command: touch was_run\n")
-    with pytest.raises(BaseModelError, match=r"may only name modules of sam2.modeling"):
+    with pytest.raises(BaseModelError, match=r"os\.system"):
         export_bundle(dataclasses.replace(small, sam2=str(tmp_path / "evil.pt"), out=tmp_path / "b"))
 
 

@@ -6,7 +6,8 @@ import pickle
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import Tiny
-from vessel_export.checkpoint import LORA_PREFIX, canonical_name, faults_in, open_checkpoint
+from vessel_export.checkpoint import LORA_PREFIX, canonical_name, faults_in, open_checkpoint, survey_checkpoint
 from vessel_export.errors import CheckpointError
 
 A = LORA_PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -159,6 +160,108 @@ def test_another_kind_of_lora(tmp_path: Path) -> None:
     torch.save({"state_dict": STATE, "meta": {"cfg": "llm_lora=dict(use_rslora=True, lora_alpha=8)"}}, tmp_path / "c.pth")
     with pytest.raises(CheckpointError, match="rsLoRA"):
         open_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [
+        ("model = dict(llm_lora=dict(lora_alpha=1e2))", 100.0),
+        ("model = {'llm_lora': {'lora_alpha': 16}}", 16.0),
+        ("lora_alpha = 1", 1.0),
+        ("alpha = 8\nmodel = dict(lora_alpha=alpha)", 8.0),
+        ("a = dict(lora_alpha=16)\nb = dict(lora_alpha=16.0)", 16.0),
+        ("lora_alpha = 2 * 64", None),
+        ("a = dict(lora_alpha=16)\nb = dict(lora_alpha=2 * 8)", None),
+        ("a = dict(lora_alpha=16)\nb = dict(lora_alpha=32)", None),
+        ("lora_alpha = '16'", None),
+        ("lora_alpha = True", None),
+        ("lora_alpha = 0", None),
+        ("lora_alpha = -16", None),
+        ("lora_alpha = 1e999", None),
+        ("lora_alpha = [16]", None),
+        ("# lora_alpha = 16", None),
+        ("text = 'lora_alpha = 16'", None),
+        ("lora_alpha = 16 (", None),
+    ],
+)
+def test_alpha_is_a_plain_number_or_unknown(tmp_path: Path, text: str, alpha: float | None) -> None:
+    torch.save({"state_dict": STATE, "meta": {"cfg": text}}, tmp_path / "c.pth")
+    assert open_checkpoint(tmp_path / "c.pth").lora_alpha == alpha
+
+
+@pytest.mark.parametrize(
+    "text", ["use_dora=True", "use_rslora=1", "use_rslora=not False", "alpha_pattern={'q_proj': 2}", "rank_pattern=dict(q=2)"]
+)
+def test_lora_that_scales_otherwise(tmp_path: Path, text: str) -> None:
+    torch.save({"state_dict": STATE, "meta": {"cfg": f"llm_lora = dict(lora_alpha=8, {text})"}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=text.partition("=")[0]):
+        open_checkpoint(tmp_path / "c.pth")
+    torch.save(
+        {"state_dict": STATE, "meta": {"cfg": "llm_lora = dict(lora_alpha=8, use_dora=False, alpha_pattern={})"}}, tmp_path / "c.pth"
+    )
+    assert open_checkpoint(tmp_path / "c.pth").lora_alpha == 8
+
+
+def test_a_state_dict_of_parameters(tmp_path: Path) -> None:
+    torch.save({A: torch.nn.Parameter(STATE[A])}, tmp_path / "c.pth")
+    assert torch.equal(open_checkpoint(tmp_path / "c.pth").tensors[A], STATE[A])
+
+
+def _quantized() -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):
+        return torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (lambda: torch.ones(4, 4).to_sparse(), "sparse"),
+        (lambda: torch.ones(4, 4).to_sparse_csr(), "sparse"),
+        (lambda: torch.ones(4).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (_quantized, "quantized"),
+        (lambda: torch.ones(4, device="meta"), "meta"),
+        (lambda: torch.ones(4, dtype=torch.int64), "int64"),
+        (lambda: torch.ones(4, dtype=torch.uint16), "uint16"),
+        (lambda: torch.ones(4, dtype=torch.bool), "bool"),
+        (lambda: torch.ones(4, dtype=torch.complex64), "complex64"),
+        (lambda: torch.ones(4, dtype=torch.complex64).conj(), "conjugated"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2)]), "nested"),
+    ],
+)
+def test_tensors_that_are_not_dense_floats(tmp_path: Path, tensor: Callable[[], torch.Tensor], kind: str) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        torch.save(STATE | {"odd.one": tensor()}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match=rf"c\.pth: odd\.one is {kind}.*--skip"):
+        open_checkpoint(tmp_path / "c.pth")
+    assert list(open_checkpoint(tmp_path / "c.pth", skip=["odd.one"]).tensors) == [A]
+    assert survey_checkpoint(tmp_path / "c.pth").unusable["odd.one"].startswith(kind)
+
+
+@pytest.mark.parametrize("name", [5, None, 1.5, True, b"a", "a\nb", "\x1b[2J", "\ud800", "x" * 10_000])
+def test_names_that_are_none(tmp_path: Path, name: object) -> None:
+    torch.save({"state_dict": {name: torch.ones(2)}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError) as refused:
+        open_checkpoint(tmp_path / "c.pth")
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8,), (2, 2, 2), ()])
+def test_adapters_that_are_no_matrices(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    torch.save({A: torch.ones(shape)}, tmp_path / "c.pth")
+    for read in (open_checkpoint, survey_checkpoint):
+        with pytest.raises(CheckpointError, match=r"lora_A\.weight has shape"):
+            read(tmp_path / "c.pth")
+
+
+def test_records_that_cannot_be_shown_are_left_out(tmp_path: Path) -> None:
+    meta = {"epoch": 2, "seed": 10**500, "time": "\x1b[2J", "experiment_name": "x" * 10_000, "iter": True, "mmengine_version": [1], 5: 5}
+    torch.save({"state_dict": STATE, "meta": meta, "message_hub": [1]}, tmp_path / "c.pth")
+    checkpoint = survey_checkpoint(tmp_path / "c.pth")
+    assert {key: checkpoint.meta.get(key) for key in meta if isinstance(key, str)} == dict.fromkeys(meta.keys() - {5}) | {
+        "epoch": 2,
+        "iter": True,
+    }
+    assert checkpoint.iteration is None
 
 
 def test_faults() -> None:

@@ -16,7 +16,7 @@ from vessel_export.checkpoint import LORA_PREFIX, open_checkpoint
 from vessel_export.cli import main
 from vessel_export.errors import CheckpointError
 from vessel_export.inspection import inspect_checkpoint, inspect_folder, markdown, to_json
-from vessel_export.training_config import UNKNOWN, find, read_config
+from vessel_export.training_config import UNKNOWN
 
 
 def saved(tiny: Tiny, path: Path, change: Any = lambda tensors: None, meta: Any = None) -> Path:
@@ -116,19 +116,18 @@ def test_the_command(tiny: Tiny, capsys: pytest.CaptureFixture[str], form: list[
     assert to_json(inspect_checkpoint(tiny.checkpoint))
 
 
-def test_a_config_is_read_and_never_run(tmp_path: Path) -> None:
-    flag = tmp_path / "flag"
-    config = read_config(
-        f"import os\nlr = 4e-5\nrun = os.system('touch {flag}')\n"
-        "model = dict(type=A.B, opt=dict(lr=lr, betas=(0.9, -1), n=open('x')), **other)\nmodel['x'] = 1\nd = {'a': [1], b: 2}\n"
-    )
-    assert config == {
-        "lr": 4e-5,
-        "run": UNKNOWN,
-        "model": {"type": UNKNOWN, "opt": {"lr": 4e-5, "betas": [0.9, -1], "n": UNKNOWN}},
-        "d": {"a": [1]},
-    }
-    assert find(config, "betas") == [0.9, -1]
-    assert find(config, "weight_decay") == UNKNOWN
-    assert read_config("not python at all (") == {}
-    assert not flag.exists()
+def test_a_checkpoint_without_a_tensor_that_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "iter_1.pth")
+    for form in ([], ["--json"], ["--markdown"]):
+        assert main(["inspect", str(tmp_path / "iter_1.pth"), *form]) == 0
+        assert "a is unknown" in capsys.readouterr().out
+
+
+def test_tensors_that_cannot_be_exported_are_problems(tiny: Tiny, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["steps"] = torch.ones(1, dtype=torch.int64)
+        tensors["mask"] = torch.ones(2, 2).to_sparse()
+
+    problems = inspect_checkpoint(saved(tiny, tmp_path / "c.pth", change)).problems
+    assert any(line.startswith("steps is int64") and "--skip steps" in line for line in problems)
+    assert any(line.startswith("mask is sparse") for line in problems)

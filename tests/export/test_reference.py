@@ -18,7 +18,6 @@ from tests.conftest import Tiny
 from vessel_export.checkpoint import open_checkpoint
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.reference import Reference, tile_image, to_pixel_values
-from vessel_export.reference_modules import sam2_yaml
 
 QUESTION = "Please segment vessel and catheter in this image."
 
@@ -290,13 +289,6 @@ def test_half_precision_runs_and_is_near(tiny: Tiny, reference: Reference, frame
     assert half.image_embeds.dtype == half.hidden_states.dtype == half.sam2_features.image_features.dtype == torch.bfloat16
     error = (half.image_embeds.float() - full.image_embeds).abs().max() / full.image_embeds.abs().max()
     assert error < 0.05
-
-
-def test_sam2_configurations_are_found_by_metas_file_names() -> None:
-    for name in ("sam2_hiera_large.pt", "sam2_hiera_tiny.pt"):
-        assert sam2_yaml(Path(name)).is_file()
-    with pytest.raises(BaseModelError, match=r"other\.yaml"):
-        sam2_yaml(Path("other.pt"))
 
 
 def test_sam2_configuration_cannot_call_foreign_code(tiny: Tiny, tmp_path: Path) -> None:

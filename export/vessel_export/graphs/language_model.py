@@ -13,7 +13,7 @@ import dataclasses
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vessel_export.base_model import LanguageConfig
+from vessel_export.base_config import LanguageConfig
 from vessel_export.graphs.assemble import Graph, assemble
 from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vessel_export.base_model import VisionConfig
+from vessel_export.base_config import VisionConfig
 from vessel_export.graphs.assemble import Graph, assemble
 from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
 
