@@ -291,8 +291,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
-    from vessel_rt.check_data import check_data, write_fixed
+    from vessel_rt.check_data import check_data, dropped_path, write_fixed
 
+    if arguments.fix:
+        dropped_path(arguments.fix)  # now, not after a long check
     checked = check_data(arguments.annotations, arguments.images, _naming(arguments))
     print(checked.to_json() if arguments.json else checked.table())
     if arguments.fix:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from vessel_rt.annotations import GroundTruth, read_truth
 from vessel_rt.errors import VesselError
+from vessel_rt.ground_truth import GroundTruth, read_truth
 from vessel_rt.masks import run_lengths
 from vessel_rt.metrics import METRICS, bootstrap_interval
 from vessel_rt.outputs import replacing, writing
@@ -115,7 +115,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         questions = list(dict.fromkeys(line["question"] for line in lines))
         good = [line for line in lines if line["status"] == "ok"]
         comparisons = tuple(_comparisons(good, drawn))
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:  # ValueError: sizes that do not go together, or are absurd
         raise VesselError(f"{output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")

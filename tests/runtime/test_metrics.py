@@ -14,7 +14,7 @@ from skimage.morphology import thin
 
 from tests.conftest import ROOT
 from vessel_rt import metrics
-from vessel_rt.annotations import read_truth
+from vessel_rt.ground_truth import read_truth
 from vessel_rt.metrics import METRICS, bootstrap_interval, cldice, dice, hd95, iou, sensitivity, skeletonize, specificity
 
 NOTHING = np.zeros((40, 60), np.bool_)
