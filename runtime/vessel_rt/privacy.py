@@ -17,10 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vessel_rt.errors import VesselError
+from vessel_rt.files import open_regular
 
 __all__ = ["CODE_DIGITS", "StudyCodes", "conceal", "remember"]
 
 CODE_DIGITS = 12  # hexadecimal: among 10,000 files two share a code once in 5 million folders, and then the run says so and ends
+
+_LARGEST = 1024  # bytes of a key's file, most of which would be white space
 
 _known: dict[str, str] = {}  # what may not be seen: what to show in its place
 
@@ -39,7 +42,7 @@ class StudyCodes:
             VesselError: it cannot be read or made, others may read it, or it lies in the folder `outside`, which may be passed on.
         """
         path = path or _default_path()
-        if outside is not None and path.resolve().is_relative_to(outside.resolve()):
+        if outside is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(outside)):
             raise VesselError(f"{path}: the key may not lie among the results, which it would unlock; name another with --key")
         try:
             return cls(_read(path) if path.exists() else _make(path))
@@ -70,9 +73,10 @@ def _default_path() -> Path:
 
 
 def _read(path: Path) -> bytes:
-    if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise VesselError(f"{path}: others may read this key; chmod 600 it")
-    text = path.read_bytes().strip()
+    with open_regular(path) as file:
+        if os.name == "posix" and os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise VesselError(f"{path}: others may read this key; chmod 600 it")
+        text = file.read(_LARGEST + 1).strip()
     if not re.fullmatch(rb"[0-9a-f]{64}", text):
         raise VesselError(f"{path}: not a key that vessel-rt made (64 hexadecimal digits); name another with --key")
     return bytes.fromhex(text.decode())

@@ -159,6 +159,9 @@ def _lines_so_far(output: Path) -> list[Any]:
         ["infer", "x", "--num-parts", "2"],
         ["infer", "x", "--num-parts", "2", "--part-id", "2"],
         ["infer", "x", "--part-id", "1"],
+        ["infer", "x", "--part-id", "0"],
+        ["infer", "x", "--num-parts", "2", "--part-id", "-1"],
+        ["infer", "x", "--prompt", "caf\udce9"],
         ["--print-completion", "cmd.exe"],
         ["plan", "--memory", "none"],
         ["fly"],
@@ -169,6 +172,30 @@ def test_bad_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[s
         main(arguments)
     assert caught.value.code == 2
     assert "vessel-rt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num-parts", "4", "--part-id", "4"], "from 0 to 3"),
+        (["--num-parts", "4"], "from 0 to 3"),
+        (["--num-parts", "1", "--part-id", "7"], "from 0 to 0"),
+        (["--part-id", "0"], "needs --num-parts"),
+    ],
+)
+def test_parts_out_of_range_name_the_range(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["infer", "x", *options])
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_argument_that_is_no_utf8_is_bad_usage() -> None:
+    program = "import sys; from vessel_rt.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "infer", "x", "--prompt", b"caf\xe9"], capture_output=True)
+    assert done.returncode == 2
+    assert b"argument --prompt" in done.stderr.splitlines()[-1]
+    assert b"is not UTF-8 text" in done.stderr.splitlines()[-1]
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,26 @@ def test_keys_that_are_not_taken(tmp_path: Path) -> None:
         StudyCodes.load(tmp_path / "key" / "below")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices of POSIX")
+def test_keys_that_are_no_files_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    (tmp_path / "folder").mkdir(0o700)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for path in (tmp_path / "fifo", tmp_path / "folder", tmp_path / "loop", tmp_path / "gone", Path("/dev/zero"), Path("/dev/null")):
+        with pytest.raises(VesselError, match="no key for study codes") as caught:
+            StudyCodes.load(path, outside=tmp_path / "out")
+        assert "chmod" not in str(caught.value)
+
+
+def test_a_key_file_of_any_size_is_read_no_further_than_a_key(tmp_path: Path) -> None:
+    with (tmp_path / "key").open("wb") as file:
+        file.truncate(2**40)
+    (tmp_path / "key").chmod(0o600)
+    with pytest.raises(VesselError, match="not a key that vessel-rt made"):
+        StudyCodes.load(tmp_path / "key")
+
+
 def test_names_are_found_where_they_are_words_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(privacy, "_known", {})
     remember("in/ward7/S0042.jpg", "c0de")
