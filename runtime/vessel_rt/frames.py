@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vessel_rt.bundle import sha256_of
 from vessel_rt.dicom import DICOM_SUFFIXES, frame_count, is_dicom, read_dicom
 from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.files import missing_part
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.privacy import StudyCodes, remember
 
@@ -124,7 +125,7 @@ def _images_of(text: str, shown: str) -> list[Path]:
     elif glob.has_magic(text):
         candidates, place = [Path(name) for name in glob.glob(text, recursive=True)], f"{shown}: this pattern"
     else:
-        raise VesselError(f"{shown}: no such file or folder")
+        raise VesselError(f"{shown}: no such file or folder: {missing_part(path)}")
     images = [p for p in sorted(candidates) if not p.name.startswith(".") and p.is_file() and _is_image(p)]
     if not images:
         raise VesselError(f"{place} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))})")
