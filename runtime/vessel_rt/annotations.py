@@ -1,125 +1,93 @@
-"""Drawn masks: annotations in Sa2VA's fine-tuning format, or a folder of mask images."""
+"""Annotations in Sa2VA's fine-tuning format: a list of `{"image": name, "mask": [polygons of an object, ...], "text": [its concept, ...]}`.
+
+The one reader of such a file, for `check-data` and for `evaluate`, so that both judge it alike. Knows nothing of image files.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.frames import stem_of
-from vessel_rt.image import SUFFIXES, read_levels
-from vessel_rt.privacy import StudyCodes
+from vessel_rt.errors import VesselError
+from vessel_rt.image import MAX_SIDE
 from vessel_rt.results import read_json
 from vessel_rt.rle import decode_rle
 
-__all__ = ["GroundTruth", "concept_of", "concepts_in", "is_coordinate", "objects_of", "rasterized", "read_truth"]
+__all__ = ["KINDS", "NOTES", "SAME_MASKS", "Drawn", "Fault", "Item", "concept_of", "polygon_fault", "rasterized", "read_annotations"]
 
 Mask = npt.NDArray[np.bool_]
+Polygon: TypeAlias = Sequence[float]
+
+_FARTHEST = 100_000  # pixels from the origin; pycocotools overflows far beyond it, and ends the process
+_LONGEST = 1_000_000  # pixels of outline: pycocotools allocates about 100 bytes for each, and ends the process where it cannot
+_DEEPEST = 50  # levels in what an item has besides, which --fix writes as it is
+
+# What each kind of fault means, and what --fix does about it.
+KINDS = {
+    "form": "not an annotated image (image: a name, mask: a list, text: a list): dropped",
+    "duplicate image": "an item that says what earlier ones said of its image: dropped",
+    "image named twice": "a further item of an image, with other objects: kept",
+    "missing image": "no such file among the images: dropped",
+    "unreadable image": "the image cannot be read: dropped",
+    "more masks than texts": "nothing tells which mask is whose: dropped, but kept where all texts are one concept",
+    "more texts than masks": "nothing tells which text is whose: dropped, but the texts beyond are where all are one concept",
+    "no mask": "nothing is drawn: dropped",
+    "empty text": "an object of no concept: the object is dropped",
+    "empty polygon": "fewer than three points: the polygon is dropped",
+    "coordinates": f"not a list of pairs of finite numbers, of up to {_FARTHEST:,} pixels: the polygon is dropped",
+    "outside the image": "no pixel of the polygon is in the image: the polygon is dropped",
+    "partly outside the image": "kept as it is: training cuts it off at the border, too",
+    "no area": "the polygon covers no pixel: dropped",
+    "duplicate object": "the same concept and polygons again, of one image: dropped",
+    "without annotation": "an image of the folder that no item names: nothing to fix",
+}
+NOTES = frozenset({"image named twice", "partly outside the image", "without annotation"})  # shown, but no faults
+SAME_MASKS = NOTES | {"duplicate image", "duplicate object"}  # the ground truth is the same with and without them
 
 
-class GroundTruth(Protocol):
-    """Drawn masks of frames, found by a line of results.jsonl."""
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A mismatch of a kind of KINDS, with what was found; `object` is the number of the object that has it."""
 
-    def concepts(self, question: str) -> list[str | None]:
-        """What the masks of an answer to `question` are of, in their order; None: all of them together are of the one drawn thing."""
-
-    def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
-        """The drawn mask [height, width] of a frame; None where nothing was drawn for it. Raises VesselError."""
+    kind: str
+    found: str
+    object: int | None = None
 
 
-def read_truth(path: Path, codes: StudyCodes | None = None) -> GroundTruth:
-    """What lies in `path`, a JSON file or a folder; with `codes`, frames are found by their study codes, too.
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Object `number` of an item: its polygons `[x0, y0, x1, y1, ...]`, in pixels, each of three points or more."""
 
-    Raises:
-        VesselError: it cannot be read, is not in one of the two forms, or a folder has two masks for one stem.
+    number: int
+    text: str
+    polygons: tuple[Polygon, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One annotated image: its objects, as far as they are well-formed, and the faults of the others.
+
+    `image` is None where the item is not an annotated image at all. `content` is the item as it stands in the file.
     """
-    return _MaskFolder(path, codes) if path.is_dir() else _Annotations(path, codes)
+
+    number: int
+    image: str | None
+    objects: tuple[Drawn, ...]
+    faults: tuple[Fault, ...]
+    content: Any
 
 
-class _Annotations:
-    """A list of `{"image": name, "mask": [polygons of an object, ...], "text": [its concept, ...]}`; entries of one image are joined."""
-
-    def __init__(self, path: Path, codes: StudyCodes | None) -> None:
-        self._path = path
-        items = read_json(path)
-        if not isinstance(items, list):
-            raise VesselError(f"{path}: not a list of annotated images; {_ADVICE}")
-        self._drawn: dict[str, dict[str, list[Any]]] = {}
-        images: dict[str, str] = {}
-        for number, item in enumerate(items):
-            try:
-                stem = stem_of(Path(item["image"]))
-                if images.setdefault(stem, item["image"]) != item["image"]:
-                    raise VesselError(f"{path}: item {number} is of another image of the same stem; frames are found by their stems")
-                drawn = self._drawn.setdefault(stem, {})
-                for concept, polygons in objects_of(item):
-                    drawn.setdefault(concept, []).extend(polygons)
-            except (KeyError, TypeError, ValueError, AttributeError) as e:
-                raise VesselError(f"{path}: item {number} is not in the expected form ({type(e).__name__}: {e}); {_ADVICE}") from e
-        self._places = _by_stem_and_code(self._drawn, codes)
-        self._known = {concept for drawn in self._drawn.values() for concept in drawn}
-
-    def concepts(self, question: str) -> list[str | None]:
-        return [*concepts_in(question, self._known)]
-
-    def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
-        polygons = self._drawn.get(self._places.get(line["name"], ""), {}).get(concept or "")
-        if polygons is None:
-            return None
-        try:
-            return rasterized(polygons, line["height"], line["width"])
-        except ValueError as e:
-            raise VesselError(f"{self._path}: a polygon of frame {line['index'] + 1} ({line['code']}) cannot be filled; {_ADVICE}") from e
-
-
-class _MaskFolder:
-    """`<stem>_gt`, `<stem>_mask` or, where there is none of these in the folder, `<stem>`: brighter than half of its brightest is drawn."""
-
-    def __init__(self, path: Path, codes: StudyCodes | None) -> None:
-        self._path = path
-        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-        marked = [file for file in files if re.search(r"_(gt|mask)$", file.stem)]
-        self._files: dict[str, Path] = {}
-        for file in marked or files:
-            stem = re.sub(r"_(gt|mask)$", "", file.stem)
-            if self._files.setdefault(stem, file) != file:
-                raise VesselError(f"{path}: two drawn masks for one stem; move one of them away")
-        if not files:
-            raise VesselError(f"{path}: no drawn masks in this folder ({', '.join(SUFFIXES)})")
-        self._places = _by_stem_and_code(self._files, codes)
-
-    def concepts(self, question: str) -> list[str | None]:
-        return [None]
-
-    def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
-        stem = self._places.get(line["name"])
-        if stem is None:
-            return None
-        label = f"{self._path}: the drawn mask of frame {line['index'] + 1} ({line['code']})"
-        try:
-            levels = read_levels(self._files[stem])
-        except ImageError as e:
-            raise VesselError(f"{label}: {e}") from e
-        if levels.shape != (line["height"], line["width"]):
-            raise VesselError(f"{label} is {levels.shape[1]}x{levels.shape[0]} pixels, the frame {line['width']}x{line['height']}")
-        drawn: Mask = levels > levels.max() / 2
-        return drawn
-
-
-_FARTHEST = 1_000_000  # pixels from the origin: beyond, pycocotools overflows, and ends the process
-_ADVICE = "vessel-rt check-data shows what is wrong, and its --fix writes a copy of what is sound"
-
-
-def objects_of(item: Any) -> list[tuple[str, list[Any]]]:
-    """The objects of one annotated image: concept and polygons. Raises ValueError, KeyError or TypeError where the form is another."""
-    if len(item["mask"]) != len(item["text"]):
-        raise ValueError(f"{len(item['mask'])} masks, {len(item['text'])} texts")
-    return [(concept_of(text), list(polygons)) for text, polygons in zip(item["text"], item["mask"], strict=True)]
+def read_annotations(path: Path) -> list[Item]:
+    """The items of a file, in its order. Raises VesselError where it cannot be read, or is not a list."""
+    items = read_json(path, _object_of)
+    if not isinstance(items, list):
+        raise VesselError(f"{path}: not a list of annotated images, but {_json_type(items)}")
+    return [_parsed(number, item) for number, item in enumerate(items)]
 
 
 def concept_of(text: str) -> str:
@@ -127,39 +95,140 @@ def concept_of(text: str) -> str:
     return text.lower().removesuffix(".")
 
 
-def concepts_in(question: str, concepts: Collection[str]) -> list[str]:
-    """The concepts that occur in `question`, in its order; of two that overlap there, the longer."""
-    longest_first = sorted(filter(None, concepts), key=len, reverse=True)
-    return list(dict.fromkeys(re.findall("|".join(map(re.escape, longest_first)), question.lower()))) if longest_first else []
+def polygon_fault(polygon: Polygon, size: tuple[int, int]) -> tuple[str, str] | None:
+    """The kind of what is wrong with a well-formed polygon in an image of `size` (width, height), if anything is, and what was found."""
+    (width, height), xs, ys = size, polygon[::2], polygon[1::2]
+    extent = f"x {min(xs):g} to {max(xs):g}, y {min(ys):g} to {max(ys):g}, the image is {width}x{height}"
+    if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
+        return "outside the image", extent
+    if not rasterized([polygon], height, width).any():
+        return "no area", extent
+    if min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height:
+        return "partly outside the image", extent
+    return None
 
 
-def is_coordinate(value: Any) -> bool:
-    """Whether `value` is a number that a polygon may have."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST  # NaN is not
-
-
-def rasterized(polygons: Sequence[Sequence[float]], height: int, width: int) -> Mask:
+def rasterized(polygons: Sequence[Polygon], height: int, width: int) -> Mask:
     """The union [height, width] of polygons `[x0, y0, x1, y1, ...]` in pixels, filled as Sa2VA's training fills them: by pycocotools.
 
-    Raises ValueError for what is not a polygon, or out of all proportion.
+    Raises ValueError for what is not a polygon, or where a side is longer than MAX_SIDE: pycocotools would end the process.
     """
     from pycocotools import mask as coco
 
+    if not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError(f"{width}x{height} is not the size of an image")
+    for polygon in polygons:
+        if fault := _shape_fault(polygon):
+            raise ValueError(f"not a polygon ({': '.join(fault)})")
     if not polygons:
         return np.zeros((height, width), np.bool_)
-    try:
-        if not all(is_coordinate(value) for polygon in polygons for value in polygon):
-            raise ValueError("a coordinate is no finite number of pixels")
-        return decode_rle(coco.merge(coco.frPyObjects([list(polygon) for polygon in polygons], height, width)))
-    except Exception as e:  # the library raises plain Exception
-        raise ValueError("not a polygon") from e
+    return decode_rle(coco.merge(coco.frPyObjects([list(polygon) for polygon in polygons], height, width)))
 
 
-def _by_stem_and_code(stems: Collection[str], codes: StudyCodes | None) -> dict[str, str]:
-    """What outputs may be called, stems and study codes, to stems. A cine's frames have the code of the cine."""
-    places = {stem: stem for stem in stems}
-    for stem in stems if codes else ():
-        cine, frame = re.fullmatch(r"(.*?)(_frame_\d{6})?", stem, re.DOTALL).groups(default="")  # type: ignore[union-attr]
-        for name in (codes.code(stem), codes.code(cine) + frame):  # type: ignore[union-attr]
-            places.setdefault(name, stem)
-    return places
+class _Ambiguous(dict[str, Any]):
+    """A JSON object in which one key stands twice: readers differ in which of the values counts."""
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Ambiguous(found)
+
+
+def _json_type(value: Any) -> str:
+    kinds = ((dict, "an object"), (list, "a list"), (str, "a string"), (bool, "true or false"), (int | float, "a number"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
+
+
+def _parsed(number: int, content: Any) -> Item:
+    if fault := _form_fault(content):
+        return Item(number, None, (), (Fault("form", fault),), content)
+    faults: list[Fault] = []
+    pairs = list(_pairs(content["mask"], content["text"], faults))
+    objects = [drawn for place, polygons, text in pairs if (drawn := _drawn(place, polygons, text, faults)) is not None]
+    return Item(number, content["image"], tuple(objects), tuple(faults), content)
+
+
+def _form_fault(item: Any) -> str | None:
+    """Why something is not an annotated image."""
+    if not isinstance(item, dict):
+        return _json_type(item)
+    if isinstance(item, _Ambiguous):
+        return "a key stands twice"
+    for key, kind in (("image", str), ("mask", list), ("text", list)):
+        if key not in item:
+            return f"no {key!r}"
+        if not isinstance(item[key], kind):
+            return f"{key!r} is {_json_type(item[key])}"
+    name = Path(item["image"])
+    if not name.name or name.is_absolute() or ".." in name.parts or "\0" in item["image"]:
+        return "'image' is not the name of a file in a folder"
+    if not all(isinstance(text, str) for text in item["text"]):
+        return "a text is not text"
+    if _is_deep([value for key, value in item.items() if key not in ("image", "mask", "text")]):
+        return f"more than {_DEEPEST} levels deep"
+    return None
+
+
+def _is_deep(level: list[Any]) -> bool:
+    for _ in range(_DEEPEST):
+        level = [
+            inner for value in level if isinstance(value, dict | list) for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _pairs(masks: list[Any], texts: list[str], faults: list[Fault]) -> Iterator[tuple[int, Any, str]]:
+    """Number, polygons and text of each object of which it can be told."""
+    if not masks:
+        faults.append(Fault("no mask", f"{len(texts)} texts, nothing drawn"))
+        return
+    if len(masks) != len(texts):
+        kind = "more masks than texts" if len(masks) > len(texts) else "more texts than masks"
+        faults.append(Fault(kind, f"{len(masks)} masks, {len(texts)} texts"))
+        if len({concept_of(text) for text in texts}) != 1:
+            return
+        texts = [texts[0]] * len(masks)
+    for number, (polygons, text) in enumerate(zip(masks, texts, strict=True)):
+        yield number, polygons, text
+
+
+def _drawn(number: int, polygons: Any, text: str, faults: list[Fault]) -> Drawn | None:
+    """The object, with its well-formed polygons; None where there are none, or no concept."""
+    if not concept_of(text).strip():
+        faults.append(Fault("empty text", repr(text), number))
+        return None
+    if not isinstance(polygons, list):
+        faults.append(Fault("coordinates", _json_type(polygons), number))
+        return None
+    if not polygons:
+        faults.append(Fault("empty polygon", "no polygon", number))
+    sound = []
+    for polygon in polygons:
+        if fault := _shape_fault(polygon):
+            faults.append(Fault(*fault, number))
+        else:
+            sound.append(polygon)
+    return Drawn(number, text, tuple(sound)) if sound else None
+
+
+def _shape_fault(polygon: Any) -> tuple[str, str] | None:
+    """What is wrong with a polygon in whatever image: its kind, and what was found."""
+    if not isinstance(polygon, list):
+        return "coordinates", _json_type(polygon)
+    if not all(map(_is_coordinate, polygon)):
+        return "coordinates", f"not all are finite numbers of up to {_FARTHEST:,} pixels"
+    if len(polygon) % 2:
+        return "coordinates", f"{len(polygon)} of them"
+    if len(polygon) < 6:
+        return "empty polygon", f"{len(polygon) // 2} points"
+    points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    outline = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+    if outline > _LONGEST:
+        return "coordinates", f"an outline of {outline:,.0f} pixels, more than {_LONGEST:,}"
+    return None
+
+
+def _is_coordinate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_FARTHEST <= value <= _FARTHEST  # NaN is not

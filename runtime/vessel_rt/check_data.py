@@ -1,52 +1,31 @@
 """What is wrong with annotations in Sa2VA's fine-tuning format, and a copy of them without it.
 
-Training takes `{"image": name, "mask": [polygons of an object, ...], "text": [its concept, ...]}`, and warns, skips or fails where an item
-is otherwise, in the middle of an epoch.
+Training warns, skips or fails at such items in the middle of an epoch. annotations.py judges what can be told without the images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from vessel_rt.annotations import concept_of, is_coordinate, rasterized
+from vessel_rt.annotations import KINDS, NOTES, Drawn, Fault, Item, concept_of, polygon_fault, read_annotations
 from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.frames import Naming
+from vessel_rt.files import require_regular
+from vessel_rt.frames import Naming, stem_of
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.outputs import replacing, writing
 from vessel_rt.privacy import printable, remember
-from vessel_rt.results import read_json
 
-__all__ = ["KINDS", "Checked", "Problem", "check_data", "write_fixed"]
+__all__ = ["Checked", "Problem", "check_data", "dropped_path", "write_fixed"]
 
 _EXAMPLES = 5
-
-# What each kind means, and what --fix does about it.
-KINDS = {
-    "form": "not an annotated image (image: a name, mask: a list, text: a list): dropped",
-    "duplicate image": "an item that says what earlier ones said of its image: dropped",
-    "image named twice": "a further item of an image, with other objects: kept",
-    "missing image": "no such file among the images: dropped",
-    "unreadable image": "the image cannot be read: dropped",
-    "more masks than texts": "nothing tells which mask is whose: dropped, but kept where all texts are one concept",
-    "more texts than masks": "nothing tells which text is whose: dropped, but the texts beyond are where all are one concept",
-    "no mask": "nothing is drawn: dropped",
-    "empty text": "an object of no concept: the object is dropped",
-    "empty polygon": "fewer than three points: the polygon is dropped",
-    "coordinates": "not a list of pairs of finite numbers, of up to a million pixels: the polygon is dropped",
-    "outside the image": "no pixel of the polygon is in the image: the polygon is dropped",
-    "partly outside the image": "kept as it is: training cuts it off at the border, too",
-    "no area": "the polygon covers no pixel: dropped",
-    "duplicate object": "the same concept and polygons again, of one image: dropped",
-    "without annotation": "an image of the folder that no item names: nothing to fix",
-}
-_NOTES = frozenset({"image named twice", "partly outside the image", "without annotation"})  # said, but no mismatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +48,7 @@ class Checked:
     @property
     def faults(self) -> int:
         """Problems but for notes."""
-        return sum(problem.kind not in _NOTES for problem in self.problems)
+        return sum(problem.kind not in NOTES for problem in self.problems)
 
     def by_kind(self) -> dict[str, list[Problem]]:
         found: dict[str, list[Problem]] = defaultdict(list)
@@ -100,31 +79,43 @@ def check_data(annotations: Path, images: Path, naming: Naming) -> Checked:
     """Look at every item of a file of annotations, and at every image in the folder `images`.
 
     Raises:
-        VesselError: the file is not JSON, or not a list; the folder is not there.
+        VesselError: the file is not JSON, or not a list; the folder is not there or cannot be read.
     """
-    if not images.is_dir():
+    if not os.path.isdir(images):
         raise VesselError(f"{images}: no such folder; name that of the images with --images")
-    items = read_json(annotations)
-    if not isinstance(items, list):
-        raise VesselError(f"{annotations}: not a list of annotated images, but {type(items).__name__}")
-    files = {file.name for file in images.iterdir() if file.is_file() and file.suffix.lower() in SUFFIXES and not file.name.startswith(".")}
+    try:
+        files = {name for name in os.listdir(images) if _is_image(images / name)}
+    except OSError as e:
+        raise VesselError(f"{images}: cannot be read ({e.strerror})") from e
+    items = read_annotations(annotations)
     check = _Check(images, naming)
     with tqdm(items, desc="checking", unit="item", disable=None, delay=2, leave=False) as bar:
-        sound = [whole for number, item in enumerate(bar) if (whole := check.item(number, item)) is not None]
+        sound = [whole for item in bar if (whole := check.item(item)) is not None]
     for name in sorted(files - check.named):
-        check.note("without annotation", _shown("image", name, naming), "no item names it")
+        check.note(_shown("image", name, naming), Fault("without annotation", "no item names it"))
     return Checked(len(items), tuple(check.problems), tuple(sound))
 
 
 def write_fixed(checked: Checked, path: Path) -> Path:
     """Write what is sound to `path`, and beside it what was dropped and why; returns the latter's path. Raises VesselError."""
-    dropped = path.with_suffix(".dropped.json")
-    if path.exists():
-        raise VesselError(f"{path}: is there already; name a new file with --fix")
+    dropped = dropped_path(path)
     said = [dataclasses.asdict(problem) | {"done": KINDS[problem.kind]} for problem in checked.problems]
-    for file, content in ((dropped, said), (path, list(checked.sound))):
-        with writing(file), replacing(file) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    try:
+        for file, content in ((dropped, said), (path, list(checked.sound))):
+            with writing(file), replacing(file) as temporary:
+                temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    except BaseException:
+        dropped.unlink(missing_ok=True)  # alone it says nothing, and would stand in the way of the next try
+        raise
+    return dropped
+
+
+def dropped_path(path: Path) -> Path:
+    """Where `write_fixed` says what was dropped. Raises VesselError where a file of either name is there already."""
+    dropped = path.with_suffix(".dropped.json") if path.name else path
+    for file in (path, dropped):
+        if os.path.lexists(file):
+            raise VesselError(f"{file}: is there already; name a new file with --fix")
     return dropped
 
 
@@ -135,135 +126,93 @@ class _Check:
         self._images, self._naming = images, naming
         self.problems: list[Problem] = []
         self.named: set[str] = set()
-        self._sizes: dict[str, tuple[int, int] | ImageError] = {}
+        self._sizes: dict[str, tuple[int, int] | Fault] = {}
         self._seen: dict[str, set[str]] = defaultdict(set)
 
-    def note(self, kind: str, place: str, found: str) -> None:
-        self.problems.append(Problem(kind, place, found))
+    def note(self, place: str, fault: Fault) -> None:
+        where = place if fault.object is None else f"{place}, object {fault.object}"
+        self.problems.append(Problem(fault.kind, where, fault.found))
 
-    def item(self, number: int, item: Any) -> dict[str, Any] | None:
+    def item(self, item: Item) -> dict[str, Any] | None:
         """What is sound of an item; None if nothing is."""
-        fault = _form_fault(item)
-        if fault:
-            self.note("form", f"item {number}", fault)
+        name = item.image
+        if name is None:
+            self.note(f"item {item.number}", item.faults[0])
             return None
-        name, place = item["image"], _shown(f"item {number}", item["image"], self._naming)
+        place = _shown(f"item {item.number}", name, self._naming)
         again = name in self.named
         self.named.add(name)
         size = self._size(name)
-        if isinstance(size, ImageError):
-            self.note("missing image" if str(size) == "no such file" else "unreadable image", place, str(size))
+        if isinstance(size, Fault):
+            self.note(place, size)
             return None
-        found: list[tuple[int, list[Any], str]] = []
-        for number, polygons, text in self._pairs(item, place):
-            if (whole := self._object(number, polygons, text, size, place)) is not None:
-                found.append((number, *whole))
+        for fault in item.faults:
+            self.note(place, fault)
+        found = [whole for drawn in item.objects if (whole := self._inside(drawn, size, place)) is not None]
         if again and found:
-            said = all(_key(polygons, text) in self._seen[name] for _, polygons, text in found)
-            self.note("duplicate image" if said else "image named twice", place, "an earlier item is of this image, too")
+            said = all(_key(drawn) in self._seen[name] for drawn in found)
+            self.note(place, Fault("duplicate image" if said else "image named twice", "an earlier item is of this image, too"))
             if said:
                 return None
-        objects = [(polygons, text) for number, polygons, text in found if self._is_new(name, number, polygons, text, place)]
-        sound: dict[str, Any] = item | {"mask": [polygons for polygons, _ in objects], "text": [text for _, text in objects]}
+        objects = [drawn for drawn in found if self._is_new(name, drawn, place)]
+        sound: dict[str, Any] = item.content | {
+            "mask": [list(drawn.polygons) for drawn in objects],
+            "text": [drawn.text for drawn in objects],
+        }
         return sound if objects else None
 
-    def _is_new(self, name: str, number: int, polygons: list[Any], text: str, place: str) -> bool:
-        key = _key(polygons, text)
+    def _inside(self, drawn: Drawn, size: tuple[int, int], place: str) -> Drawn | None:
+        """The object with those of its polygons that cover pixels of the image; None where none does."""
+        sound = []
+        for polygon in drawn.polygons:
+            kind, found = polygon_fault(polygon, size) or (None, "")
+            if kind:
+                self.note(place, Fault(kind, found, drawn.number))
+            if kind in (None, *NOTES):
+                sound.append(polygon)
+        return dataclasses.replace(drawn, polygons=tuple(sound)) if sound else None
+
+    def _is_new(self, name: str, drawn: Drawn, place: str) -> bool:
+        key = _key(drawn)
         if key in self._seen[name]:
-            self.note("duplicate object", f"{place}, object {number}", "drawn before in this image")
+            self.note(place, Fault("duplicate object", "drawn before in this image", drawn.number))
             return False
         self._seen[name].add(key)
         return True
 
-    def _size(self, name: str) -> tuple[int, int] | ImageError:
+    def _size(self, name: str) -> tuple[int, int] | Fault:
         if name not in self._sizes:
-            try:
-                path = self._images / name
-                self._sizes[name] = read_image(path).size if path.is_file() else ImageError("no such file")
-            except ImageError as e:
-                self._sizes[name] = e
+            self._sizes[name] = _size_of(self._images / name)
         return self._sizes[name]
 
-    def _pairs(self, item: dict[str, Any], place: str) -> Iterator[tuple[int, Any, str]]:
-        """Number, polygons and text of each object of which it can be told."""
-        masks, texts = item["mask"], item["text"]
-        if not masks:
-            self.note("no mask", place, f"{len(texts)} texts, nothing drawn")
-            return
-        if len(masks) != len(texts):
-            kind = "more masks than texts" if len(masks) > len(texts) else "more texts than masks"
-            self.note(kind, place, f"{len(masks)} masks, {len(texts)} texts")
-            if len({concept_of(text) for text in texts}) != 1:
-                return
-            texts = [texts[0]] * len(masks)
-        for number, (polygons, text) in enumerate(zip(masks, texts, strict=True)):
-            yield number, polygons, text
 
-    def _object(self, number: int, polygons: Any, text: str, size: tuple[int, int], place: str) -> tuple[list[Any], str] | None:
-        where = f"{place}, object {number}"
-        if not concept_of(text).strip():
-            self.note("empty text", where, repr(text))
-            return None
-        if not isinstance(polygons, list):
-            self.note("coordinates", where, f"a {type(polygons).__name__}")
-            return None
-        if not polygons:
-            self.note("empty polygon", where, "no polygon")
-        sound = []
-        for polygon in polygons:
-            kind, found = _polygon_fault(polygon, size)
-            if kind:
-                self.note(kind, where, found)
-            if kind in (None, *_NOTES):
-                sound.append(polygon)
-        return (sound, text) if sound else None
+def _size_of(path: Path) -> tuple[int, int] | Fault:
+    """Width and height of a readable image; else what is wrong with it, without its name."""
+    try:
+        require_regular(path)
+        return read_image(path).size
+    except ImageError as e:
+        return Fault("unreadable image", str(e))
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            return Fault("missing image", "its name is longer than a file's can be")
+        if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return Fault("missing image", "no such file")
+        return Fault("unreadable image", e.strerror or type(e).__name__)
 
 
-def _key(polygons: Any, text: str) -> str:
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and os.path.isfile(path)
+
+
+def _key(drawn: Drawn) -> str:
     """The same for objects that are the same."""
-    return json.dumps([concept_of(text), polygons])
-
-
-def _form_fault(item: Any) -> str | None:
-    """Why something is not an annotated image."""
-    if not isinstance(item, dict):
-        return f"a {type(item).__name__}"
-    for key, kind in (("image", str), ("mask", list), ("text", list)):
-        if key not in item:
-            return f"no {key!r}"
-        if not isinstance(item[key], kind):
-            return f"{key!r} is a {type(item[key]).__name__}"
-    if not item["image"] or Path(item["image"]).is_absolute() or ".." in Path(item["image"]).parts:
-        return "'image' is not the name of a file in a folder"
-    if not all(isinstance(text, str) for text in item["text"]):
-        return "a text is not text"
-    return None
-
-
-def _polygon_fault(polygon: Any, size: tuple[int, int]) -> tuple[str | None, str]:
-    """The kind of what is wrong with a polygon, if anything is, and what was found."""
-    if not isinstance(polygon, list):
-        return "coordinates", f"a {type(polygon).__name__}"
-    if not all(map(is_coordinate, polygon)):
-        return "coordinates", "not all are finite numbers of up to a million pixels"
-    if len(polygon) % 2:
-        return "coordinates", f"{len(polygon)} of them"
-    if len(polygon) < 6:
-        return "empty polygon", f"{len(polygon) // 2} points"
-    (width, height), xs, ys = size, polygon[::2], polygon[1::2]
-    extent = f"x {min(xs):g} to {max(xs):g}, y {min(ys):g} to {max(ys):g}, the image is {width}x{height}"
-    if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
-        return "outside the image", extent
-    if not rasterized([polygon], height, width).any():
-        return "no area", extent
-    if min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height:
-        return "partly outside the image", extent
-    return None, ""
+    return json.dumps([concept_of(drawn.text), drawn.polygons])
 
 
 def _shown(what: str, name: str, naming: Naming) -> str:
     if naming.show_names:
         return f"{what} ({printable(name)})"
-    code = naming.codes.code(Path(name).stem)
+    code = naming.codes.code(stem_of(Path(name)))
     remember(name, code)
     return f"{what} ({code})"

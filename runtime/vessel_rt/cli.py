@@ -141,6 +141,7 @@ def _add_infer(commands: Any) -> None:
     infer.add_argument(
         "--prompt",
         action="append",
+        type=_unicode,
         metavar="TEXT",
         help="the question; again for another, of every image (default: the bundle's, 'Please segment vessel in this image.')",
     )
@@ -163,7 +164,7 @@ def _add_infer(commands: Any) -> None:
         help="take gray images of more than 8 bits, too, and scale LOW to black, HIGH to white (without a value: each file's own range)",
     )
     which.add_argument("--num-images", type=_positive, metavar="N", help="only the first N frames")
-    which.add_argument("--num-parts", type=_positive, default=1, metavar="K", help="deal the files out to K runs (see vessel-rt merge)")
+    which.add_argument("--num-parts", type=_positive, metavar="K", help="deal the files out to K runs (see vessel-rt merge)")
     which.add_argument("--part-id", type=_natural, metavar="I", help="which of them this run takes, from 0")
 
     where = infer.add_argument_group("where it runs")
@@ -237,8 +238,7 @@ def _infer(arguments: argparse.Namespace) -> int:
     from vessel_rt.session import Device
     from vessel_rt.worker import WorkOptions
 
-    if (arguments.num_parts > 1 and arguments.part_id is None) or (arguments.part_id or 0) >= arguments.num_parts:
-        arguments.usage_error("--part-id and --num-parts go together: 0 and 2 for the first of two")
+    part, parts = _part(arguments)
     bundle = _find_bundle(arguments.bundle, arguments.quiet)
     output = arguments.output or Path("out") / bundle.folder.resolve().name
     options = InferOptions(
@@ -253,7 +253,7 @@ def _infer(arguments: argparse.Namespace) -> int:
             draft=not arguments.no_draft,
             rescale=arguments.rescale,
         ),
-        selection=Selection(arguments.frames, arguments.num_images, arguments.num_parts, arguments.part_id or 0),
+        selection=Selection(arguments.frames, arguments.num_images, parts, part),
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,
         overwrite=arguments.overwrite,
@@ -273,6 +273,18 @@ def _infer(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(_summary_json(summary, output, code)))
     return code
+
+
+def _part(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Which part of how many to run; leaves by argparse's usage error where the options do not agree."""
+    part, parts = arguments.part_id, arguments.num_parts
+    if parts is None and part is not None:
+        arguments.usage_error("--part-id needs --num-parts: how many parts there are")
+    if part is None and (parts or 1) > 1:
+        arguments.usage_error(f"--num-parts {parts} needs --part-id: which part this run takes, from 0 to {parts - 1}")
+    if part is not None and part >= parts:
+        arguments.usage_error(f"--part-id {part} is out of range: with --num-parts {parts} it is from 0 to {parts - 1}")
+    return part or 0, parts or 1
 
 
 def _print_summary(summary: Summary, output: Path) -> None:
@@ -304,8 +316,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
-    from vessel_rt.check_data import check_data, write_fixed
+    from vessel_rt.check_data import check_data, dropped_path, write_fixed
 
+    if arguments.fix:
+        dropped_path(arguments.fix)  # now, not after a long check
     checked = check_data(arguments.annotations, arguments.images, _naming(arguments))
     print(checked.to_json() if arguments.json else checked.table())
     if arguments.fix:
@@ -387,6 +401,15 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _unicode(text: str) -> str:
+    """Text that the tokenizer can take: bytes of an argument that are no UTF-8 reach Python as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
 
 
 def _natural(text: str) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from vessel_rt.annotations import GroundTruth, read_truth
 from vessel_rt.errors import VesselError
+from vessel_rt.ground_truth import GroundTruth, read_truth
 from vessel_rt.metrics import METRICS, bootstrap_interval
 from vessel_rt.outputs import replacing, writing
 from vessel_rt.privacy import StudyCodes
@@ -32,7 +32,7 @@ _TITLES = {
     "iou": "IoU",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
-    "cldice": "clDice",
+    "cldice": "clDice (Zhang)",
     "hd95": "HD95, pixels",
 }
 
@@ -79,7 +79,7 @@ class Evaluation:
     def table(self) -> str:
         """For a terminal; the last lines tell the mean Dice of each concept."""
         several = len({score.question for score in self.scores}) > 1
-        lines = [f"{'':12} {'mean':>8}  95 % interval"]
+        lines = [f"{'':14} {'mean':>8}  95 % interval"]
         for score in self.scores:
             asked = f", asked {score.question!r}" if several else ""
             lines.append(f"{score.concept}, {score.images} images{asked}")
@@ -98,7 +98,7 @@ class Evaluation:
         interval = score.ci95[name]
         between = f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else "none"
         left_out = f"  ({score.left_out[name]} images left out: not defined)" if score.left_out[name] else ""
-        return f"{_TITLES[name]:12} {score.mean[name]:8.{digits}f}  {between}{left_out}"
+        return f"{_TITLES[name]:14} {score.mean[name]:8.{digits}f}  {between}{left_out}"
 
 
 def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show_names: bool = False) -> Evaluation:
@@ -115,7 +115,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         questions = list(dict.fromkeys(line["question"] for line in lines))
         good = [line for line in lines if line["status"] == "ok"]
         comparisons = tuple(_comparisons(good, drawn))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError) as e:  # ValueError: sizes that do not go together, or are absurd
         raise VesselError(f"{output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")

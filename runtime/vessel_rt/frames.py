@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vessel_rt.bundle import sha256_of
 from vessel_rt.dicom import DICOM_SUFFIXES, frame_count, is_dicom, read_dicom
 from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.files import missing_part
 from vessel_rt.image import SUFFIXES, Rescale, page_count, read_image, require_regular
 from vessel_rt.privacy import StudyCodes, printable, remember
 
@@ -163,7 +164,7 @@ def _images_of(text: str, shown: str, show_names: bool) -> tuple[list[Path], Map
         matched = (Path(name) for name in glob.glob(text, recursive=True))
         candidates, place = [candidate for candidate in matched if not os.path.isdir(candidate)], f"{shown}: this pattern"
     else:
-        raise VesselError(f"{shown}: {'not a regular file' if os.path.exists(path) else 'no such file or folder'}")
+        raise VesselError(f"{shown}: {'not a regular file' if os.path.exists(path) else f'no such file or folder: {missing_part(path)}'}")
     visible = [candidate for candidate in sorted(candidates) if not candidate.name.startswith(".")]
     taken = [_is_image(candidate) for candidate in visible]
     images = list(itertools.compress(visible, taken))

@@ -5,6 +5,7 @@ A bare hash of a ten-digit id is found by trying them all, so a code is an HMAC,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -13,16 +14,26 @@ import secrets
 import stat
 import sys
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 from vessel_rt.errors import VesselError
+from vessel_rt.files import open_regular
 
 __all__ = ["CODE_DIGITS", "StudyCodes", "conceal", "printable", "remember"]
 
 CODE_DIGITS = 12  # hexadecimal: among 10,000 files two share a code once in 5 million folders, and then the run says so and ends
 
-_known: dict[str, str] = {}  # what may not be seen: what to show in its place
+_LARGEST = 1024  # bytes of a key's file, most of which would be white space
+
+# Of files that are called so no name is known; in messages and tracebacks these words stand for other things.
+_COMMON = re.compile("cine|data|error|(file|frame|image|mask|result)s?|folder|input|line|name|output|path|report", re.IGNORECASE)
+
+# How a name is found in a text.
+_PLAIN = r"(?<![^\W_]){}(?![^\W_])(?!\.pyc?\b)"
+_WHOLE = r"(?<![\w.-]){}(?![\w-])"
+_WITH_SUFFIX = r"(?<![\w.-]){}(?=(?:_\d+|_frame_\d+|_gt|_mask)*\.(?:jpe?g|png|tiff?|bmp|webp|dcm|dicom)(?!\w))"
+
+_known: dict[str, tuple[str, str]] = {}  # what may not be seen: what to show in its place, and the pattern to find it by
 
 
 class StudyCodes:
@@ -39,7 +50,7 @@ class StudyCodes:
             VesselError: it cannot be read or made, others may read it, or it lies in the folder `outside`, which may be passed on.
         """
         path = path or _default_path()
-        if outside is not None and path.resolve().is_relative_to(outside.resolve()):
+        if outside is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(outside)):
             raise VesselError(f"{path}: the key may not lie among the results, which it would unlock; name another with --key")
         try:
             return cls(_read(path) if path.exists() else _make(path))
@@ -70,9 +81,10 @@ def _default_path() -> Path:
 
 
 def _read(path: Path) -> bytes:
-    if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise VesselError(f"{path}: others may read this key; chmod 600 it")
-    text = path.read_bytes().strip()
+    with open_regular(path) as file:
+        if os.name == "posix" and os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise VesselError(f"{path}: others may read this key; chmod 600 it")
+        text = file.read(_LARGEST + 1).strip()
     if not re.fullmatch(rb"[0-9a-f]{64}", text):
         raise VesselError(f"{path}: not a key that vessel-rt made (64 hexadecimal digits); name another with --key")
     return bytes.fromhex(text.decode())
@@ -96,10 +108,13 @@ def _make(path: Path) -> bytes:
 
 
 def remember(path: Path | str, shown: str) -> None:
-    """Have `conceal` put `shown` for this path, its name and its stem."""
-    for text in (str(path), os.path.abspath(path), Path(path).name, Path(path).stem):
-        if text.strip("./"):
-            _known[text] = shown
+    """Have `conceal` put `shown` for this path, its name and its stem, also as Python's repr writes them."""
+    path = Path(path)
+    distinct = _is_distinct(path.stem)
+    for text in (str(path), os.path.abspath(path), path.name):
+        whole = text not in (path.stem, path.name) or bool(path.suffix)  # a path, or a name with its suffix
+        _learn(text, shown, _PLAIN if distinct else _WHOLE if whole and _is_distinct(text) else _WITH_SUFFIX)
+    _learn(path.stem, shown, _PLAIN if distinct else _WITH_SUFFIX)
 
 
 def printable(text: str) -> str:
@@ -110,12 +125,29 @@ def printable(text: str) -> str:
 def conceal(text: str) -> str:
     """`text` without the names that `remember` was told: for what libraries say, and for tracebacks.
 
-    A name is found wherever it is not part of a longer word. What this program says itself never has names in it.
+    A path, a name with its suffix, or a distinct stem is found wherever it is not part of a longer word. A stem that is not distinct, such
+    as `1`, `86` or `image`, is found with the suffix of an image only: bare, it would be found in `line 86` and `1 of 78`. What this
+    program says itself never has names in it.
     """
-    return _concealed(text, sorted((name for name in _known if name in text), key=len, reverse=True))
+    names = sorted((name for name in _known if name in text), key=len, reverse=True)  # of two that begin at one place, the longer
+    if not names:
+        return text
+    pattern = "|".join(_known[name][1].format(re.escape(name)) for name in names)
+    return re.sub(pattern, lambda found: _known[found.group()][0], text)
 
 
-def _concealed(text: str, names: Iterable[str]) -> str:
-    for name in names:
-        text = re.sub(rf"(?<![^\W_]){re.escape(name)}(?![^\W_])", lambda _, name=name: _known[name], text)  # type: ignore[misc]
-    return text
+def _is_distinct(stem: str) -> bool:
+    """Whether a stem would hardly stand in a text by chance: 4 letters or more (2, outside ASCII), or 6 digits; no common word."""
+    signs = re.sub(r"[\W_]", "", stem)
+    if signs.isdigit():
+        return len(signs) >= 6
+    return sum(1 if sign.isascii() else 2 for sign in signs) >= 4 and not _COMMON.fullmatch(stem)
+
+
+def _learn(text: str, shown: str, pattern: str) -> None:
+    if not re.search(r"[^\W_]", text):  # `.`, `..`, `*`
+        return
+    written = {text, repr(text)[1:-1], ascii(text)[1:-1]}
+    with contextlib.suppress(UnicodeEncodeError):
+        written.add(repr(os.fsencode(text))[2:-1])
+    _known.update(dict.fromkeys(written, (shown, pattern)))

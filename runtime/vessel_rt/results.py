@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vessel_rt.errors import VesselError
+from vessel_rt.files import read_regular
 
 __all__ = [
     "EVALUATION_FILE",
@@ -37,6 +38,7 @@ METRICS_FILE = "metrics.csv"
 MEANS_FILE = "metrics_mean.csv"
 REPORT_FILE = "report.html"
 
+_LARGEST = 2**30  # bytes of a JSON file; what is made of it takes several times as much memory
 _OF_A_RUN = (RESULTS_FILE, TIMINGS_FILE, RUN_FILE)
 
 
@@ -65,9 +67,15 @@ def read_run(output: Path) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises VesselError."""
-    return _read(path, json.loads)
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """A JSON file in UTF-8, with or without a byte order mark, of at most 1 GiB; `pairs` makes what stands for an object.
+
+    Raises:
+        VesselError: it is missing, not a regular file, too large, not UTF-8, not JSON, nested too deeply, or has a number of thousands of
+            digits.
+    """
+    with _faults(path):
+        return json.loads(read_regular(path, _LARGEST).decode("utf-8-sig"), object_pairs_hook=pairs)
 
 
 def json_lines(text: str) -> list[Any]:
@@ -87,5 +95,17 @@ def _faults(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         hint = "a run that was finished leaves it in its output folder" if path.name in _OF_A_RUN else "no such file"
         raise VesselError(f"{path}: missing; {hint}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise VesselError(f"{path}: cannot be read ({(e.strerror if isinstance(e, OSError) else None) or e})") from e
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        raise VesselError(f"{path}: cannot be read ({_reason(e)})") from e
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8; save it as UTF-8"
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        return "not JSON that can be taken: a number of thousands of digits"  # the one thing else that json objects to
+    if isinstance(error, RecursionError):
+        return "its lists are nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it does not fit into the memory"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,103 +1,124 @@
+"""The reader of annotations: whatever a file has, a list of items with faults, or one line."""
+
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.runtime.conftest import CODES
-from tests.runtime.image_files import png
-from vessel_rt.annotations import concepts_in, rasterized, read_truth
+from vessel_rt.annotations import rasterized, read_annotations
 from vessel_rt.errors import VesselError
 
 SQUARE = [0, 0, 10, 0, 10, 10, 0, 10]
-
-
-def line(name: str, **more: Any) -> dict[str, Any]:
-    return {"index": 0, "code": "c0de", "name": name, "width": 60, "height": 40, **more}
+ITEM = {"image": "a.png", "mask": [[SQUARE]], "text": ["vessel"]}
 
 
 def written(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
-def test_concepts_are_found_in_the_questions_order() -> None:
-    assert concepts_in("Please segment Catheter and vessel.", {"vessel", "catheter", "stent"}) == ["catheter", "vessel"]
-    assert concepts_in("Please segment main vessel.", {"vessel", "main vessel"}) == ["main vessel"]
-    assert concepts_in("Where?", {"vessel"}) == concepts_in("Where?", set()) == []
+def faults(path: Path, item: Any) -> list[str]:
+    [found] = read_annotations(written(path, f"[{item}]" if isinstance(item, str) else [item]))
+    return [fault.kind for fault in found.faults]
 
 
-def test_polygons_of_one_concept_and_items_of_one_image_are_joined(tmp_path: Path) -> None:
-    far = [40, 20, 50, 20, 50, 30, 40, 30]
-    items = [{"image": "a.jpg", "mask": [[SQUARE]], "text": ["Vessel."]}, {"image": "a.jpg", "mask": [[far]], "text": ["vessel"]}]
-    mask = read_truth(written(tmp_path / "a.json", items)).mask(line("a"), "vessel")
-    assert mask is not None
-    assert mask.sum() == 200
-    np.testing.assert_array_equal(mask, rasterized([SQUARE, far], 40, 60))
-
-
-def test_frames_are_found_by_stem_and_by_study_code(tmp_path: Path) -> None:
-    items = [{"image": name, "mask": [[SQUARE]], "text": ["vessel"]} for name in ("sub/a.jpg", "cine_frame_000010.png")]
-    path = written(tmp_path / "a.json", items)
-    plain, coded = read_truth(path), read_truth(path, CODES)
-    for name in ("a", "cine_frame_000010"):
-        assert plain.mask(line(name), "vessel") is not None
-    for name in (CODES.code("a"), CODES.code("cine") + "_frame_000010", CODES.code("cine_frame_000010")):
-        assert plain.mask(line(name), "vessel") is None
-        assert coded.mask(line(name), "vessel") is not None
-    assert coded.mask(line("b"), "vessel") is None
-    assert coded.mask(line("a"), "catheter") is None
-
-
-def test_a_folder_of_masks(tmp_path: Path) -> None:
-    drawn = np.zeros((40, 60), np.uint8)
-    drawn[:5] = 255
-    Image.fromarray(drawn).save(tmp_path / "a_gt.png")
-    Image.fromarray(drawn // 255).save(tmp_path / "b_mask.png")  # ones
-    Image.fromarray(255 - drawn).save(tmp_path / "a.png")  # the frame itself
-    truth = read_truth(tmp_path, CODES)
-    assert truth.concepts("Where?") == [None]
-    for name in ("a", "b", CODES.code("b")):
-        np.testing.assert_array_equal(truth.mask(line(name), None), drawn > 0)
-    assert truth.mask(line("c"), None) is None
-    with pytest.raises(VesselError, match=r"frame 1 \(c0de\) is 60x40 pixels, the frame 61x40"):
-        truth.mask(line("a", width=61), None)
-
-
-def test_folders_that_are_not_taken(tmp_path: Path) -> None:
-    with pytest.raises(VesselError, match="no drawn masks in this folder"):
-        read_truth(tmp_path)
-    for name in ("a_gt.png", "a_mask.png"):
-        Image.new("L", (8, 8)).save(tmp_path / name)
-    with pytest.raises(VesselError, match="two drawn masks for one stem"):
-        read_truth(tmp_path)
+def test_a_sound_item_is_read_as_it_stands(tmp_path: Path) -> None:
+    [item] = read_annotations(written(tmp_path / "a.json", [ITEM]))
+    assert (item.number, item.image, item.faults, item.content) == (0, "a.png", (), ITEM)
+    [drawn] = item.objects
+    assert (drawn.number, drawn.text, drawn.polygons) == (0, "vessel", (SQUARE,))
 
 
 @pytest.mark.parametrize(
-    "items",
+    ("item", "kind"),
     [
-        {"a.png": []},
-        [{"image": "a.png", "mask": [[SQUARE]], "text": []}],
-        [{"mask": [], "text": []}],
-        [{"image": 1, "mask": [], "text": []}],
-        [3],
+        (None, "form"),
+        ([], "form"),
+        (ITEM | {"image": ["a.png"]}, "form"),
+        (ITEM | {"image": ""}, "form"),
+        (ITEM | {"image": "."}, "form"),
+        (ITEM | {"image": "/etc/passwd"}, "form"),
+        (ITEM | {"image": "sub/../../a.png"}, "form"),
+        (ITEM | {"image": "a\0.png"}, "form"),
+        (ITEM | {"mask": {"size": [4, 4], "counts": "0"}}, "form"),
+        (ITEM | {"text": [["vessel"]]}, "form"),
+        (ITEM | {"mask": [{"size": [4, 4], "counts": "0"}]}, "coordinates"),
+        (ITEM | {"mask": [SQUARE]}, "coordinates"),
+        (ITEM | {"mask": [[[[0, 0], [10, 0], [10, 10]]]]}, "coordinates"),
+        (ITEM | {"mask": [[SQUARE[:-1]]]}, "coordinates"),
+        (ITEM | {"mask": [[["0", "0", "1", "0", "1", "1"]]]}, "coordinates"),
+        (ITEM | {"mask": [[[0, 0, 1e6, 0, 1, 1]]]}, "coordinates"),
+        (ITEM | {"mask": [[[-99_999, 0, 99_999, 1] * 10]]}, "coordinates"),
+        (ITEM | {"mask": [[[]]]}, "empty polygon"),
+        (ITEM | {"mask": [[[0, 0, 9, 9]]]}, "empty polygon"),
+        (ITEM | {"mask": [[]]}, "empty polygon"),
+        (ITEM | {"mask": []}, "no mask"),
+        (ITEM | {"text": ["vessel", "catheter"]}, "more texts than masks"),
+        (ITEM | {"text": ["."]}, "empty text"),
+        ('{"image": "a.png", "image": "b.png", "mask": [], "text": []}', "form"),
+        ('{"image": "a.png", "mask": [[[0, 0, NaN, 0, 9, 9]]], "text": ["vessel"]}', "coordinates"),
+        ('{"image": "a.png", "mask": [[[0, 0, 1e999, 0, 9, 9]]], "text": ["vessel"]}', "coordinates"),
+        ('{"image": "a.png", "mask": [[[0, 0, 1' + "0" * 4000 + ', 0, 9, 9]]], "text": ["vessel"]}', "coordinates"),
+        ('{"image": "a.png", "mask": [' + "[" * 300 + "]" * 300 + '], "text": ["vessel"]}', "coordinates"),
+        ('{"image": "a.png", "mask": [], "text": [], "more": ' + "[" * 300 + "]" * 300 + "}", "form"),
     ],
 )
-def test_what_is_not_in_the_form_is_for_check_data(tmp_path: Path, items: Any) -> None:
-    with pytest.raises(VesselError, match="vessel-rt check-data shows what is wrong"):
-        read_truth(written(tmp_path / "a.json", items))
+def test_wrong_at_every_level(tmp_path: Path, item: Any, kind: str) -> None:
+    assert {*faults(tmp_path / "a.json", item)} == {kind}
 
 
-def test_two_images_of_one_stem_are_not_joined(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"image": f"{folder}/a.png", "mask": [[SQUARE]], "text": ["vessel"]} for folder in ("one", "two")]))
-    with pytest.raises(VesselError, match="item 1 is of another image of the same stem"):
-        read_truth(path)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path, encoding: str) -> None:
+    text = json.dumps([ITEM | {"image": "caf\u00e9.png"}], ensure_ascii=False)
+    (tmp_path / "a.json").write_text(text, encoding=encoding)
+    assert read_annotations(tmp_path / "a.json")[0].image == "caf\u00e9.png"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "cannot be read"),
+        (b"{}", "not a list of annotated images, but an object"),
+        (b"7", "not a list of annotated images, but a number"),
+        (b"null", "not a list of annotated images, but null"),
+        (b'[{"image": ', "line 1 column"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "thousands of digits"),
+        (json.dumps([ITEM]).encode("utf-16"), "not UTF-8"),
+        (json.dumps([ITEM]).encode("utf-32-le"), "cannot be read"),
+        (b'["caf\xe9"]', "byte 5 is not UTF-8"),
+        (b"\0" * 100, "cannot be read"),
+    ],
+)
+def test_files_that_are_no_annotations_give_one_line(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(VesselError, match=says) as caught:
+        read_annotations(tmp_path / "a.json")
+    assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices of POSIX")
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "fifo", tmp_path / "folder", Path("/dev/zero"), Path("/dev/stdin")):
+        with pytest.raises(VesselError, match=r"cannot be read \(.*not a (regular )?file\)"):
+            read_annotations(path)
+
+
+def test_a_file_of_more_than_a_gibibyte_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(2**30 + 1)  # a hole: it takes no space
+    with pytest.raises(VesselError, match="larger than 1 GiB"):
+        read_annotations(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("value", [1e9, -1e7, 10**400, float("nan"), float("inf"), True, "x", None])
@@ -106,32 +127,36 @@ def test_what_the_library_would_die_of_is_no_polygon(value: Any) -> None:
         rasterized([[0, 0, value, 0, value, 9]], 64, 96)
 
 
-@pytest.mark.parametrize("kind", ["uint16", "float", "uint32", "palette", "bits", "one gray", "16-bit colour"])
-def test_drawn_masks_of_any_depth_are_read(tmp_path: Path, kind: str) -> None:
-    drawn = np.zeros((40, 60), np.bool_)
-    drawn[10:20, 15:30] = True
-    if kind == "one gray":
-        drawn[:] = True
-    images = {
-        "uint16": Image.fromarray(drawn * np.uint16(40_000)),
-        "float": Image.fromarray(drawn.astype(np.float32)),
-        "uint32": Image.fromarray(drawn * np.int32(2**31 - 1)),
-        "palette": Image.fromarray(drawn.astype(np.uint8) * np.uint8(255)).convert("P"),
-        "bits": Image.fromarray(drawn),
-        "one gray": Image.fromarray(drawn * np.uint16(777)),
-    }
-    if kind == "16-bit colour":
-        (tmp_path / "a_gt.png").write_bytes(png(np.repeat((drawn * np.uint16(60_000))[..., None], 3, axis=2)))
-    else:
-        images[kind].save(tmp_path / f"a_gt.{'tif' if kind in ('float', 'uint32') else 'png'}")
-    np.testing.assert_array_equal(read_truth(tmp_path).mask(line("a"), None), drawn)
+@pytest.mark.parametrize("polygon", [[], SQUARE[:4], SQUARE[:7], "polygon"])
+def test_what_check_data_refuses_is_not_filled(polygon: Any) -> None:
+    with pytest.raises(ValueError, match="not a polygon"):
+        rasterized([SQUARE, polygon], 64, 96)
 
 
-def test_a_drawn_mask_that_is_no_single_picture_is_named(tmp_path: Path) -> None:
-    page = Image.new("L", (60, 40))
-    page.save(tmp_path / "a.tif", save_all=True, append_images=[page])
-    with pytest.raises(VesselError, match=r"frame 1 \(c0de\): 2 pages"):
-        read_truth(tmp_path).mask(line("a"), None)
-    os.mkfifo(tmp_path / "b.png")
-    with pytest.raises(VesselError, match="not a regular file"):
-        read_truth(tmp_path).mask(line("b"), None)
+@pytest.mark.parametrize(("height", "width"), [(0, 5), (5, -1), (10**9, 10**9), (5, 10**5)])
+def test_images_of_absurd_size_are_not_filled(height: int, width: int) -> None:
+    with pytest.raises(ValueError, match="is not the size of an image"):
+        rasterized([SQUARE], height, width)
+
+
+def test_the_largest_outline_that_is_taken_fits_into_little_memory() -> None:
+    """In a process with 1 GiB of memory, where pycocotools would end it otherwise."""
+    program = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+from vessel_rt.annotations import rasterized
+print(rasterized([[-99_999, 0, 99_999, 1, -99_999, 2, 99_999, 3, 0, 64]], 64, 96).sum())
+"""
+    pytest.importorskip("resource", reason="limits of POSIX")
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_polygons_are_joined_in_an_image(tmp_path: Path) -> None:
+    far = [40, 20, 50, 20, 50, 30, 40, 30]
+    mask = rasterized([SQUARE, far], 40, 60)
+    assert mask.shape == (40, 60)
+    np.testing.assert_array_equal(mask, rasterized([SQUARE], 40, 60) | rasterized([far], 40, 60))
+    assert not rasterized([], 40, 60).any()

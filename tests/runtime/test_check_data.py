@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.runtime.conftest import CODES, make_frame
-from vessel_rt.annotations import read_truth
-from vessel_rt.check_data import KINDS, Checked, check_data, write_fixed
+from vessel_rt.annotations import KINDS
+from vessel_rt.check_data import Checked, check_data, write_fixed
 from vessel_rt.cli import main
 from vessel_rt.errors import VesselError
 from vessel_rt.frames import Naming
+from vessel_rt.ground_truth import read_truth
 
 S = [10, 10, 30, 10, 30, 30, 10, 30]  # a square in an image of 96x64
 T = [50, 10, 70, 10, 70, 30, 50, 30]
@@ -150,7 +152,7 @@ def test_names_are_shown_when_they_may_be(images: Path, tmp_path: Path, capsys: 
 
 
 def test_files_that_are_no_annotations(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(VesselError, match="not a list of annotated images, but dict"):
+    with pytest.raises(VesselError, match="not a list of annotated images, but an object"):
         check(tmp_path, {})
     with pytest.raises(VesselError, match="no such folder"):
         check_data(tmp_path / "annotations.json", tmp_path / "none", Naming(CODES))
@@ -162,3 +164,86 @@ def test_files_that_are_no_annotations(images: Path, tmp_path: Path) -> None:
 def test_a_fix_of_a_sound_file_is_that_file(images: Path, tmp_path: Path) -> None:
     write_fixed(check(tmp_path, [GOOD]), tmp_path / "fixed.json")
     assert json.loads((tmp_path / "fixed.json").read_text()) == [GOOD]
+
+
+# Of a file with such an item `evaluate` makes the masks that it makes without it; the images themselves it does not look at.
+HARMLESS = {"duplicate image", "image named twice", "partly outside the image", "duplicate object"}
+OF_FILES = {"missing image", "unreadable image"}
+
+
+@pytest.mark.parametrize(("kind", "bad"), [(kind, bad) for kind, cases in BAD.items() if kind not in OF_FILES for bad, _ in cases])
+def test_evaluate_takes_and_refuses_what_this_does(tmp_path: Path, kind: str, bad: Any) -> None:
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([GOOD, bad]))
+
+    def masks() -> None:
+        truth = read_truth(path)
+        for name in ("good", "b"):
+            for concept in ("vessel", "catheter"):
+                truth.mask({"index": 0, "code": "c0de", "name": name, "width": 96, "height": 64}, concept)
+
+    if kind in HARMLESS and not any([] in polygons for polygons in bad["mask"]):
+        masks()
+    else:
+        with pytest.raises(VesselError, match=r"item 1\b.*vessel-rt check-data"):
+            masks()
+
+
+def test_a_name_that_is_too_long_is_a_missing_image(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([item("w" * 300 + ".png", ([S], "vessel")), GOOD]))
+    assert main(["check-data", str(tmp_path / "a.json"), "--images", str(images), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["kinds"]["missing image"]["count"] == 1
+    assert json.loads(out)["sound"] == 1
+    assert "images" not in err + out.replace("image", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices of POSIX")
+def test_images_that_are_no_files_are_not_opened(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(images / "fifo.png")
+    (images / "zero.png").symlink_to("/dev/zero")
+    (images / "loop.png").symlink_to("loop.png")
+    (images / "folder.png").mkdir()
+    names = ("fifo.png", "zero.png", "folder.png", "loop.png", "good.png/b.png")
+    checked = check(tmp_path, [GOOD, *(item(name, ([S], "vessel")) for name in names)])
+    kinds = [problem.kind for problem in checked.problems if problem.kind != "without annotation"]
+    assert kinds == ["unreadable image"] * 3 + ["missing image"] * 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="FIFOs and devices of POSIX")
+@pytest.mark.parametrize("option", ["annotations", "--images", "--fix"])
+def test_arguments_that_are_no_files(images: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "annotations.json").write_text(json.dumps([GOOD]))
+    os.mkfifo(tmp_path / "fifo")
+    for odd in (tmp_path / "fifo", Path("/dev/zero"), images if option != "--images" else images / "good.png"):
+        given = {"annotations": tmp_path / "annotations.json", "--images": images, "--fix": tmp_path / "fixed.json"} | {option: odd}
+        arguments = [str(given.pop("annotations")), *(str(part) for pair in given.items() for part in pair)]
+        assert main(["check-data", *arguments]) == 1
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"vessel-rt: error: {odd}: ")
+        assert not (tmp_path / "fixed.json").exists()
+
+
+def test_no_fix_replaces_anything(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "annotations.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "sound.dropped.json").write_text("mine")
+    command = ["check-data", str(tmp_path / "annotations.json"), "--images", str(images), "--fix", str(tmp_path / "sound.json")]
+    assert main(command) == 1
+    assert "sound.dropped.json: is there already" in capsys.readouterr().err
+    assert (tmp_path / "sound.dropped.json").read_text() == "mine"
+    assert not (tmp_path / "sound.json").exists()
+
+
+def test_a_fix_that_cannot_be_written_leaves_nothing(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = check(tmp_path, [GOOD])
+    write_text = Path.write_text
+
+    def full(path: Path, text: str, **more: Any) -> int:
+        if "good.png" in text:
+            raise OSError(28, "No space left on device")
+        return write_text(path, text, **more)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(VesselError, match="No space left"):
+        write_fixed(checked, tmp_path / "fixed.json")
+    assert not list(tmp_path.glob("*fixed*"))

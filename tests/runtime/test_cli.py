@@ -159,6 +159,9 @@ def _lines_so_far(output: Path) -> list[Any]:
         ["infer", "x", "--num-parts", "2"],
         ["infer", "x", "--num-parts", "2", "--part-id", "2"],
         ["infer", "x", "--part-id", "1"],
+        ["infer", "x", "--part-id", "0"],
+        ["infer", "x", "--num-parts", "2", "--part-id", "-1"],
+        ["infer", "x", "--prompt", "caf\udce9"],
         ["--print-completion", "cmd.exe"],
         ["plan", "--memory", "none"],
         ["fly"],
@@ -169,6 +172,30 @@ def test_bad_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[s
         main(arguments)
     assert caught.value.code == 2
     assert "vessel-rt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--num-parts", "4", "--part-id", "4"], "from 0 to 3"),
+        (["--num-parts", "4"], "from 0 to 3"),
+        (["--num-parts", "1", "--part-id", "7"], "from 0 to 0"),
+        (["--part-id", "0"], "needs --num-parts"),
+    ],
+)
+def test_parts_out_of_range_name_the_range(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["infer", "x", *options])
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_argument_that_is_no_utf8_is_bad_usage() -> None:
+    program = "import sys; from vessel_rt.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "infer", "x", "--prompt", b"caf\xe9"], capture_output=True)
+    assert done.returncode == 2
+    assert b"argument --prompt" in done.stderr.splitlines()[-1]
+    assert b"is not UTF-8 text" in done.stderr.splitlines()[-1]
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +253,9 @@ def test_json_is_the_last_line(engines: Path, frames: Path, capsys: pytest.Captu
     assert json.loads(out)["kept"] == 3
     assert err == ""
     assert infer("none", "--json") == 1
-    assert json.loads(capsys.readouterr().out) == {"error": "input 1 of 1: no such file or folder", "exit_code": 1}
+    found = json.loads(capsys.readouterr().out)
+    assert found["error"].startswith("input 1 of 1: no such file or folder")
+    assert found["exit_code"] == 1
 
 
 def test_parts_of_a_run_merge_into_what_one_run_leaves(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +282,22 @@ def test_a_bug_shows_its_traceback_without_names(
     assert "Traceback" in err
     assert "no way with" in err
     assert "4711" not in out + err
+
+
+def test_a_bug_with_short_names_keeps_its_numbers(
+    engines: Path, frames: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(path: Path) -> None:
+        raise RuntimeError(f"no way with {path}, {path.name}: 1 of 78 at line 86")
+
+    for number, name in (("1", "a.jpg"), ("86", "b.png"), ("78", "c.tif")):
+        (frames / name).rename(frames / f"{number}{Path(name).suffix}")
+    monkeypatch.setattr("vessel_rt.worker.input_sha256", broken)
+    assert infer(frames) == 1
+    err = capsys.readouterr().err
+    assert ": 1 of 78 at line 86" in err
+    assert not re.search(r"\b(1|86|78)\.(jpg|png|tif)", err)
+    assert "/frames.py" in err or "/worker.py" in err
 
 
 def test_evaluate_prints_the_mean_dice_last(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

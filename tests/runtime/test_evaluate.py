@@ -15,11 +15,11 @@ from PIL import Image
 from tests.conftest import Tiny
 from tests.runtime.conftest import CODES
 from tests.runtime.test_folder import options
-from vessel_rt.annotations import read_truth
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluate import evaluate
 from vessel_rt.folder import infer
+from vessel_rt.ground_truth import read_truth
 from vessel_rt.rle import encode_rle
 
 
@@ -115,9 +115,11 @@ def test_a_folder_is_compared_with_all_masks_of_an_answer(tmp_path: Path) -> Non
     ("items", "message"),
     [
         ([], "annotates no concept"),
-        ([{"image": "a.png", "mask": [[]], "text": ["stent"]}], "annotates no concept"),
+        ([{"image": "a.png", "mask": [[square(0, 0, 9, 9)]], "text": ["stent"]}], "annotates no concept"),
+        ([{"image": "a.png", "mask": [[]], "text": ["vessel"]}], "item 0, object 0: empty polygon"),
+        ([{"image": "a.png", "mask": [[square(0, 0, 9, 9)[:7]]], "text": ["vessel"]}], "item 0, object 0: coordinates"),
         ([{"image": "z.png", "mask": [[square(0, 0, 9, 9)]], "text": ["vessel"]}], "no drawn mask for any image"),
-        ([{"image": "a.png", "mask": [["x"]], "text": ["vessel"]}], "a polygon of frame 1"),
+        ([{"image": "a.png", "mask": [["x"]], "text": ["vessel"]}], "item 0, object 0: coordinates"),
     ],
 )
 def test_annotations_that_do_not_fit(tmp_path: Path, items: Any, message: str) -> None:
@@ -136,6 +138,16 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "annotations.json").write_text("{")
     with pytest.raises(VesselError, match=r"annotations\.json: cannot be read"):
         evaluate(tmp_path, tmp_path / "annotations.json")
+
+
+@pytest.mark.parametrize("changed", [{"width": 61}, {"height": 10**9}, {"height": 0}, {"width": "60"}, {"height": None}])
+def test_results_of_another_size_are_one_line(tmp_path: Path, changed: dict[str, Any]) -> None:
+    out = run_folder(tmp_path, "Please segment vessel.", [("a", [box(0, 0, 10, 10)])])
+    first, *rest = (out / "results.jsonl").read_text().splitlines()
+    (out / "results.jsonl").write_text("\n".join([json.dumps(json.loads(first) | changed), *rest]) + "\n")
+    gt = annotated(tmp_path, [{"image": "a.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]}])
+    with pytest.raises(VesselError, match=r"results\.jsonl: not in the expected form"):
+        evaluate(out, gt)
 
 
 def test_the_trained_models_metrics_equal_monais(tiny: Tiny, fp32_bundle: Path, tmp_path: Path) -> None:

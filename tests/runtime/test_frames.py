@@ -64,10 +64,23 @@ def test_what_a_frame_is_called(frames: Path) -> None:
 
 
 def test_errors_name_no_file_unless_they_may(tmp_path: Path) -> None:
-    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder$"):
+    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder: part \d+ of \d+ of its path"):
         found([str(tmp_path / "none.png")])
     with pytest.raises(VesselError, match=r"none\.png: no such file"):
         find_frames([str(tmp_path / "none.png")], Naming(CODES, show_names=True))
+
+
+def test_a_mistyped_path_is_told_by_its_missing_part(frames: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(frames.parent)
+    for text, says in (
+        ("frames/none.png", "part 2 of 2 of its path does not exist"),
+        ("Quokka/frames/a.jpg", "part 1 of 3 of its path does not exist"),
+        ("frames/a.jpg/b.png", "part 3 of 3 of its path does not exist"),
+        ("fraems", "it is not in the current folder"),
+    ):
+        with pytest.raises(VesselError, match=rf"^input 2 of 2: no such file or folder: {says}") as caught:
+            found(["frames", text])
+        assert text not in str(caught.value)
 
 
 @pytest.mark.parametrize("other", ["a.png", "elsewhere/a.jpg", "A.jpg"])
@@ -172,7 +185,7 @@ def test_an_input_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe.png", Path("/dev/zero")):
         with pytest.raises(VesselError, match=r"^input 1 of 1: not a regular file$"):
             found([str(path)])
-    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder$"):
+    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder: .* is a link to what is not there$"):
         found([str(tmp_path / "gone[1].png")])
 
 
