@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import reprlib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from vessel_rt.errors import RecipeError
-from vessel_rt.schema import Within, decode, read_small
+from vessel_rt.schema import Within, decode, read_small, shown
 
 __all__ = ["PRECISIONS", "EngineRecipe", "LanguageModelRecipe", "Recipe", "load_recipe"]
 
@@ -81,9 +80,9 @@ def load_recipe(path: Path) -> Recipe:
 def _faults(recipe: Recipe) -> Iterator[str]:
     """What `recipe` says that contradicts itself or that nothing can be made of."""
     if recipe.precision not in PRECISIONS:
-        yield f"precision is {reprlib.repr(recipe.precision)}, not one of {', '.join(PRECISIONS)}"
+        yield f"precision is {shown(recipe.precision)}, not one of {', '.join(PRECISIONS)}"
     engines = recipe.engines
     if engines and not re.fullmatch(r"sm\d{2,3}", engines.architecture, re.ASCII):
-        yield f"engines.architecture is {reprlib.repr(engines.architecture)}, not like sm86"
+        yield f"engines.architecture is {shown(engines.architecture)}, not like sm86"
     if engines and engines.opt_batch > engines.max_batch:
         yield f"engines.opt_batch {engines.opt_batch} is above max_batch {engines.max_batch}"

@@ -18,11 +18,13 @@ from typing import Annotated, Any, Never
 
 from vessel_rt.files import read_regular
 
-__all__ = ["FileName", "Within", "decode", "parse_json", "read_small"]
+__all__ = ["FileName", "Within", "decode", "parse_json", "read_small", "shown"]
 
 _MOST_BYTES = 4 << 20  # of a document; bundle.json of the 8B model has 40 kB
 _MOST_TEXT = 1 << 16  # characters of one text
 _MOST_ITEMS = 1 << 12  # of one list or table
+
+_SHOWN = 100  # characters of a text, or digits, that a message has
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
@@ -51,6 +53,13 @@ class _PlainPath:
 FileName = Annotated[str, _PlainPath()]
 
 
+def shown(value: Any) -> str:
+    """A value from outside, as a message has it: in one line, and short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _SHOWN
+    return short.repr(value)
+
+
 def read_small(path: Path) -> bytes:
     """The content of a document's file. OSError where it cannot be read, is not a regular file, or is too large for a document."""
     return read_regular(path, _MOST_BYTES)
@@ -68,7 +77,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{_shown(next(key for key in table if keys.count(key) > 1))} is there twice")
+        raise ValueError(f"{_key(next(key for key in table if keys.count(key) > 1))} is there twice")
     return table
 
 
@@ -95,7 +104,7 @@ def decode(kind: Any, value: Any, where: str = "", **known: Any) -> Any:
         found = decode(arguments[0], value, where)
         for rule in arguments[1:]:
             if fault := rule.fault(found):
-                raise ValueError(f"{where} is {reprlib.repr(found)}, {fault}")
+                raise ValueError(f"{where} is {shown(found)}, {fault}")
         return found
     if origin in (typing.Union, types.UnionType):
         return _decode_union(arguments, value, where)
@@ -108,7 +117,7 @@ def decode(kind: Any, value: Any, where: str = "", **known: Any) -> Any:
 
 def _decode_dataclass(kind: Any, value: Any, where: str, known: dict[str, Any]) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the document'} is {reprlib.repr(value)}, not a table")
+        raise ValueError(f"{where or 'the document'} is {shown(value)}, not a table")
     prefix = f"{where}." if where else ""
     hints = {name: hint for name, hint in typing.get_type_hints(kind, include_extras=True).items() if name not in known}
     optional = {
@@ -119,7 +128,7 @@ def _decode_dataclass(kind: Any, value: Any, where: str, known: dict[str, Any]) 
     missing, unknown = hints.keys() - value.keys() - optional, value.keys() - hints.keys()
     for what, keys in (("unknown", unknown), ("missing", missing)):
         if keys:
-            raise ValueError(f"{what} key {', '.join(sorted(prefix + _shown(key) for key in list(keys)[:8]))}")
+            raise ValueError(f"{what} key {', '.join(sorted(prefix + _key(key) for key in list(keys)[:8]))}")
     return kind(**known, **{name: decode(hints[name], item, prefix + name) for name, item in value.items()})
 
 
@@ -131,27 +140,27 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return decode(kind, value, where)
     if len(kinds) == 2 and types.NoneType in kinds:
         return decode(next(kind for kind in kinds if kind is not types.NoneType), value, where)
-    raise ValueError(f"{where} is {reprlib.repr(value)}, not {' or '.join(_KINDS.get(bare, 'a table') for bare in plain.values())}")
+    raise ValueError(f"{where} is {shown(value)}, not {' or '.join(_KINDS.get(bare, 'a table') for bare in plain.values())}")
 
 
 def _decode_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     many = kinds[-1] is Ellipsis
     if not isinstance(value, list) or len(value) > _MOST_ITEMS or not (many or len(value) == len(kinds)):
-        raise ValueError(f"{where} is {reprlib.repr(value)}, not a list of {'at most ' + str(_MOST_ITEMS) if many else len(kinds)}")
+        raise ValueError(f"{where} is {shown(value)}, not a list of {'at most ' + str(_MOST_ITEMS) if many else len(kinds)}")
     return tuple(decode(kinds[0] if many else kinds[i], item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def _decode_dict(kinds: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
     if not isinstance(value, dict) or len(value) > _MOST_ITEMS:
-        raise ValueError(f"{where} is {reprlib.repr(value)}, not a table of at most {_MOST_ITEMS} keys")
-    return {decode(kinds[0], key, f"a key of {where}"): decode(kinds[1], item, f"{where}.{_shown(key)}") for key, item in value.items()}
+        raise ValueError(f"{where} is {shown(value)}, not a table of at most {_MOST_ITEMS} keys")
+    return {decode(kinds[0], key, f"a key of {where}"): decode(kinds[1], item, f"{where}.{_key(key)}") for key, item in value.items()}
 
 
 def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where} is {reprlib.repr(value)}, not {_KINDS[kind]}")
+        raise ValueError(f"{where} is {shown(value)}, not {_KINDS[kind]}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{where} is {value}, not a finite number")
     if kind is str:
@@ -163,9 +172,9 @@ def _check_text(value: str, where: str) -> None:
     if len(value) > _MOST_TEXT:
         raise ValueError(f"{where} has {len(value)} characters, more than {_MOST_TEXT}")
     if re.search(r"[\x00\ud800-\udfff]", value):
-        raise ValueError(f"{where} is {reprlib.repr(value)}, which holds a character that is none")
+        raise ValueError(f"{where} is {shown(value)}, which holds a character that is none")
 
 
-def _shown(key: str) -> str:
-    """A key of a document, as a message may have it."""
-    return key if len(key) < 100 and key.isascii() and key.isprintable() else reprlib.repr(key)
+def _key(key: str) -> str:
+    """A key of a document, as a message has it."""
+    return key if len(key) < _SHOWN and key.isascii() and key.isprintable() else shown(key)
