@@ -27,7 +27,8 @@ from tqdm import tqdm
 from vessel_export.described_gpu import ARCHITECTURES, described_provider, installed_provider
 from vessel_export.parts import chain, cut, layer_cuts, weight_files
 from vessel_export.rtx_compiler import Compiled, compile_graph
-from vessel_rt.bundle import STAGES, Bundle, FileRecord, changed_files, sha256_of
+from vessel_rt.bundle import STAGES, Bundle, FileRecord, sha256_of
+from vessel_rt.checked_files import check_files
 from vessel_rt.engine import BUILDERS, Engine, Target, builder_version
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
 from vessel_rt.gpu import list_gpus
@@ -194,7 +195,7 @@ def _kept(bundle: Bundle, target: Target, jobs: Sequence[_Job], *, rebuild: bool
             faults.append(str(e))
             continue
         found = engine.differences(folder, bundle, target) + _other_recipe(engine, job)
-        found = found or list(changed_files(folder, engine.files))  # gigabytes: read only where nothing else differs
+        found = found or list(check_files(folder, engine.files)[1])  # gigabytes: read only where nothing else differs
         faults += [f"{job.stage}: {fault}" for fault in found]
         if not found:
             kept[job.stage] = engine
@@ -228,7 +229,7 @@ def _check_sources(bundle: Bundle, jobs: Sequence[_Job]) -> None:
 
 
 def _check_files(bundle: Bundle, names: Sequence[str], progress: Callable[[int], object] | None = None) -> None:
-    faults = changed_files(bundle.folder, {name: bundle.files.get(name) for name in names}, progress)
+    _, faults = check_files(bundle.folder, {name: bundle.files.get(name) for name in names}, progress)
     if faults:
         raise BundleError(f"{bundle.folder}: damaged bundle: {'; '.join(faults)}; copy or export it again")
 

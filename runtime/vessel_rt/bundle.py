@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import threading
-import types
-import typing
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from vessel_rt.bundle_faults import bundle_faults
+from vessel_rt.checked_files import CheckedFiles, FileRecord, check_files, sha256_of
 from vessel_rt.errors import BundleError
+from vessel_rt.graph_files import named_files
+from vessel_rt.schema import FileName, Within, decode, parse_json, read_small, shown
 
 if TYPE_CHECKING:  # the schema itself needs the standard library only
     import numpy as np
@@ -36,8 +36,7 @@ __all__ = [
     "StageSpec",
     "TensorSpec",
     "TileSpec",
-    "changed_files",
-    "decode",
+    "named_and_unchecked",
     "sha256_of",
 ]
 
@@ -45,8 +44,11 @@ BUNDLE_FILE = "bundle.json"
 SCHEMA = 1
 STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder")
 
-_CHUNK = 1 << 20  # bytes hashed between two reports of progress
-_READERS = 4  # files hashed at once: a disk gives more than one core can hash
+_Count = Annotated[int, Within(1, 2**20)]
+_Side = Annotated[int, Within(1, 8192)]  # pixels
+_TokenId = Annotated[int, Within(0, 2**20)]
+_Deviation = Annotated[float, Within(1e-6, 1e6)]
+_Mean = Annotated[float, Within(-1e6, 1e6)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +57,14 @@ class TensorSpec:
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[_Count | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
     """One graph of the pipeline, its file relative to the bundle."""
 
-    file: str
+    file: FileName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -81,13 +83,13 @@ class StageSpec:
 class TileSpec:
     """How an image becomes `pixel_values` of vision_encoder: InternVL's dynamic tiling (pixels, ImageNet constants)."""
 
-    size: int
-    min_tiles: int
-    max_tiles: int
+    size: _Side
+    min_tiles: Annotated[int, Within(1, 1024)]
+    max_tiles: Annotated[int, Within(1, 1024)]
     thumbnail: bool
-    tokens_per_tile: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    tokens_per_tile: _Count
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Deviation, _Deviation, _Deviation]
 
     @property
     def most(self) -> int:
@@ -99,10 +101,10 @@ class TileSpec:
 class MaskSpec:
     """How an image becomes `pixel_values` of sam2_image_encoder, and the side of the low-res mask it gives (pixels)."""
 
-    size: int
-    low_res_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: _Side
+    low_res_size: _Side
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Deviation, _Deviation, _Deviation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +115,7 @@ class PromptSpec:
     `answers` are the sentences that training taught; the first is the likeliest.
     """
 
-    tokenizer: str
+    tokenizer: FileName
     prefix: str
     image_start: str
     image_token: str
@@ -121,29 +123,29 @@ class PromptSpec:
     suffix: str
     default_question: str
     answers: tuple[str, ...]
-    image_token_id: int
-    seg_token_id: int
-    stop_token_ids: tuple[int, ...]
+    image_token_id: _TokenId
+    seg_token_id: _TokenId
+    stop_token_ids: tuple[_TokenId, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelSpec:
     """Sizes of the language model; `capacity` is the KV cache's length in tokens, prompt and answer together."""
 
-    layers: int
-    hidden_size: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    capacity: int
-    max_new_tokens: int
+    layers: Annotated[int, Within(1, 1024)]
+    hidden_size: _Count
+    kv_heads: Annotated[int, Within(1, 1024)]
+    head_dim: Annotated[int, Within(1, 8192)]
+    vocabulary: _Count
+    capacity: _Count
+    max_new_tokens: _Count
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingTable:
     """Where the rows of embed_tokens lie: tensor `name`, [vocabulary, hidden_size], in a safetensors `file`."""
 
-    file: str
+    file: FileName
     name: str
 
 
@@ -153,8 +155,8 @@ class Provenance:
 
     checkpoint: str
     checkpoint_sha256: str
-    iteration: int | None
-    lora_rank: int
+    iteration: Annotated[int, Within(0, 2**63)] | None
+    lora_rank: Annotated[int, Within(0, 2**20)]
     lora_alpha: float
     base: str
     sam2: str
@@ -164,16 +166,8 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of one file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Bundle:
-    """`bundle.json`, read. `folder` is where it lies; it is not part of the file."""
+    """`bundle.json`, read. `folder` is where it lies, `sha256` the hash of its bytes; they are not part of the file."""
 
     folder: Path
     precision: str
@@ -184,45 +178,46 @@ class Bundle:
     embed_tokens: EmbeddingTable
     stages: dict[str, StageSpec]
     provenance: Provenance
-    files: dict[str, FileRecord]
+    files: dict[FileName, FileRecord]
+    sha256: str = dataclasses.field(default="", compare=False)
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """Read `folder/bundle.json`. Hashes are not checked here: see `verify_files`.
+        """Read `folder/bundle.json`. Files are not looked at here: see `verify_files`.
 
         Raises:
-            BundleError: no bundle there, not JSON, a field missing or of the wrong kind, a stage missing, or a schema newer
-                than SCHEMA.
+            BundleError: no bundle there, not JSON, a field missing, unknown, of the wrong kind or out of bounds, fields that contradict
+                each other, or a schema newer than SCHEMA.
         """
         path = folder / BUNDLE_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            content = read_small(path)
+            document = parse_json(content)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{folder}: no bundle here ({BUNDLE_FILE} is missing); make one with `make export CKPT=...` or `make demo`"
             ) from None
-        except (OSError, UnicodeDecodeError) as e:
-            raise BundleError(f"{path}: cannot be read ({e}); export it again") from e
-        try:
-            document = json.loads(text)
-            schema = document.pop("schema")
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
-            raise BundleError(f"{path}: not a bundle description ({type(e).__name__}: {e}); export it again") from e
-        if not isinstance(schema, int) or schema > SCHEMA:
+        except OSError as e:
+            raise BundleError(f"{path}: cannot be read ({e.strerror}); allow it, or export it again") from e
+        except ValueError as e:
+            raise BundleError(f"{path}: not a bundle description ({e}); export it again") from e
+        schema = document.pop("schema", None) if isinstance(document, dict) else None
+        if type(schema) is not int or schema < 1:
+            raise BundleError(f"{path}: not a bundle description (it has no schema number); export it again")
+        if schema > SCHEMA:
             raise BundleError(f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this vessel-rt reads; upgrade vessel-rt")
         try:
-            bundle: Bundle = decode(cls, {**document, "folder": folder})
-        except (KeyError, TypeError, ValueError) as e:
+            bundle: Bundle = decode(cls, document, folder=folder, sha256=hashlib.sha256(content).hexdigest())
+            for fault in bundle_faults(bundle, STAGES):
+                raise ValueError(fault)
+        except ValueError as e:
             raise BundleError(f"{path}: damaged ({e}); export it again") from e
-        absent = set(STAGES) - bundle.stages.keys()
-        if absent:
-            raise BundleError(f"{path}: damaged (stages lack {', '.join(sorted(absent))}); export it again")
         return bundle
 
     def to_json(self) -> str:
         """The text of `bundle.json`."""
         document = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        del document["folder"]
+        del document["folder"], document["sha256"]
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     def used_files(self, *, graphs: bool = True) -> dict[str, FileRecord | None]:
@@ -235,87 +230,32 @@ class Bundle:
             names |= {stage.file for stage in self.stages.values()} | self.files.keys()
         return {name: self.files.get(name) for name in sorted(names)}
 
-    def verify_files(self, progress: Callable[[int], object] | None = None, *, graphs: bool = True) -> None:
+    def verify_files(self, progress: Callable[[int], object] | None = None, *, graphs: bool = True) -> CheckedFiles:
         """Compare the size and SHA-256 of `used_files` with what was written; `progress` is told of each bytes read.
 
         Raises:
-            BundleError: a file is missing, or its size or hash differs, or was never recorded; all such files are named.
+            BundleError: a file is missing, not in the folder, or its size or hash differs, or was never recorded; a graph names a file
+                that is not of the bundle. All such files are named.
         """
-        faults = changed_files(self.folder, self.used_files(graphs=graphs), progress)
+        checked, faults = check_files(self.folder, self.used_files(graphs=graphs), progress)
+        if graphs and not faults:
+            faults = named_and_unchecked(self.folder, [stage.file for stage in self.stages.values()], checked)
         if faults:
             raise BundleError(f"{self.folder}: damaged bundle: {'; '.join(faults)}; copy or export it again")
+        return checked
 
 
-def changed_files(
-    folder: Path, records: Mapping[str, FileRecord | None], progress: Callable[[int], object] | None = None
-) -> tuple[str, ...]:
-    """What differs between the files of `folder` and their records, in words; `progress` is told of each bytes read.
-
-    Several files are read at once; `progress` is called by one thread at a time.
-    """
-    lock, stopped = threading.Lock(), threading.Event()
-
-    def advance(read: int) -> None:
-        with lock:
-            if stopped.is_set():
-                raise InterruptedError
-            if progress:
-                progress(read)
-
-    with ThreadPoolExecutor(_READERS) as pool:
+def named_and_unchecked(folder: Path, graphs: Iterable[str], checked: CheckedFiles) -> tuple[str, ...]:
+    """The files that `graphs` of `folder` name and that are not among the checked ones, and graphs that are none, in words."""
+    faults = []
+    for graph in graphs:
+        path = folder / graph
         try:
-            faults = pool.map(lambda name: _fault(folder / name, name, records[name], advance), records)
-            return tuple(fault for fault in faults if fault)
-        except BaseException:  # an interrupt must not wait until gigabytes are read
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _fault(path: Path, name: str, record: FileRecord | None, progress: Callable[[int], object]) -> str | None:
-    if record is None:
-        return f"{name} has no recorded SHA-256"
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != record.bytes:
-        return f"{name} has {path.stat().st_size} bytes, not {record.bytes}"
-    return f"{name} was changed (its SHA-256 differs)" if sha256_of(path, progress) != record.sha256 else None
-
-
-def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; `progress` is told how many bytes were read, piece by piece."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-            if progress:
-                progress(len(piece))
-    return digest.hexdigest()
-
-
-def decode(kind: Any, value: Any) -> Any:
-    """`value`, from JSON, as the annotated type `kind`, a dataclass say; TypeError or KeyError name what does not fit."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"{value!r} is not a {kind.__name__}")  # type: ignore[union-attr]
-        hints = typing.get_type_hints(kind)
-        missing = hints.keys() - value.keys()
-        if missing:
-            raise KeyError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")  # type: ignore[union-attr]
-        return kind(**{name: decode(hint, value[name]) for name, hint in hints.items()})  # type: ignore[operator]
-    if origin is tuple:
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if not isinstance(value, list) or len(kinds) != len(value):
-            raise TypeError(f"{value!r} is not a list of {len(kinds)}")
-        return tuple(decode(k, v) for k, v in zip(kinds, value, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise TypeError(f"{value!r} is not a table")
-        return {k: decode(arguments[1], v) for k, v in value.items()}
-    kinds = arguments if origin in (typing.Union, types.UnionType) else (kind,)
-    if float in kinds and isinstance(value, int):
-        return float(value)
-    if not isinstance(value, kinds):
-        raise TypeError(f"{value!r} is not {kind}")
-    return value
+            faults += [
+                f"{graph} names {shown(name)}, which has no recorded SHA-256"
+                for name in sorted(named_files(path))
+                if path.parent / name not in checked
+            ]
+        except (OSError, ValueError) as e:
+            faults.append(f"{graph} is not an ONNX graph ({e.strerror if isinstance(e, OSError) else e})")
+    return tuple(faults)

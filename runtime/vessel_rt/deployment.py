@@ -1,16 +1,19 @@
 """A bundle on a device: which device, which file each stage is loaded from there, and the proof that no such file was changed.
 
-Nothing of a bundle is loaded but through `deploy`: what reaches ONNX Runtime has been hashed before, once, and nothing else has been read.
+Nothing of a bundle is loaded but through `deploy`. Every file that the bundle, a graph or an engine names lies in the bundle's folder and
+was hashed before anything opens it; no other file is opened. `Deployment.guarded` tells whether the files are still what was hashed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.bundle import Bundle, TensorSpec
+from vessel_rt.checked_files import CheckedFiles, changes, leases
 from vessel_rt.engine import EngineSet, Target, builder_version, writable_by_anyone
 from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.gpu import list_gpus
@@ -18,7 +21,7 @@ from vessel_rt.plan import make_plan
 from vessel_rt.session import Device, EngineCache, Session, device_fault, open_device
 from vessel_rt.shapes import Workload, stage_profile
 
-__all__ = ["AUTO", "Deployment", "choose_device", "deploy", "deployment_fault"]
+__all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "deploy", "deployment_fault"]
 
 _NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
@@ -30,18 +33,52 @@ AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which at fir
 class Deployment:
     """A bundle whose files were found unchanged, on a device that works.
 
-    `graphs` has the file of each stage; `batch` images run at once.
+    `graphs` has the file of each stage; `batch` images run at once; `files` are all that were hashed.
     """
 
     bundle: Bundle
     device: Device
     graphs: dict[str, Path]
     batch: int = 1
+    files: CheckedFiles = dataclasses.field(default_factory=dict)
+
+    @contextmanager
+    def guarded(self) -> Iterator[Callable[[], None]]:
+        """Watch over the files for a block in which sessions are loaded and run.
+
+        Returns:
+            A function that raises the BundleError of a file that was changed since it was hashed, or is about to be. What was computed
+            before a call that raises nothing was computed with the files as they were hashed. A call takes some microseconds.
+
+        Raises:
+            BundleError: as that function.
+        """
+
+        def verify_unchanged() -> None:
+            wanted = [(path, "is about to be changed by another process") for path in in_demand()]
+            for path, what in wanted or changes(self.files):
+                raise BundleError(
+                    f"{self.bundle.folder}: {path.relative_to(self.bundle.folder)} {what} while the bundle is in use; "
+                    "copy or export the bundle again, then start the same run again: what was done before is kept"
+                )
+
+        with leases(self.files) as in_demand:
+            verify_unchanged()
+            yield verify_unchanged
 
     def session(self, stage: str, threads: int = 0) -> Session:
-        """Load a stage. See Session for `threads` and errors; EngineError where compiled code would be kept in a folder open to all."""
+        """Load a stage. See Session for `threads` and errors.
+
+        Raises:
+            BundleError: the graph's inputs and outputs are not those of the bundle.
+            EngineError: compiled code would be kept in a folder open to all.
+        """
         compiles = self.device.kind in ("tensorrt", "rtx")
-        return Session(self.graphs[stage], self.device, threads, cache=self._cache(stage) if compiles else None)
+        spec, path = self.bundle.stages[stage], self.graphs[stage]
+        session = Session(path, self.device, threads, cache=self._cache(stage) if compiles else None)
+        if session.signature != _signature(spec.inputs) | _signature(spec.outputs):
+            raise BundleError(f"{path}: its inputs and outputs are not those of bundle.json; copy or export the bundle again")
+        return session
 
     def sessions(self, threads: int = 0) -> dict[str, Session]:
         """Load every stage, side by side; if one cannot be loaded, none stays. See `session`."""
@@ -54,7 +91,7 @@ class Deployment:
 
         None where there is no such folder to write to: then nothing is kept.
         """
-        whole = Path.home() / ".cache" / "vessel-rt" / sha256_of(self.bundle.folder / BUNDLE_FILE)
+        whole = Path.home() / ".cache" / "vessel-rt" / self.bundle.sha256
         folder = whole / stage
         try:
             whole.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,38 +105,82 @@ class Deployment:
         return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], workload))
 
 
-def deploy(bundle: Bundle, wanted: Device, progress: Callable[[int, int], object] | None = None, *, batch: int | None = None) -> Deployment:
+def _signature(specs: Sequence[TensorSpec]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    """As Session.signature."""
+    return {spec.name: (spec.dtype, tuple(axis if isinstance(axis, int) else None for axis in spec.shape)) for spec in specs}
+
+
+def deploy(
+    bundle: Bundle,
+    wanted: Device,
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    batch: int | None = None,
+    files: CheckedFiles | None = None,
+) -> Deployment:
     """Choose the device, and check every file that will be read there; `progress` is told of each bytes read, and of all there are.
 
     `auto` is the first of AUTO that runs this bundle. On `rtx` the graphs' own files are not read, the engines built from them are.
     `batch` images run at once; None leaves it to the device: one on a CPU, which gains nothing by more (docs/performance.md), on a GPU as
-    many, up to MOST_IMAGES, as its engines take and `vessel-rt plan` finds room for.
+    many, up to MOST_IMAGES, as its engines take and `vessel-rt plan` finds room for. `files` are what `check_bundle` gave another process
+    for this bundle and device: they are not hashed again.
 
     Raises:
         VesselError: a device asked for by name cannot be used; nothing else is taken in its place.
-        BundleError: a file of the bundle is missing or was changed.
+        BundleError: a file of the bundle is missing or was changed, or a graph names one that has no hash.
         EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX, or for batches so large.
     """
     device = choose_device(bundle, wanted)
+    engines = _engines_for(bundle, device, batch)
+    if files is None:
+        files = _check(bundle, [engines], progress)
+    images = batch or _most_images(bundle, device, engines)
+    if engines is None:
+        graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
+    else:
+        graphs = {name: engines.folder / f"{name}.onnx" for name in bundle.stages}
+    if not files.keys() >= set(graphs.values()):  # another process saw other devices
+        raise VesselError(f"--device {device}: the files that it loads were not checked; start the run again")
+    return Deployment(bundle, device, graphs, images, files)
+
+
+def check_bundle(
+    bundle: Bundle, devices: Sequence[Device], batch: int | None, progress: Callable[[int, int], object] | None = None
+) -> CheckedFiles:
+    """Check every file that will be read on `devices`, which are chosen already, each file once. `batch` and `progress` as in deploy.
+
+    Raises:
+        BundleError, EngineError: as in deploy.
+    """
+    sets = {found.folder if found else None: found for device in devices for found in [_engines_for(bundle, device, batch)]}
+    return _check(bundle, list(sets.values()), progress)
+
+
+def _engines_for(bundle: Bundle, device: Device, batch: int | None) -> EngineSet | None:
+    """The engines that `device` runs, None where it runs the graphs; errors as in deploy, none of which needs a file to be read."""
     if _lacks_kernels(bundle, device):
         raise BundleError(f"{bundle.folder}: {_NO_BF16}")
     engines = _engines(bundle, device) if device.kind == "rtx" else None
     if engines and batch and batch > engines.max_batch:
         build = "raise engines.max_batch in the recipe and vessel-export build again"
         raise EngineError(f"{engines.folder}: built for {engines.max_batch} images at once, not {batch}; lower --batch, or {build}")
-    records = bundle.used_files(graphs=engines is None)
-    total = sum(record.bytes for record in [*records.values(), *(engines.files.values() if engines else ())] if record)
+    return engines
+
+
+def _check(bundle: Bundle, engines: Sequence[EngineSet | None], progress: Callable[[int, int], object] | None) -> CheckedFiles:
+    """Hash the files of the bundle and of the sets of engines; None among these stands for the graphs themselves."""
+    built, graphs = [found for found in engines if found], None in engines
+    records = [*bundle.used_files(graphs=graphs).values(), *(record for found in built for record in found.files.values())]
+    total = sum(record.bytes for record in records if record)
 
     def advance(read: int) -> None:
         if progress:
             progress(read, total)
 
-    bundle.verify_files(advance, graphs=engines is None)
-    images = batch or _most_images(bundle, device, engines)
-    if engines is None:
-        return Deployment(bundle, device, {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}, images)
-    engines.verify(advance)
-    return Deployment(bundle, device, {name: engines.folder / f"{name}.onnx" for name in bundle.stages}, images)
+    files = bundle.verify_files(advance, graphs=graphs)
+    for found in built:
+        files |= found.verify(advance)
+    return files
 
 
 def _most_images(bundle: Bundle, device: Device, engines: EngineSet | None) -> int:

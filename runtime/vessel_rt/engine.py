@@ -22,8 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from vessel_rt.bundle import STAGES, Bundle, FileRecord, changed_files, decode
+from vessel_rt.bundle import STAGES, Bundle, named_and_unchecked
+from vessel_rt.checked_files import CheckedFiles, FileRecord, check_files
 from vessel_rt.errors import EngineError
+from vessel_rt.schema import FileName, decode, parse_json, read_small
 
 __all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version", "packed_cuda_runtime", "writable_by_anyone"]
 
@@ -62,27 +64,29 @@ class Engine:
     architecture: str
     gpu: str
     precision: str
-    files: dict[str, FileRecord]
-    sources: dict[str, str]
+    files: dict[FileName, FileRecord]
+    sources: dict[FileName, str]
     profile: dict[str, str]
     versions: dict[str, str | None]
 
     @classmethod
     def load(cls, path: Path) -> Engine:
-        """Read a sidecar. Nothing that it says is checked here: see `differences` and `changed_files`.
+        """Read a sidecar. What it says is not checked here: see `differences` and `check_files`.
 
         Raises:
             EngineError: it is missing, not JSON, or not a sidecar of this schema.
         """
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document.pop("schema") != SCHEMA:
+            document = parse_json(read_small(path))
+            schema = document.pop("schema", None) if isinstance(document, dict) else None
+            if type(schema) is not int or schema != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
             engine: Engine = decode(cls, document)
         except FileNotFoundError:
             raise EngineError(f"{path}: no such engine; vessel-export build makes it") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:  # JSON's and UTF-8's errors are ValueErrors
-            raise EngineError(f"{path}: not an engine's description ({e}); vessel-export build --rebuild makes it anew") from e
+        except (OSError, ValueError) as e:
+            said = e.strerror if isinstance(e, OSError) else e
+            raise EngineError(f"{path}: not an engine's description ({said}); vessel-export build --rebuild makes it anew") from e
         return engine
 
     def to_json(self) -> str:
@@ -154,18 +158,29 @@ class EngineSet:
     @property
     def max_batch(self) -> int:
         """How many images at once the engines were built for: the greatest first axis of SAM2's pixels."""
-        greatest = self.engines["sam2_image_encoder"].profile["pixel_values"].rpartition(", ")[2]
-        return int(greatest.partition("x")[0])
+        greatest = self.engines["sam2_image_encoder"].profile.get("pixel_values", "").rpartition(", ")[2]
+        images = re.fullmatch(r"([1-9]\d{0,3})(x\d+){3}", greatest, re.ASCII)
+        if not images:
+            raise EngineError(f"{self.folder / 'sam2_image_encoder.json'}: has no shapes of pixel_values; {self._rebuild}")
+        return int(images[1])
 
-    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+    def verify(self, progress: Callable[[int], object] | None = None) -> CheckedFiles:
         """Compare the contents of every file with its SHA-256; `progress` is told of each bytes read.
 
         Raises:
-            EngineError: a file was changed; all such files are named.
+            EngineError: a file was changed, or is not in the bundle; an engine's graph names a file that is not of the engine. All such
+                files are named.
         """
-        faults = changed_files(self.folder, self.files, progress)
+        root, place = self.folder.parents[1], f"{ENGINES}/{self.folder.name}"
+        checked, faults = check_files(root, {f"{place}/{name}": record for name, record in self.files.items()}, progress)
+        faults = faults or named_and_unchecked(root, [f"{place}/{stage}.onnx" for stage in self.engines], checked)
         if faults:
-            raise EngineError(f"{self.folder}: {'; '.join(faults)}; vessel-export build --bundle {self.folder.parents[1]} --rebuild")
+            raise EngineError(f"{self.folder}: {'; '.join(faults)}; {self._rebuild}")
+        return checked
+
+    @property
+    def _rebuild(self) -> str:
+        return f"vessel-export build --bundle {self.folder.parents[1]} --rebuild"
 
 
 def writable_by_anyone(path: Path) -> bool:

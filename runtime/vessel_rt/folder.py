@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 import vessel_rt
-from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.bundle import Bundle
 from vessel_rt.cines import write_cines
-from vessel_rt.deployment import choose_device
+from vessel_rt.deployment import check_bundle, choose_device
 from vessel_rt.engine import ENGINES
 from vessel_rt.errors import VesselError
 from vessel_rt.frames import Frame, Naming, Selection, find_frames, told_kinds
@@ -164,7 +164,7 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
         return summary
     if left:
         work, shown = _share(options.work, devices), options.naming.show_names
-        jobs = [Job(bundle.folder, device, work, options.output, names, settings, shown) for device in devices]
+        jobs = [Job(bundle, device, work, options.output, names, settings, shown) for device in devices]
         with _workers(jobs, options.ray, stop, say) as workers:
             _announce(options, devices, bundle)
             summary.load_seconds = time.perf_counter() - began
@@ -220,23 +220,21 @@ def _told(shown: str, entry: Entry) -> str:
 
 @contextmanager
 def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) -> Iterator[_AnyWorkers]:
-    """One device is worked on here, several by a process each."""
+    """One device is worked on here, several by a process each; the bundle is checked here for all of them, but not for other hosts."""
     if ray:
         with RayWorkers(jobs, ray, stop) as actors:
             yield actors
-    elif len(jobs) > 1:
-        with Workers(jobs, stop, say) as workers:
-            yield workers
-    else:
-        with tqdm(desc="checking the bundle", unit="B", unit_scale=True, disable=say.hidden, delay=2, leave=False) as bar:
+        return
+    with tqdm(desc="checking the bundle", unit="B", unit_scale=True, disable=say.hidden, delay=2, leave=False) as bar:
 
-            def advance(read: int, total: int) -> None:
-                bar.total = total
-                bar.update(read)
+        def advance(read: int, total: int) -> None:
+            bar.total = total
+            bar.update(read)
 
-            worker = jobs[0].open(stop, say, advance)
-        with worker:
-            yield worker
+        files = check_bundle(jobs[0].bundle, [job.device for job in jobs], jobs[0].options.batch, advance)
+    jobs = [dataclasses.replace(job, files=files) for job in jobs]
+    with Workers(jobs, stop, say) if len(jobs) > 1 else jobs[0].open(stop, say) as workers:
+        yield workers
 
 
 class _Console:
@@ -262,7 +260,7 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
     """A hash of all that decides what the results are; how many run at once, and where, does not."""
     decisive = {
         "version": vessel_rt.__version__,
-        "bundle": sha256_of(bundle.folder / BUNDLE_FILE),
+        "bundle": bundle.sha256,
         "kind": kind,
         "questions": options.work.questions,
         "draft": options.work.draft,
@@ -310,7 +308,7 @@ def _report(
         },
         "bundle": {
             "name": bundle.folder.resolve().name,
-            "sha256": sha256_of(bundle.folder / BUNDLE_FILE),
+            "sha256": bundle.sha256,
             "precision": bundle.precision,
             "checkpoint": bundle.provenance.checkpoint,
         },

@@ -36,6 +36,7 @@ from safetensors import safe_open
 
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import BundleError, RecipeError
+from vessel_rt.graph_files import named_files
 from vessel_rt.shapes import Shapes, Workload, stage_profile
 
 __all__ = ["OVERHEAD", "Part", "Plan", "make_plan", "require_fit"]
@@ -132,12 +133,12 @@ def _mend(bundle: Bundle, plan: Plan) -> str:
 
 
 def _weights(bundle: Bundle, graph: str) -> list[str]:
-    """The weights' files that `graph` names: an ONNX file holds their paths as plain text."""
+    """The weights' files that `graph` names."""
     try:
-        content = (bundle.folder / graph).read_bytes()
-    except OSError as e:
-        raise BundleError(f"{bundle.folder / graph}: cannot be read ({e.strerror}); copy or export the bundle again") from e
-    return [file for file in bundle.files if file.endswith(".safetensors") and file.encode() in content]
+        return [name for name in sorted(named_files(bundle.folder / graph)) if name in bundle.files]
+    except (OSError, ValueError) as e:
+        said = e.strerror if isinstance(e, OSError) else e
+        raise BundleError(f"{bundle.folder / graph}: cannot be read ({said}); copy or export the bundle again") from e
 
 
 def _header(path: Path) -> Shapes:

@@ -71,6 +71,7 @@ class RayWorkers:
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
         """Take every frame through, in no order. See Worker.run."""
         job, absolute = self._jobs[0], [dataclasses.replace(frame, path=frame.path.absolute()) for frame in frames]
+        bundle = dataclasses.replace(job.bundle, folder=job.bundle.folder.absolute())  # whose files each host checks for itself
         gpus = 0 if job.device.kind == "cpu" else int(self._ray.cluster_resources().get("GPU", 0))
         if job.device.kind != "cpu" and not gpus:
             raise VesselError(f"--ray {self._address}: the cluster has no GPU; take --devices cpu:N, or add hosts with one")
@@ -81,7 +82,7 @@ class RayWorkers:
             warnings.simplefilter("ignore")  # max_restarts, without which an actor that dies is started for ever, has no other way in yet
             entries = rows.map_batches(
                 _Actor,
-                fn_constructor_args=(dataclasses.replace(job, bundle=job.bundle.absolute(), output=job.output.absolute()), absolute),
+                fn_constructor_args=(dataclasses.replace(job, bundle=bundle, output=job.output.absolute()), absolute),
                 compute=self._ray.data.ActorPoolStrategy(size=actors),
                 batch_size=at_once,
                 max_restarts=_RESTARTS,

@@ -104,12 +104,13 @@ class Segmenter:
             question, on a gray image.
 
     Raises:
-        VesselError: a file of the bundle cannot be loaded.
+        VesselError: a file of the bundle cannot be loaded, or was changed since it was hashed.
     """
 
     def __init__(self, deployment: Deployment, threads: int = 0, *, draft: bool = True) -> None:
         self._bundle = bundle = deployment.bundle
         with ExitStack() as stack:
+            self._verify_unchanged = stack.enter_context(deployment.guarded())
             self._tokenizer = PromptTokenizer(bundle)
             self._embed_tokens = stack.enter_context(EmbedTokens(bundle))
             self._sessions = {name: stack.enter_context(session) for name, session in deployment.sessions(threads).items()}
@@ -117,6 +118,7 @@ class Segmenter:
             # A GPU has room for SAM2's encoder beside the language model; the CPU's cores are all busy with one.
             beside = deployment.device.kind != "cpu"
             self._thread = stack.enter_context(ThreadPoolExecutor(1, "sam2_image_encoder")) if beside else None
+            self._verify_unchanged()
             self._stack = stack.pop_all()
         self._texts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
         self._first_draft = self._tokenizer.encode_answer(bundle.prompt.answers[0]) if draft and bundle.prompt.answers else None
@@ -161,7 +163,15 @@ class Segmenter:
             VesselError: a question cannot be put into a prompt.
             ImageError: an image of the batch makes too long a prompt, or numbers that overflow the bundle's precision.
             OutOfMemory: the device has no room for so many images.
+            BundleError: a file of the bundle was changed, so that neither an answer nor another error is to be trusted.
         """
+        self._verify_unchanged()
+        try:
+            return self._run(batch, questions)
+        finally:
+            self._verify_unchanged()
+
+    def _run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
         ms: dict[str, float] = {}
         encoding = self._thread.submit(self._encode, batch, ms) if self._thread else None
         try:

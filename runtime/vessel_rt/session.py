@@ -35,6 +35,9 @@ Value: TypeAlias = "npt.NDArray[Any] | OrtValue"
 # TensorProto's numbers, for values of types that NumPy may not have; and a type of the same size that it has.
 _ONNX_TYPES = {"float32": (1, np.uint32), "float16": (10, np.uint16), "bfloat16": (16, np.uint16)}
 
+# ONNX Runtime's names of types, and a TensorSpec's.
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
+
 # Operators that on the CPU would make a GPU wait: ONNX Runtime places shape arithmetic there by design, these for want of a kernel.
 _HEAVY = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "RotaryEmbedding", "TensorScatter"})
 
@@ -284,6 +287,7 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; its warnings are for those who write graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was read as ONNX before
         try:
             session = self._load(path, options, provider.choose(options, device, cache))
         except Exception as e:  # ONNX Runtime's errors share no base class
@@ -299,6 +303,14 @@ class Session:
         self._session: Any = session
         self._device, self._memory = device, provider.memory
         self._outputs = tuple(output.name for output in session.get_outputs())
+
+    @property
+    def signature(self) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+        """Every input and output by name: its dtype as in a TensorSpec, and its shape with None for a dynamic axis."""
+        return {
+            value.name: (_DTYPES.get(value.type, value.type), tuple(axis if isinstance(axis, int) else None for axis in value.shape))
+            for value in (*self._session.get_inputs(), *self._session.get_outputs())
+        }
 
     def _load(self, path: Path, options: Any, providers: Sequence[tuple[str, dict[str, str]]] | None) -> Any:
         """ONNX Runtime's session of the graph at `path`; a subclass may load another graph in its place."""

@@ -80,7 +80,7 @@ class Worker:
         say: told of what a user should know, a line at a time.
 
     Raises:
-        VesselError: a file of the bundle cannot be loaded, or a question cannot be put into a prompt.
+        VesselError: a file of the bundle cannot be loaded or was changed, or a question cannot be put into a prompt.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Worker:
 
         Raises:
             VesselError: a result could not be written.
+            BundleError: a file of the bundle was changed; every entry that came out before is of the unchanged bundle.
         """
         streams = min(self.streams, len(frames))
         with ThreadPoolExecutor(1, "write") as writer, _pool(streams, "run") as runners, _pool(_READERS, "read") as readers:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from vessel_rt.bundle import Bundle
+from vessel_rt.checked_files import CheckedFiles
 from vessel_rt.deployment import deploy
 from vessel_rt.errors import VesselError
 from vessel_rt.frames import Frame
@@ -39,19 +40,20 @@ _PROGRAM = "from vessel_rt.workers import serve; serve()"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker needs to know. `names` are of the run's frames, those of other parts, too."""
+    """What a worker needs to know. `names` are of the run's frames, those of other parts, too; `files` of the bundle are checked."""
 
-    bundle: Path
+    bundle: Bundle
     device: Device
     options: WorkOptions
     output: Path
     names: Collection[str]
     settings: str
     show_names: bool = False
+    files: CheckedFiles | None = None
 
     def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
         """Load the bundle on the device. Raises VesselError."""
-        deployment = deploy(Bundle.load(self.bundle), self.device, progress, batch=self.options.batch)
+        deployment = deploy(self.bundle, self.device, progress, batch=self.options.batch, files=self.files)
         writer = FrameWriter(self.output, self.names, self.settings)
         return Worker(deployment, self.options, len(self.names), writer, self.settings, stop, say)
 

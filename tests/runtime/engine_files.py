@@ -5,10 +5,20 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from onnx import TensorProto, helper
+
 from vessel_rt.bundle import STAGES, Bundle, FileRecord
 from vessel_rt.engine import Engine, Target
 
 TARGET = Target("rtx", "sm86", "1.7.1")
+
+
+def wrapper(engine: str) -> bytes:
+    """An ONNX graph that names the file of an engine, as builders write it."""
+    node = helper.make_node("EPContext", [], ["y"], domain="com.microsoft", embed_mode=0, ep_cache_context=engine)
+    graph = helper.make_graph([node], "engine", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])
+    content: bytes = helper.make_model(graph).SerializeToString()
+    return content
 
 
 def write_engines(bundle: Bundle, target: Target = TARGET) -> Path:
@@ -16,9 +26,9 @@ def write_engines(bundle: Bundle, target: Target = TARGET) -> Path:
     folder = target.folder(bundle)
     folder.mkdir(parents=True)
     for stage in STAGES:
-        contents = {f"{stage}.onnx": f"wraps {stage}", f"{stage}_0.engine": f"engine of {stage}"}
+        contents = {f"{stage}.onnx": wrapper(f"{stage}_0.engine"), f"{stage}_0.engine": f"engine of {stage}".encode()}
         for name, content in contents.items():
-            (folder / name).write_text(content)
+            (folder / name).write_bytes(content)
             (folder / name).chmod(0o644)
         engine = Engine(
             stage=stage,
@@ -26,7 +36,7 @@ def write_engines(bundle: Bundle, target: Target = TARGET) -> Path:
             architecture=target.architecture,
             gpu="NVIDIA GeForce RTX 3090",
             precision=bundle.precision,
-            files={name: FileRecord(len(content), hashlib.sha256(content.encode()).hexdigest()) for name, content in contents.items()},
+            files={name: FileRecord(len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()},
             sources={bundle.stages[stage].file: bundle.files[bundle.stages[stage].file].sha256},
             profile={},
             versions={target.builder: target.version, "onnxruntime": "1.31.1", "driver": None},

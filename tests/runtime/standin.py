@@ -9,6 +9,7 @@ The trained bundle tells whether the runtime is right; this one can be made to a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def build_standin(
         },
     )
     (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
-    return bundle
+    return dataclasses.replace(bundle, sha256=sha256_of(folder / BUNDLE_FILE))
 
 
 def _tokenizer() -> Tokenizer:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.runtime.engine_files import write_engines
-from vessel_rt.bundle import Bundle
-from vessel_rt.deployment import AUTO, Deployment, deploy, deployment_fault
+from vessel_rt import checked_files
+from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
+from vessel_rt.deployment import AUTO, Deployment, check_bundle, deploy, deployment_fault
 from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.gpu import list_gpus
 from vessel_rt.session import PROVIDERS, Device
@@ -53,6 +57,58 @@ def test_a_changed_file_is_never_loaded(copy: Bundle) -> None:
     graph.write_bytes(graph.read_bytes() + b"\0")
     with pytest.raises(BundleError, match=r"language_model\.onnx has"):
         deploy(copy, CPU)
+
+
+def test_files_that_another_process_has_checked_are_not_hashed_again(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = check_bundle(copy, [CPU, CPU], None)
+    monkeypatch.setattr(checked_files, "_sha256", lambda *_: pytest.fail("hashed again"))
+    deployment = deploy(copy, CPU, lambda *_: pytest.fail("read again"), files=files)
+    with deployment.guarded() as verify_unchanged:
+        verify_unchanged()
+    os.utime(copy.folder / "tokenizer.json")
+    with pytest.raises(BundleError, match=r"tokenizer\.json was changed"), deployment.guarded():
+        pytest.fail("loaded")
+
+
+def test_files_that_were_checked_for_other_graphs_are_not_enough(copy: Bundle) -> None:
+    files = copy.verify_files(graphs=False)
+    with pytest.raises(VesselError, match="not checked"):
+        deploy(copy, CPU, files=files)
+
+
+@pytest.mark.parametrize("leases", [True, False])
+def test_a_file_that_is_changed_in_use_is_named(copy: Bundle, monkeypatch: pytest.MonkeyPatch, leases: bool) -> None:
+    if not leases:
+        monkeypatch.setattr(checked_files, "_take_lease", no_lease)
+    with deploy(copy, CPU).guarded() as verify_unchanged:
+        verify_unchanged()
+        path = copy.folder / "weights" / "embed_tokens.safetensors"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except BlockingIOError:
+            assert leases
+        else:
+            os.pwrite(descriptor, b"\0", path.stat().st_size - 1)
+            os.close(descriptor)
+        with pytest.raises(BundleError, match=r"\A.*weights/embed_tokens\.safetensors .*\Z"):
+            verify_unchanged()
+
+
+def no_lease(descriptor: int) -> None:
+    raise OSError
+
+
+def test_a_graph_whose_inputs_are_not_those_of_the_bundle_is_not_run(copy: Bundle) -> None:
+    path = copy.folder / "vision_encoder.onnx"
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 224
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 224
+    path.write_bytes(model.SerializeToString())
+    document = json.loads((copy.folder / BUNDLE_FILE).read_text())
+    document["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (copy.folder / BUNDLE_FILE).write_text(json.dumps(document))
+    with pytest.raises(VesselError, match=r"vision_encoder\.onnx"):
+        deploy(Bundle.load(copy.folder), CPU).session("vision_encoder")
 
 
 def test_a_bundle_whose_files_are_gone(standin: Bundle, tmp_path: Path) -> None:

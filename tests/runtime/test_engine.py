@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.engine_files import TARGET, write_engines
-from vessel_rt.bundle import BUNDLE_FILE, STAGES, Bundle
+from tests.runtime.engine_files import TARGET, wrapper, write_engines
+from vessel_rt.bundle import BUNDLE_FILE, STAGES, Bundle, FileRecord, sha256_of
 from vessel_rt.engine import Engine, EngineSet, Target, builder_version
 from vessel_rt.errors import EngineError
 
@@ -141,8 +141,48 @@ def test_files_outside_the_folder_are_refused(bundle: Bundle) -> None:
         return dataclasses.replace(engine, files={**engine.files, "../../tokenizer.json": engine.files["vision_encoder.onnx"]})
 
     rewrite(folder_of(bundle) / "vision_encoder.json", change)
-    with pytest.raises(EngineError, match=r"\.\./\.\./tokenizer\.json is not a file beside it"):
+    with pytest.raises(EngineError, match=r"vision_encoder\.json: .*\.\./\.\./tokenizer\.json"):
         EngineSet.open(bundle, TARGET)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"schema": true}', b'{"schema": 1, "schema": 1}', b"\xef\xbb\xbf{}", b'{"schema": ' + b"1" * 5000 + b"}"]
+)
+def test_a_hostile_sidecar_is_one_line(bundle: Bundle, content: bytes) -> None:
+    (folder_of(bundle) / "vision_encoder.json").write_bytes(content)
+    with pytest.raises(EngineError, match=r"\A.*vision_encoder\.json: .+\Z"):
+        EngineSet.open(bundle, TARGET)
+
+
+@pytest.mark.parametrize(
+    "profile", [{}, {"pixel_values": "1"}, {"pixel_values": "1x3x8x8, 1x3x8x8, 9999999x3x8x8"}, {"pixel_values": "x, x, 0x3x8x8"}]
+)
+def test_engines_without_sound_shapes_are_named(bundle: Bundle, profile: dict[str, str]) -> None:
+    rewrite(folder_of(bundle) / "sam2_image_encoder.json", lambda engine: dataclasses.replace(engine, profile=profile))
+    with pytest.raises(EngineError, match=r"sam2_image_encoder\.json"):
+        _ = EngineSet.open(bundle, TARGET).max_batch
+
+
+@pytest.mark.parametrize("name", ["other.engine", "../../tokenizer.json", "vision_encoder.json"])
+def test_an_engines_graph_may_name_only_files_of_the_engine(bundle: Bundle, name: str) -> None:
+    path = folder_of(bundle) / "vision_encoder.onnx"
+    (folder_of(bundle) / "other.engine").write_bytes(b"code")
+    path.write_bytes(wrapper(name))
+    record = FileRecord(path.stat().st_size, sha256_of(path))
+    rewrite(
+        folder_of(bundle) / "vision_encoder.json",
+        lambda engine: dataclasses.replace(engine, files={**engine.files, path.name: record}),
+    )
+    with pytest.raises(EngineError, match=rf"vision_encoder\.onnx names '{name}'"):
+        EngineSet.open(bundle, TARGET).verify()
+
+
+@POSIX
+def test_engines_behind_a_symbolic_link_are_not_read(bundle: Bundle, tmp_path: Path) -> None:
+    folder_of(bundle).rename(tmp_path / "elsewhere")
+    folder_of(bundle).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EngineError, match="symbolic link"):
+        EngineSet.open(bundle, TARGET).verify()
 
 
 def test_the_version_is_the_librarys_own() -> None:
