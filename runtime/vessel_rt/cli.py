@@ -288,6 +288,8 @@ def _part(arguments: argparse.Namespace) -> tuple[int, int]:
 
 
 def _print_summary(summary: Summary, output: Path) -> None:
+    from vessel_rt.privacy import printable
+
     kept = f", {summary.kept} of them done before" if summary.kept else ""
     print(f"images: {summary.images}{kept}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
     if summary.images > summary.kept:
@@ -295,8 +297,8 @@ def _print_summary(summary: Summary, output: Path) -> None:
     if summary.images == summary.total:
         from vessel_rt.results import REPORT_FILE
 
-        print(f"report: {output / REPORT_FILE}")
-    print(f"results: {output}")
+        print(f"report: {printable(str(output / REPORT_FILE))}")
+    print(f"results: {printable(str(output))}")
 
 
 def _summary_json(summary: Summary, output: Path, code: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and 
 _SIZES = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
 _SEQUENCES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ModalityLUTSequence", "VOILUTSequence")
 _ITEM, _ITEM_OF_BIG_ENDIAN = b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"  # the tag at which an item of a sequence, or a fragment, begins
-_MOST_PARTS = 300_000  # of a header: each takes microseconds and a kilobyte, and 1,000 frames of an enhanced file have a sixth of them
+_MOST_PARTS = 150_000  # of a header: each takes microseconds and a kilobyte; an enhanced file of 1,000 frames has some 60,000
 _MOST_INFLATED = 30  # times the size of a deflated file; 64 MiB are always let pass
 _LEAST_CODESTREAM = 2 + 13 + 10 + 2  # bytes of JPEG: SOI, SOF and SOS of one component, EOI; JPEG 2000 and RLE need more
 _TOO_MANY_PARTS = f"its header has more than {_MOST_PARTS} parts"
@@ -125,7 +125,7 @@ def _opened(path: Path, changed: int, size: int) -> Any:
             raise ImageError(f"its header says nothing of {name}")
     if max(dataset.Rows, dataset.Columns) > MAX_SIDE:
         raise ImageError(f"{dataset.Columns}x{dataset.Rows} pixels are too many; sides up to {MAX_SIDE} are read")
-    if not 0 < _frames(dataset) <= max(1, _header(path)[1]):
+    if not 0 < _frames(dataset) <= max(1, _room(dataset, io.BytesIO(dataset.PixelData), 0)):
         raise ImageError(_TOO_MANY_FRAMES)
     raw = [dataset.get_item(name).value for name in _SEQUENCES if name in dataset]  # bytes, where they are parsed only when looked at
     if sum(value.count(tag) for value in raw if isinstance(value, bytes) for tag in (_ITEM, _ITEM_OF_BIG_ENDIAN)) > _MOST_PARTS:
@@ -211,15 +211,20 @@ def _header(path: Path) -> tuple[Any, int]:
     """What a file's header says of its pixels, and for how many frames there is room in what follows it. Raises ImageError."""
     with _source(path) as source:
         header = _parsed(source, stop_before_pixels=True, specific_tags=["NumberOfFrames", *_SIZES])
-        begins, ends = source.tell(), source.seek(0, io.SEEK_END)
-        frames = _frames(header)
-        try:
-            if header.file_meta.TransferSyntaxUID.is_encapsulated:
-                return header, _fragments(source.file, begins + 12, ends, frames)
-            bits = int(header.Rows) * int(header.Columns) * int(header.SamplesPerPixel) * int(header.BitsAllocated)
-            return header, 8 * (ends - begins) * (3 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else 2) // (2 * bits)
-        except Exception:  # not there, zero, or no numbers: told of when the file is read
-            return header, 0
+        is_implicit, _ = header.original_encoding
+        return header, _room(header, source.file, source.tell() + (8 if is_implicit else 12))  # tag, type and length come before pixels
+
+
+def _room(header: Any, file: IO[bytes], begins: int) -> int:
+    """How many frames there may be in a file from the byte at which its pixels begin."""
+    frames, bytes_left = _frames(header), file.seek(0, io.SEEK_END) - begins
+    try:
+        if header.file_meta.TransferSyntaxUID.is_encapsulated:
+            return _fragments(file, begins, begins + bytes_left, frames)
+        bits = int(header.Rows) * int(header.Columns) * int(header.SamplesPerPixel) * int(header.BitsAllocated)
+        return 8 * bytes_left * (3 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else 2) // (2 * bits)
+    except Exception:  # not there, zero, or no numbers: told of when the file is read
+        return 0
 
 
 def _fragments(file: IO[bytes], at: int, ends: int, claimed: int) -> int:

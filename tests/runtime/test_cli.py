@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import vessel_rt
 from tests.conftest import ROOT
@@ -383,3 +385,118 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert process.stderr
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A frame of 16-bit gray, in no file's range but its own."""
+    gray = np.asarray(make_frame().convert("L")).astype(np.uint16)
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(gray * np.uint16(100) + np.uint16(5000)).save(tmp_path / "deep" / "a.png")
+    return tmp_path / "deep"
+
+
+def test_deep_gray_is_an_error_until_it_is_rescaled(engines: Path, deep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer(deep, "-o", "plain", "-q") == 1
+    assert "16-bit gray" in (said := capsys.readouterr().err)
+    assert "--rescale" in said
+    assert infer(deep, "-o", "scaled", "--rescale") == 0
+    assert infer(deep, "-o", "window", "--rescale", "8000:27000") == 0
+    gray = np.asarray(Image.open(deep / "a.png")).astype(float)
+    for folder, low, high in (("scaled", gray.min(), gray.max()), ("window", 8000, 27000)):
+        eight = np.rint(np.clip((gray - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        Path(folder + "-8").mkdir()
+        Image.fromarray(eight).save(f"{folder}-8/a.png")
+        assert infer(f"{folder}-8", "-o", f"{folder}-out", "-q") == 0
+        assert Path(folder, "masks", "a.png").read_bytes() == Path(f"{folder}-out", "masks", "a.png").read_bytes()
+    options = {folder: json.loads(Path(folder, "run.json").read_text())["options"]["rescale"] for folder in ("plain", "scaled", "window")}
+    assert options == {"plain": None, "scaled": {"low": None, "high": None}, "window": {"low": 8000.0, "high": 27000.0}}
+
+
+def test_results_of_another_range_are_not_mixed(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer(frames, "-o", "plain") == 0
+    assert infer(frames, "-o", "plain") == 0
+    assert infer(frames, "-o", "plain", "--rescale") == 1
+    assert "results of another" in capsys.readouterr().err
+    assert infer(frames, "-o", "window", "--rescale=0:9") == 0
+    assert infer(frames, "-o", "window", "--rescale=0:8") == 1
+
+
+@pytest.mark.parametrize("text", ["--rescale=9:1", "--rescale=x"])
+def test_a_range_that_is_none_is_bad_usage(engines: Path, frames: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        infer(frames, text)
+    assert caught.value.code == 2
+    assert "LOW:HIGH" in capsys.readouterr().err
+
+
+def test_pages_are_frames_when_frames_are_asked_for(engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [make_frame(seed=seed) for seed in range(4)]
+    pages[0].save(tmp_path / "cine.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    assert infer("cine.tif", "-o", "whole", "-q") == 1
+    assert "4 pages" in (said := capsys.readouterr().err)
+    assert "--frames" in said
+    assert infer("cine.tif", "-o", "out", "--frames", "1:4:2", "-q") == 0
+    lines = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert [(line["image"], line["name"], line["frame"]) for line in lines] == [
+        ("cine.tif", "cine_frame_000001", 1),
+        ("cine.tif", "cine_frame_000003", 3),
+    ]
+    with Image.open("out/cines/cine.tif") as cine:
+        assert cine.n_frames == 2
+    pages[3].save(tmp_path / "single.png")
+    assert infer("single.png", "-o", "single", "-q") == 0
+    assert Path("single/masks/single.png").read_bytes() == Path("out/masks/cine_frame_000003.png").read_bytes()
+    told = {name: json.loads(Path(name, "run.json").read_text())["options"]["frames"] for name in ("single", "out")}
+    assert told == {"single": None, "out": [1, 4, 2]}
+
+
+def test_what_is_not_taken_is_told_in_a_line(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (frames / "notes.txt").write_text("")
+    (frames / "deeper").mkdir()
+    assert infer(frames, "-o", "out") == 0
+    assert "skipped in input 1 of 1: 1 .txt, 1 subfolder\n" in capsys.readouterr().err
+    assert json.loads(Path("out/run.json").read_text())["skipped"] == {"input 1 of 1": {".txt": 1, "subfolder": 1}}
+    assert infer(frames, "-o", "quiet", "-q") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_link_to_nothing_fails_by_its_code_and_the_others_go_on(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (frames / "Study-4711").symlink_to("nowhere")
+    (frames / "Study-4712").symlink_to("Study-4712")
+    os.mkfifo(frames / "Study-4713.dcm")
+    for output in ("out", "out"):  # again: what failed is tried again
+        assert infer(frames, "-o", output, "-q") == 1
+        said = capsys.readouterr().err
+        assert said.count("error:") == 3
+        assert said.count("\n") == 3
+        assert "471" not in said
+    lines = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["error"] * 3 + ["ok"] * 3
+
+
+def test_libtiff_says_nothing(engines: Path, frames: Path, tmp_path: Path) -> None:
+    Image.new("1", (96, 64)).save(tmp_path / "whole.tif", compression="group4")
+    make_frame().convert("1").save(tmp_path / "whole.tif", compression="group4")
+    content = bytearray((tmp_path / "whole.tif").read_bytes())
+    for place in range(20, 300, 7):
+        content[place] ^= 0xFF
+    (frames / "d.tif").write_bytes(content)
+    for devices in ("--device=cpu", "--devices=cpu:2"):
+        program = "import sys; from vessel_rt.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", program, "infer", frames, "-o", "out" + devices[-1], "-q", devices, "--threads", "2"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("vessel-rt: error: frame 4 of 4")
+        assert done.stderr.count("\n") == 1
+
+
+def test_names_do_not_control_the_terminal(engines: Path, frames: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(frames / "a.jpg", frames / "a\x1b[2J\r\n.jpg")
+    (frames / "b\x1b]0;title\x07.png").write_bytes(b"")
+    assert infer(frames, "-o", "out", "--show-names", "-v") == 1
+    assert infer(frames / "none\x1b.png", "-o", "none", "--show-names") == 1
+    assert infer(frames, "-o", "out\x1b[2J\n.txt", "--show-names") == 1
+    out, err = capfd.readouterr()
+    assert not {"\x1b", "\x07", "\r"} & {*out, *err}
+    assert r"\x1b[2J\r\n.jpg" in err

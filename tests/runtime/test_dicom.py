@@ -95,6 +95,9 @@ def test_only_a_multi_frame_file_has_a_number_of_frames(tmp_path: Path) -> None:
     assert frame_count(make_dicom(tmp_path / "none.dcm", GRAY, NumberOfFrames=0)) is None
     assert frame_count(make_dicom(tmp_path / "cine.dcm", np.stack([GRAY] * 7))) == 7
     assert frame_count(cut(tmp_path / "cine.dcm", -1000)) is None  # told of as a whole
+    for syntax in (pydicom.uid.ImplicitVRLittleEndian, BIG_ENDIAN, pydicom.uid.DeflatedExplicitVRLittleEndian, RLE):
+        for pixels in (GRAY, TWELVE, GRAY[:, :1]):
+            assert frame_count(make_dicom(tmp_path / "other.dcm", np.stack([pixels] * 7), syntax)) == 7
 
 
 @pytest.mark.parametrize("claim", ["Quokka  ", "3\\4     ", "nan     ", "inf     ", "1e400   ", "0x10    "])
