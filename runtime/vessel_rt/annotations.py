@@ -14,7 +14,8 @@ from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import stem_of
 from vessel_rt.image import SUFFIXES, read_image
 from vessel_rt.privacy import StudyCodes
-from vessel_rt.results import decode_rle, read_json
+from vessel_rt.results import read_json
+from vessel_rt.rle import decode_rle
 
 __all__ = ["GroundTruth", "concept_of", "concepts_in", "is_coordinate", "objects_of", "rasterized", "read_truth"]
 

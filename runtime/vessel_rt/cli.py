@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import vessel_rt
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
+from vessel_rt.files import locked
 
 if TYPE_CHECKING:
     from vessel_rt.bundle import Bundle
@@ -143,6 +144,7 @@ def _add_infer(commands: Any) -> None:
         help="the question; again for another, of every image (default: the bundle's, 'Please segment vessel in this image.')",
     )
     infer.add_argument("--overwrite", action="store_true", help="start anew: replace an earlier run's results in DIR; other files are kept")
+    infer.add_argument("--prune", action="store_true", help="forget an earlier run's results of images that are not among IMAGES any more")
     infer.add_argument("--fail-fast", action="store_true", help="stop at the first image that fails")
 
     which = infer.add_argument_group("which frames")
@@ -244,12 +246,13 @@ def _infer(arguments: argparse.Namespace) -> int:
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,
         overwrite=arguments.overwrite,
+        prune=arguments.prune,
         fail_fast=arguments.fail_fast,
         quiet=arguments.quiet,
         verbose=arguments.verbose,
     )
     summary = infer(bundle, options)
-    code = 128 + summary.stopped if summary.stopped else 1 if summary.failed or summary.images < summary.total else 0
+    code = 128 + summary.stopped if summary.stopped else int(summary.failed + summary.unread > 0 or summary.images < summary.total)
     if not arguments.quiet:
         _print_summary(summary, output)
     if summary.images < summary.total:
@@ -265,6 +268,8 @@ def _infer(arguments: argparse.Namespace) -> int:
 def _print_summary(summary: Summary, output: Path) -> None:
     kept = f", {summary.kept} of them done before" if summary.kept else ""
     print(f"images: {summary.images}{kept}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
+    if summary.unread:
+        print(f"inputs that cannot be read now: {summary.unread}; what an earlier run made of them is kept")
     if summary.images > summary.kept:
         print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
     if summary.images == summary.total:
@@ -284,8 +289,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vessel_rt.report import write_report
 
     naming = _naming(arguments, arguments.output)
-    evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names)
-    write_report(arguments.output)
+    with locked(arguments.output):
+        evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names)
+        write_report(arguments.output)
     print(evaluation.table())
     return 0
 
@@ -304,7 +310,8 @@ def _check_data(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from vessel_rt.report import write_report
 
-    print(f"report: {write_report(arguments.output)}")
+    with locked(arguments.output):
+        print(f"report: {write_report(arguments.output)}")
     return 0
 
 

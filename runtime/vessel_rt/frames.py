@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -55,11 +55,14 @@ class Frame:
     shown: str
 
 
-def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | None = None) -> tuple[list[Frame], list[str]]:
+def find_frames(
+    inputs: Sequence[str], naming: Naming, selection: Selection | None = None, earlier: Mapping[str, Sequence[int]] | None = None
+) -> tuple[list[Frame], list[str]]:
     """The frames that `inputs` name, each once, in order; and the names of those of all parts together.
 
     A file is taken as it is; of a folder (not of those in it) and of a glob, sorted, what has the suffix of an image, or is DICOM, and is
-    not hidden. Parts are of whole files, dealt out in turn.
+    not hidden. Parts are of whole files, dealt out in turn. Where a file cannot be read, its frames are those that an `earlier` run did,
+    by the name of the file's outputs; without any, the file is one frame.
 
     Raises:
         VesselError: an input that is not there, in which there is no image, or of which `selection` leaves no frame; two images whose
@@ -72,7 +75,7 @@ def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | No
         shown = text if naming.show_names else f"input {position} of {len(inputs)}"
         for path in _images_of(text, shown):
             files.setdefault(path.resolve(), path)
-    places = list(_places(list(files.values()), selection.frames))[: selection.num_images]
+    places = list(_places(list(files.values()), selection.frames, naming, earlier or {}))[: selection.num_images]
     if not places:
         raise VesselError("--frames leaves no frame of the inputs; frames count from 0, and the end is not included")
     frames = [_frame(path, number, index, len(places), naming) for index, (path, number) in enumerate(places)]
@@ -135,15 +138,27 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES or is_dicom(path)
 
 
-def _places(files: Sequence[Path], chosen: slice) -> Iterator[tuple[Path, int | None]]:
+def _places(
+    files: Sequence[Path], chosen: slice, naming: Naming, earlier: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Path, int | None]]:
     """The files, and of a multi-frame one the frames chosen. One whose header cannot be read is told of when its turn comes."""
     for path in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
-        try:
-            count = frame_count(path) if is_dicom(path) else None
-        except ImageError:
-            count = None
-        for number in [None] if count is None else range(count)[chosen]:
+        name = naming.codes.code(stem_of(path)) if naming.pseudonymize else stem_of(path)
+        for number in _numbers(path, chosen, earlier.get(name, ())):
             yield path, number
+
+
+def _numbers(path: Path, chosen: slice, earlier: Sequence[int]) -> Sequence[int | None]:
+    """The numbers of a file's frames; None for the only one."""
+    try:
+        if is_dicom(path):
+            count = frame_count(path)
+            return [None] if count is None else range(count)[chosen]
+        if earlier:  # it was a multi-frame file: is it none any more, or can it only not be read?
+            path.open("rb").close()
+    except (ImageError, OSError):
+        return earlier or [None]
+    return [None]
 
 
 def _frame(path: Path, number: int | None, index: int, total: int, naming: Naming) -> Frame:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bounding_box", "eroded", "run_lengths", "upsample"]
+__all__ = ["bounding_box", "eroded", "upsample"]
 
 
 def upsample(logits: npt.NDArray[np.float32], middle: int, width: int, height: int) -> npt.NDArray[np.float32]:
@@ -57,11 +56,3 @@ def eroded(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The mask without its outermost pixels: those with one of four neighbours outside, or beyond the image's border."""
     padded = np.pad(mask, 1)
     return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-
-
-def run_lengths(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """The mask as COCO's compressed run lengths, `{"size": [height, width], "counts": text}`, as pycocotools reads them."""
-    from pycocotools import mask as coco
-
-    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}

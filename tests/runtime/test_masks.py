@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco
 
-from vessel_rt.masks import bounding_box, run_lengths, upsample
+from vessel_rt.masks import bounding_box, upsample
 
 
 @pytest.mark.parametrize("size", [(512, 512), (300, 300), (1024, 1024), (641, 479), (97, 2000), (1, 1), (2, 3)], ids=str)
@@ -34,12 +33,3 @@ def test_bounding_box_is_half_open() -> None:
     assert bounding_box(mask) == [3, 2, 7, 4]
     mask[...] = True
     assert bounding_box(mask) == [0, 0, 8, 6]
-
-
-def test_run_lengths_are_cocos() -> None:
-    mask = np.random.default_rng(0).random((31, 17)) > 0.6
-    encoded = run_lengths(mask)
-    assert encoded["size"] == [31, 17]
-    assert isinstance(encoded["counts"], str)
-    np.testing.assert_array_equal(coco.decode(encoded).astype(bool), mask)
-    assert coco.area(encoded) == mask.sum()
