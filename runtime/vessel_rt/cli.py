@@ -18,6 +18,7 @@ import vessel_rt
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
 from vessel_rt.files import locked
+from vessel_rt.streams import standard_streams
 
 if TYPE_CHECKING:
     from vessel_rt.bundle import Bundle
@@ -48,7 +49,7 @@ _INFER = """examples:
   vessel-rt infer frames/ --pseudonymize --json | tail -1 study codes for names, and a line for programs
 
 A run that was stopped goes on where it was when the same command is given again. Exit codes: 0 done, 1 bad input or frames that failed,
-2 bad usage, 130 and 143 stopped by SIGINT and SIGTERM.
+2 bad usage, 130 and 143 stopped by SIGINT and SIGTERM; whether anything could be printed does not matter.
 """
 
 _EVALUATE = """examples:
@@ -65,23 +66,39 @@ _CHECK_DATA = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vessel-rt`; returns the exit code: 0 done, 1 bad input (nothing was begun, or some images failed), 130 or 143 interrupted.
 
+    Standard output and error may be closed or full: the code tells what became of the work. Where what is printed is all of it (help,
+    devices, plan, check-data), the code is 1 if it cannot be printed.
+
     Bad usage leaves by argparse's SystemExit(2). A bug shows its traceback, without the names of images.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would wait, spinning, on cores that the graphs need
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: a name need not be Unicode
-    arguments = _parser().parse_args(argv)
+    with standard_streams() as out:
+        try:
+            arguments = _parser().parse_args(argv)
+        except SystemExit as e:  # help, the version, or bad usage
+            out.flush()
+            raise SystemExit(_printed(out, int(e.code or 0))) from None
+        code = _run(arguments)
+        out.flush()
+        return _printed(out, code) if arguments.run in (_devices, _plan, _check_data) else code
+
+
+def _printed(out: Any, code: int) -> int:
+    """`code`, or 1 where it is 0 and not all was printed. A reader that is gone, as `head` is, has seen what it wanted: nothing is said."""
+    if out.fault and not isinstance(out.fault, BrokenPipeError):
+        print(f"vessel-rt: error: standard output: cannot be written ({out.fault.strerror})", file=sys.stderr)
+    return code or int(out.fault is not None)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
-        code = int(arguments.run(arguments))
-        sys.stdout.flush()  # here, where a reader that is gone is dealt with
-        return code
+        return int(arguments.run(arguments))
     except VesselError as e:
         print(f"vessel-rt: error: {e}", file=sys.stderr)
         if arguments.run is _infer and arguments.json:
             print(json.dumps({"error": str(e), "exit_code": 1}))
-        return 1
-    except BrokenPipeError:  # whoever read has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:
         from vessel_rt.privacy import conceal
