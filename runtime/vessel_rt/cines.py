@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
+from vessel_rt.errors import VesselError
+from vessel_rt.files import open_regular
 from vessel_rt.frames import cine_of
-from vessel_rt.outputs import CINES, numbered, replacing, writing
-from vessel_rt.results import RESULTS_FILE, iter_lines
+from vessel_rt.output_schema import CINES
+from vessel_rt.outputs import numbered, replacing, writing
+from vessel_rt.results import Lines, iter_frames
 
 __all__ = ["write_cines"]
 
@@ -23,10 +25,11 @@ def write_cines(output: Path) -> None:
     Pages follow the frames. A frame whose answer gave no mask has an empty page; a cine of which a frame failed has no TIFF, since its
     pages would not be its frames. Raises VesselError.
     """
-    cines: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for line in iter_lines(output / RESULTS_FILE):
-        if line["frame"] is not None:
-            cines[cine_of(line["name"], line["frame"])][line["frame"]].append(line)
+    cines: dict[str, dict[int, Lines]] = defaultdict(dict)
+    for lines in iter_frames(output):
+        number = lines[0]["frame"]
+        if number is not None:
+            cines[cine_of(lines[0]["name"], number)][number] = lines
     taken = {cine.casefold() for cine in cines}
     for cine, frames in cines.items():
         whole = [lines for _, lines in sorted(frames.items())]
@@ -34,7 +37,7 @@ def write_cines(output: Path) -> None:
             _write_cine(output, numbered(cine, taken), whole)
 
 
-def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Sequence[dict[str, Any]]]) -> None:
+def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Lines]) -> None:
     """`frames` have a line for each question."""
     most = [max(len(lines[question]["masks"]) for lines in frames) for question in range(len(frames[0]))]
     places = [(question, mask) for question, count in enumerate(most) for mask in range(count)]
@@ -47,12 +50,19 @@ def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Sequence[di
                     tiff.newFrame()
 
 
-def _pages(output: Path, frames: Sequence[Sequence[dict[str, Any]]], question: int, mask: int) -> Iterator[Image.Image]:
+def _pages(output: Path, frames: Sequence[Lines], question: int, mask: int) -> Iterator[Image.Image]:
     """0 and 255, as in masks/."""
     for lines in frames:
         line = lines[question]
         if mask < len(line["masks"]):
-            with Image.open(output / line["masks"][mask]["file"]) as page:
-                yield page.copy()
+            yield _mask(output, line["masks"][mask]["file"], line["code"])
         else:
             yield Image.new("L", (line["width"], line["height"]))
+
+
+def _mask(output: Path, name: str, code: str) -> Image.Image:
+    try:
+        with open_regular(output / name) as file, Image.open(file, formats=("PNG",)) as page:
+            return page.copy()
+    except Exception as e:  # a decoder given a file that somebody has changed may raise anything
+        raise VesselError(f"{output}: a mask of {code} cannot be read for the TIFF of its cine; give the same command again") from e

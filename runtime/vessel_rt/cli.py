@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import vessel_rt
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
+from vessel_rt.folder_lock import locked
+from vessel_rt.streams import standard_streams
 
 if TYPE_CHECKING:
     from vessel_rt.bundle import Bundle
@@ -47,7 +49,7 @@ _INFER = """examples:
   vessel-rt infer frames/ --pseudonymize --json | tail -1 study codes for names, and a line for programs
 
 A run that was stopped goes on where it was when the same command is given again. Exit codes: 0 done, 1 bad input or frames that failed,
-2 bad usage, 130 and 143 stopped by SIGINT and SIGTERM.
+2 bad usage, 130 and 143 stopped by SIGINT and SIGTERM; whether anything could be printed does not matter.
 """
 
 _EVALUATE = """examples:
@@ -64,25 +66,41 @@ _CHECK_DATA = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vessel-rt`; returns the exit code: 0 done, 1 bad input (nothing was begun, or some images failed), 130 or 143 interrupted.
 
+    Standard output and error may be closed or full: the code tells what became of the work. Where what is printed is all of it (help,
+    devices, plan, check-data), the code is 1 if it cannot be printed.
+
     Bad usage leaves by argparse's SystemExit(2). A bug shows its traceback, without the names of images.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would wait, spinning, on cores that the graphs need
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: a name need not be Unicode
-    arguments = _parser().parse_args(argv)
+    with standard_streams() as out:
+        try:
+            arguments = _parser().parse_args(argv)
+        except SystemExit as e:  # help, the version, or bad usage
+            out.flush()
+            raise SystemExit(_printed(out, int(e.code or 0))) from None
+        code = _run(arguments)
+        out.flush()
+        return _printed(out, code) if arguments.run in (_devices, _plan, _check_data) else code
+
+
+def _printed(out: Any, code: int) -> int:
+    """`code`, or 1 where it is 0 and not all was printed. A reader that is gone, as `head` is, has seen what it wanted: nothing is said."""
+    if out.fault and not isinstance(out.fault, BrokenPipeError):
+        print(f"vessel-rt: error: standard output: cannot be written ({out.fault.strerror})", file=sys.stderr)
+    return code or int(out.fault is not None)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
-        code = int(arguments.run(arguments))
-        sys.stdout.flush()  # here, where a reader that is gone is dealt with
-        return code
+        return int(arguments.run(arguments))
     except VesselError as e:
         from vessel_rt.privacy import printable
 
         print(f"vessel-rt: error: {printable(str(e))}", file=sys.stderr)
         if arguments.run is _infer and arguments.json:
             print(json.dumps({"error": str(e), "exit_code": 1}))
-        return 1
-    except BrokenPipeError:  # whoever read has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as e:
         from vessel_rt.privacy import conceal, printable
@@ -146,6 +164,7 @@ def _add_infer(commands: Any) -> None:
         help="the question; again for another, of every image (default: the bundle's, 'Please segment vessel in this image.')",
     )
     infer.add_argument("--overwrite", action="store_true", help="start anew: replace an earlier run's results in DIR; other files are kept")
+    infer.add_argument("--prune", action="store_true", help="forget an earlier run's results of images that are not among IMAGES any more")
     infer.add_argument("--fail-fast", action="store_true", help="stop at the first image that fails")
 
     which = infer.add_argument_group("which frames, and how they are read")
@@ -257,12 +276,13 @@ def _infer(arguments: argparse.Namespace) -> int:
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,
         overwrite=arguments.overwrite,
+        prune=arguments.prune,
         fail_fast=arguments.fail_fast,
         quiet=arguments.quiet,
         verbose=arguments.verbose,
     )
     summary = infer(bundle, options)
-    code = 128 + summary.stopped if summary.stopped else 1 if summary.failed or summary.images < summary.total else 0
+    code = 128 + summary.stopped if summary.stopped else int(summary.failed + summary.unread > 0 or summary.images < summary.total)
     if not arguments.quiet:
         _print_summary(summary, output)
     if summary.images < summary.total:
@@ -292,6 +312,8 @@ def _print_summary(summary: Summary, output: Path) -> None:
 
     kept = f", {summary.kept} of them done before" if summary.kept else ""
     print(f"images: {summary.images}{kept}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
+    if summary.unread:
+        print(f"inputs that cannot be read now: {summary.unread}; what an earlier run made of them is kept")
     if summary.images > summary.kept:
         print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
     if summary.images == summary.total:
@@ -311,8 +333,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from vessel_rt.report import write_report
 
     naming = _naming(arguments, arguments.output)
-    evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names)
-    write_report(arguments.output)
+    with locked(arguments.output):
+        evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names)
+        write_report(arguments.output)
     print(evaluation.table())
     return 0
 
@@ -333,7 +356,8 @@ def _check_data(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from vessel_rt.report import write_report
 
-    print(f"report: {write_report(arguments.output)}")
+    with locked(arguments.output):
+        print(f"report: {write_report(arguments.output)}")
     return 0
 
 

@@ -21,8 +21,8 @@ from vessel_rt.ground_truth import GroundTruth, read_truth
 from vessel_rt.metrics import METRICS, bootstrap_interval
 from vessel_rt.outputs import replacing, writing
 from vessel_rt.privacy import StudyCodes
-from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, read_results
-from vessel_rt.rle import decode_rle, encode_rle
+from vessel_rt.results import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, mask_of, read_results
+from vessel_rt.rle import encode_rle
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
@@ -111,12 +111,9 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         VesselError: a file is missing or not what it should be, or the two share no image or no concept.
     """
     drawn, lines = read_truth(truth, codes), read_results(output)
-    try:
-        questions = list(dict.fromkeys(line["question"] for line in lines))
-        good = [line for line in lines if line["status"] == "ok"]
-        comparisons = tuple(_comparisons(good, drawn))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:  # ValueError: sizes that do not go together, or are absurd
-        raise VesselError(f"{output / RESULTS_FILE}: not in the expected form ({type(e).__name__}: {e})") from e
+    questions = list(dict.fromkeys(line["question"] for line in lines))
+    good = [line for line in lines if line["status"] == "ok"]
+    comparisons = tuple(_comparisons(output, good, drawn))
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
     for question in questions:
@@ -151,19 +148,19 @@ def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], 
         )
 
 
-def _comparisons(lines: Sequence[dict[str, Any]], drawn: GroundTruth) -> Iterator[Comparison]:
+def _comparisons(output: Path, lines: Sequence[dict[str, Any]], drawn: GroundTruth) -> Iterator[Comparison]:
     for line in tqdm(lines, desc="comparing", unit="answer", disable=None, delay=2, leave=False):
         for number, concept in enumerate(drawn.concepts(line["question"])):
             truth = drawn.mask(line, concept)
             if truth is not None:
-                yield _compare(line, concept, number, truth)
+                yield _compare(output, line, concept, number, truth)
 
 
-def _compare(line: dict[str, Any], concept: str | None, number: int, truth: npt.NDArray[np.bool_]) -> Comparison:
+def _compare(output: Path, line: dict[str, Any], concept: str | None, number: int, truth: npt.NDArray[np.bool_]) -> Comparison:
     chosen = line["masks"] if concept is None else line["masks"][number : number + 1]
     predicted = np.zeros_like(truth)
     for mask in chosen:
-        predicted |= decode_rle(mask["rle"])
+        predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
     return Comparison(
         index=line["index"],
         code=line["code"],

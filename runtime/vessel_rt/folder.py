@@ -20,11 +20,13 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 import vessel_rt
-from vessel_rt.bundle import Bundle
+from vessel_rt.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.cines import write_cines
 from vessel_rt.deployment import check_bundle, choose_device
+from vessel_rt.earlier import read_earlier
 from vessel_rt.engine import ENGINES
-from vessel_rt.errors import VesselError
+from vessel_rt.errors import BundleError, VesselError
+from vessel_rt.folder_lock import FolderLock, locked
 from vessel_rt.frames import Frame, Naming, Selection, find_frames, told_kinds
 from vessel_rt.outputs import Entry, replacing, writing
 from vessel_rt.privacy import printable
@@ -48,8 +50,9 @@ class InferOptions:
     """What `infer` is asked to do.
 
     `inputs` are files, folders and globs, of whose frames `selection` says which; of each, every question of `work` is asked. There is a
-    process for each of several `devices`, or an actor of the Ray cluster at `ray`. `fail_fast` ends the run at the first frame that fails;
-    `quiet` says nothing but errors, `verbose` a line for each frame.
+    process for each of several `devices`, or an actor of the Ray cluster at `ray`. `overwrite` starts anew, `prune` forgets the results of
+    frames that are no longer among the inputs. `fail_fast` ends the run at the first frame that fails; `quiet` says nothing but errors,
+    `verbose` a line for each frame.
     """
 
     inputs: tuple[str, ...]
@@ -60,6 +63,7 @@ class InferOptions:
     devices: tuple[Device, ...] = (Device("auto"),)
     ray: str | None = None
     overwrite: bool = False
+    prune: bool = False
     fail_fast: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -69,7 +73,8 @@ class InferOptions:
 class Summary:
     """What became of the frames of a run, and the seconds that loading the bundle and running them took.
 
-    `images` have been tried, of `total` (`in_all_parts` of the run); of them `kept` were done by an earlier run.
+    `images` have been tried, of `total` (`in_all_parts` of the run); of them `kept` were done by an earlier run, `unread` of these though
+    their inputs cannot be read now.
     `masks`, `without_mask`, `undrafted` (runs of
     language_model after the first were needed) and `answers` count results: a frame has one for each question. In each of `streams` `batch`
     images ran at once at first, `least_batch` after the device had run out of memory. `skipped` counts the files that were not taken, by
@@ -80,6 +85,7 @@ class Summary:
     in_all_parts: int = 0
     images: int = 0
     kept: int = 0
+    unread: int = 0
     failed: int = 0
     answers: int = 0
     undrafted: int = 0
@@ -105,7 +111,7 @@ class Summary:
             return
         for line, timing in zip(entry.lines, entry.timings, strict=True):
             self.answers += 1
-            self.undrafted += timing["decode_steps"] > 0
+            self.undrafted += (timing["decode_steps"] or 0) > 0  # None where timings.jsonl was lost
             self.masks += len(line["masks"])
             self.without_mask += not line["masks"]
 
@@ -140,28 +146,38 @@ class Stop(threading.Event):
 def infer(bundle: Bundle, options: InferOptions) -> Summary:
     """Segment every frame and write the results; one that fails becomes a line in results.jsonl, and the others go on.
 
-    What an earlier run into the same folder has done, with the same settings, of the same inputs, is kept.
+    What an earlier run into the same folder has done, with the same settings, of the same inputs, is kept. The folder is locked from before
+    it is looked at until the run ends.
 
     Raises:
-        VesselError: nothing could be begun (inputs, output folder, question, device, bundle), or a result could not be written.
+        VesselError: nothing could be begun (inputs, output folder, question, device, bundle), a result could not be written, or the bundle
+            is gone at the end.
     """
-    began, started, stop = time.perf_counter(), datetime.datetime.now(datetime.UTC), Stop()
-    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection)
-    say = _Console(options)
+    began = time.perf_counter()
+    with locked(options.output, make=True) as lock:
+        return _infer(bundle, options, lock, began)
+
+
+def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float) -> Summary:
+    started, stop, say = datetime.datetime.now(datetime.UTC), Stop(), _Console(options)
+    earlier = read_earlier(options.output)
+    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines())
     for place, kinds in skipped.items():
         say(f"skipped in {place}: {told_kinds(kinds)}")
     if not frames:
         raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
-    record = Record(options.output, frames, options.overwrite)
+    record = Record(lock, earlier, frames, options.overwrite, options.prune)
     devices = [_choose(bundle, device, options.ray) for device in options.devices]
-    settings = _settings(bundle, options, devices[0].kind)
-    left = record.resume(settings)
-    summary = Summary(total=len(frames), in_all_parts=len(names), skipped=skipped)
-    for entry in record.kept:
-        summary.count(entry)
-    summary.kept = summary.images
-    if not left and _is_finished(options):
+    settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
+    left = record.resume(settings, options.work.questions)
+    summary = _summary_of(record, frames, len(names), say)
+    summary.skipped = skipped
+    if summary.unread and options.fail_fast:
+        left = []
+    elif not left and record.is_settled and _is_finished(options):
         return summary
+    for warning in earlier.warnings:
+        say(f"warning: {warning}")
     if left:
         work, shown = _share(options.work, devices), options.naming.show_names
         jobs = [Job(bundle, device, work, options.output, names, settings, shown) for device in devices]
@@ -177,8 +193,37 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
             pass
     summary.stopped = stop.signal
     if summary.images == summary.total:
+        _check_sources(bundle, sources, options.output)
         _finish(bundle, options, devices, started, summary)
     return summary
+
+
+def _summary_of(record: Record, frames: Sequence[Frame], in_all_parts: int, say: _Console) -> Summary:
+    """The counts of what is kept; of inputs that cannot be read now the user is told."""
+    summary = Summary(total=len(frames), in_all_parts=in_all_parts)
+    for entry in record.kept:
+        summary.count(entry)
+    summary.kept, summary.unread = summary.images, len(record.unread)
+    for frame in frames:
+        if frame.name in record.unread:
+            say(f"error: {frame.shown}: {record.unread[frame.name]}; what an earlier run made of it is kept")
+    return summary
+
+
+def _sources(bundle: Bundle) -> list[str]:
+    """The bundle's files that are there."""
+    return [name for name in (BUNDLE_FILE, *bundle.used_files()) if (bundle.folder / name).is_file()]
+
+
+def _check_sources(bundle: Bundle, names: Sequence[str], output: Path) -> None:
+    """Make sure that they still are: a run is not called finished whose bundle nobody can look at."""
+    gone = [name for name in names if not (bundle.folder / name).is_file()]
+    if gone:
+        others = f" and {len(gone) - 1} other files" if len(gone) > 1 else ""
+        raise BundleError(
+            f"{bundle.folder}: {gone[0]}{others} went away during the run; the results in {output} are kept: "
+            "put the bundle back, and give the same command again to finish"
+        )
 
 
 def _choose(bundle: Bundle, device: Device, ray: str | None) -> Device:
@@ -190,10 +235,13 @@ def _choose(bundle: Bundle, device: Device, ray: str | None) -> Device:
 
 def _is_finished(options: InferOptions) -> bool:
     """Whether what tells of all results together is there, and calls frames as this run would."""
-    if not all((options.output / name).exists() for name in (RUN_FILE, REPORT_FILE)):
+    if not (options.output / REPORT_FILE).exists():
         return False
-    told, naming = read_run(options.output).get("options", {}), options.naming
-    return (told.get("show_names"), told.get("key")) == (naming.show_names, naming.codes.key_id)
+    try:
+        told, naming = read_run(options.output)["options"], options.naming
+    except VesselError:  # it is made of what is known, and made anew
+        return False
+    return (told["show_names"], told["key"]) == (naming.show_names, naming.codes.key_id)
 
 
 def _run(

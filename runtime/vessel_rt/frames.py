@@ -84,11 +84,15 @@ class Found(NamedTuple):
     skipped: dict[str, Mapping[str, int]]
 
 
-def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | None = None) -> Found:
+def find_frames(
+    inputs: Sequence[str], naming: Naming, selection: Selection | None = None, earlier: Mapping[str, Sequence[int]] | None = None
+) -> Found:
     """The frames that `inputs` name, each once, in order.
 
     A file is taken as it is; of a folder (not of those in it) and of a glob, sorted, what has the suffix of an image, or is DICOM, and is
     not hidden; besides, what has no suffix and cannot be read. Parts are of whole files, dealt out in turn.
+    Where a file cannot be read, its frames are those that an `earlier` run did, by the name of the file's outputs; without any, the file
+    is one frame.
 
     Raises:
         VesselError: an input that is not there or is no file, in which there is no image, or of which `selection` leaves no frame; two
@@ -105,7 +109,7 @@ def find_frames(inputs: Sequence[str], naming: Naming, selection: Selection | No
             skipped[place] = others
         for path in images:
             files.setdefault(os.path.realpath(path) if os.path.isfile(path) else os.path.abspath(path), path)
-    places = list(itertools.islice(_places(list(files.values()), selection.frames), selection.num_images))
+    places = list(itertools.islice(_places(list(files.values()), selection.frames, naming, earlier or {}), selection.num_images))
     if not places:
         raise VesselError("--frames leaves no frame of the inputs; frames count from 0, and the end is not included")
     frames = [_frame(path, number, index, len(places), naming) for index, (path, number) in enumerate(places)]
@@ -218,15 +222,25 @@ def told_kinds(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}{'s' * (count > 1 and kind in ('subfolder', 'special file'))}" for kind, count in kinds.items())
 
 
-def _places(files: Sequence[Path], chosen: slice | None) -> Iterator[tuple[Path, int | None]]:
+def _places(
+    files: Sequence[Path], chosen: slice | None, naming: Naming, earlier: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[Path, int | None]]:
     """The files, and of a multi-frame one the frames chosen. One whose header cannot be read is told of when its turn comes."""
     for path in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
-        try:
-            count = frame_count(path) if is_dicom(path) else None if chosen is None else page_count(path)
-        except ImageError:
-            count = None
-        for number in [None] if count is None else range(count)[chosen or slice(None)]:
+        name = naming.codes.code(stem_of(path)) if naming.pseudonymize else stem_of(path)
+        for number in _numbers(path, chosen, earlier.get(name, ())):
             yield path, number
+
+
+def _numbers(path: Path, chosen: slice | None, earlier: Sequence[int]) -> Sequence[int | None]:
+    """The numbers of a file's frames; None for the only one."""
+    try:
+        if earlier:  # it was a multi-frame file: is it none any more, or can it only not be read?
+            path.open("rb").close()
+        count = frame_count(path) if is_dicom(path) else None if chosen is None else page_count(path)
+    except (ImageError, OSError):
+        return earlier or [None]
+    return [None] if count is None else range(count)[chosen or slice(None)]
 
 
 def _frame(path: Path, number: int | None, index: int, total: int, naming: Naming) -> Frame:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +17,67 @@ from tqdm import tqdm
 
 from vessel_rt.cines import write_cines
 from vessel_rt.errors import VesselError
-from vessel_rt.outputs import is_result_file, replacing, writing
+from vessel_rt.files import open_regular
+from vessel_rt.folder_lock import locked
+from vessel_rt.outputs import is_blank, writing
 from vessel_rt.report import write_report
-from vessel_rt.results import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, read_results, read_run, read_timings
+from vessel_rt.results import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, Lines, iter_frames, iter_timings, read_run
 
 __all__ = ["merge"]
+
+_STAGING = ".merging-"
+
+_Placed = list[tuple[Path, dict[str, Any]]]  # lines, each with the folder of its part
 
 
 def merge(parts: Sequence[Path], output: Path) -> int:
     """Copy the results of all parts into a new folder `output`; returns the number of frames.
 
+    All of it is made in a folder within, and moved to its place at the end: a merge that fails leaves `output` as it was.
+
     Raises:
-        VesselError: a part is missing, not finished, given twice, or of another run; a file of it was changed; `output` is not empty.
+        VesselError: a part is missing, not finished, given twice, of another run, or worked on; a file of it was changed; `output` is not
+            empty, or cannot be written.
     """
-    runs = [read_run(part) for part in parts]
-    try:
+    if output.resolve() in [part.resolve() for part in parts]:
+        raise VesselError(f"{output}: one of the parts, and not empty; choose another output folder with -o")
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(locked(part, shared=True))
+        runs = [read_run(part) for part in parts]
         total = _check_parts(parts, runs)
-        lines = _in_order(parts, read_results, total)
-        timings = _in_order(parts, read_timings, total)
-    except (KeyError, TypeError, ValueError) as e:
-        raise VesselError(f"{parts[0]} or another part: not written by this version of vessel-rt ({type(e).__name__}: {e})") from e
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise VesselError(f"{output}: not empty; choose another output folder with -o")
-    with writing(output):
-        _copy_files(lines, output)
-        for name, ordered in ((RESULTS_FILE, lines), (TIMINGS_FILE, timings)):
-            with replacing(output / name) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for _, line in ordered), encoding="utf-8")
-        write_cines(output)
-        with replacing(output / RUN_FILE) as temporary:
-            temporary.write_text(json.dumps(_merged(runs), indent=1) + "\n", encoding="ascii")
-    write_report(output)
+        lines = _in_order(parts, iter_frames, total)
+        timings = _in_order(parts, iter_timings, total)
+        summary = _merged(runs)
+        stack.enter_context(locked(output, make=True))
+        with writing(output), _staging(output) as staging:
+            _copy_files(lines, staging)
+            for name, ordered in ((RESULTS_FILE, lines), (TIMINGS_FILE, timings)):
+                (staging / name).write_text("".join(json.dumps(line) + "\n" for _, line in ordered), encoding="ascii")
+            write_cines(staging)
+            (staging / RUN_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="ascii")
+            write_report(staging)
     return total
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A folder in `output`, which is locked and empty. What the block leaves in it is moved to `output`, run.json last."""
+    for path in list(output.glob(f"{_STAGING}*")):  # of a merge that was killed
+        shutil.rmtree(path)
+    if not is_blank(output):
+        raise VesselError(f"{output}: not empty; choose another output folder with -o")
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=output) as name:
+        yield Path(name)
+        moved: list[Path] = []
+        try:
+            for path in sorted(Path(name).iterdir(), key=lambda path: path.name == RUN_FILE):
+                os.replace(path, output / path.name)
+                moved.append(path)
+        except BaseException:
+            for path in moved:
+                os.replace(output / path.name, path)
+            raise
 
 
 def _check_parts(parts: Sequence[Path], runs: Sequence[dict[str, Any]]) -> int:
@@ -61,18 +95,19 @@ def _check_parts(parts: Sequence[Path], runs: Sequence[dict[str, Any]]) -> int:
     return int(runs[0]["counts"]["in_all_parts"])
 
 
-def _in_order(parts: Sequence[Path], read: Callable[[Path], list[dict[str, Any]]], total: int) -> list[tuple[Path, dict[str, Any]]]:
+def _in_order(parts: Sequence[Path], read: Callable[[Path], Iterable[Lines]], total: int) -> _Placed:
     """The lines of all parts, each with its folder, as one run would have them."""
-    found = [(part, line) for part in parts for line in read(part)]
+    found = [(part, line) for part in parts for lines in read(part) for line in lines]
     if len({line["settings"] for _, line in found if "settings" in line}) > 1:
         raise VesselError(f"{parts[0]}: another bundle, device, question or version made the other parts; run them alike")
     found.sort(key=lambda item: item[1]["index"])
-    if {line["index"] for _, line in found} != set(range(total)) or len({line["code"] for _, line in found}) != total:
+    indices = {line["index"] for _, line in found}
+    if len(indices) != total or max(indices, default=-1) != total - 1 or len({line["code"] for _, line in found}) != total:
         raise VesselError(f"{parts[0]}: its inputs were not those of the other parts; give all parts the same ones")
     return found
 
 
-def _copy_files(lines: Sequence[tuple[Path, dict[str, Any]]], output: Path) -> None:
+def _copy_files(lines: _Placed, output: Path) -> None:
     files: dict[str, tuple[Path, str, str]] = {}
     for part, line in lines:
         for file, sha256 in line["files"].items():
@@ -80,23 +115,21 @@ def _copy_files(lines: Sequence[tuple[Path, dict[str, Any]]], output: Path) -> N
                 raise VesselError(f"{part}: a file of {line['code']} is called as one of {files[file][2]}; give all parts the same inputs")
     for file, (part, sha256, code) in tqdm(files.items(), desc="merging", unit="file", disable=None, delay=2, leave=False):
         folder = file.partition("/")[0]
-        if not is_result_file(file):
-            raise VesselError(f"{part / RESULTS_FILE}: lists a file that is not among results")
         try:
-            content = (part / file).read_bytes()
+            with open_regular(part / file) as source:
+                content = source.read()
         except OSError as e:
             raise VesselError(f"{part}: a file of {code} cannot be read ({e.strerror})") from e
         if hashlib.sha256(content).hexdigest() != sha256:
             raise VesselError(f"{part}: a file of {code} in {folder}/ was changed since it was written; run that part again")
-        (output / folder).mkdir(parents=True, exist_ok=True)
-        with replacing(output / file) as temporary:
-            temporary.write_bytes(content)
+        (output / folder).mkdir(exist_ok=True)
+        (output / file).write_bytes(content)
 
 
 def _merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content of run.json: counts of all, the longest time, and the parts' own accounts."""
-    counts = {key: sum(run["counts"][key] for run in runs) for key in runs[0]["counts"]}
-    seconds = {key: max(run["seconds"][key] for run in runs) for key in runs[0]["seconds"]}
+    counts = {key: sum(run["counts"].get(key, 0) for run in runs) for key in runs[0]["counts"]}
+    seconds = {key: max(run["seconds"].get(key, 0) for run in runs) for key in runs[0]["seconds"]}
     return {
         **runs[0],
         "device": "; ".join(run["device"] for run in runs),

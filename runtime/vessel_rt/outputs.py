@@ -26,30 +26,27 @@ from PIL import Image
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.frames import Frame
 from vessel_rt.masks import bounding_box, eroded
+from vessel_rt.output_schema import CINES, MASKS, OVERLAYS, PREVIEWS
 from vessel_rt.rle import encode_rle
 from vessel_rt.segmenter import Mask, Result
 
 __all__ = [
-    "CINES",
-    "MASKS",
-    "OVERLAYS",
-    "PREVIEWS",
     "Entry",
     "FrameWriter",
     "draw_overlay",
     "failure",
-    "is_result_file",
+    "is_blank",
+    "is_temporary",
     "numbered",
     "replacing",
+    "unknown_timing",
     "writing",
 ]
 
-MASKS, OVERLAYS, PREVIEWS, CINES = "masks", "overlays", "previews", "cines"
-
-_FILE = re.compile(rf"({MASKS}|{OVERLAYS}|{PREVIEWS})/[^/\\]+")
 _PREVIEW_SIDE = 512  # pixels: of the longer side, at most
 # Distinct from each other and from gray, for the eyes of most colour-blind people too.
 _COLOURS = ((255, 82, 82), (64, 196, 255), (255, 214, 64), (105, 240, 174), (224, 130, 255), (255, 158, 64))
+_TEMPORARY = re.compile(r"\.\d+-\d+\.tmp")
 _TINT = 0.45  # the share of the mask's colour inside it; its outline is all colour
 
 
@@ -111,7 +108,7 @@ class FrameWriter:
             _line(frame, result.question, image.size, result.answer, of_result, _files(of_result, written) | pictures, made)
             for result, of_result in zip(results, records, strict=True)
         ]
-        return Entry(frame.name, lines, [_timing(frame, result.question, result) for result in results])
+        return Entry(frame.name, lines, [_timing(line, result) for line, result in zip(lines, results, strict=True)])
 
     def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> dict[str, Any]:
         self._save(name, _stencil(mask.pixels), written, format="PNG")
@@ -143,18 +140,13 @@ def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -
     """The entry of a frame that could not be segmented."""
     made = {"input": None, "settings": settings}
     lines = [_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
-    return Entry(frame.name, lines, [_timing(frame, question, None) for question in questions])
+    return Entry(frame.name, lines, [unknown_timing(line) for line in lines])
 
 
 def numbered(name: str, taken: Collection[str]) -> Iterator[str]:
     """`name`, `name_1`, `name_2` ... without those, but for the first, that are among `taken`, which are caseless."""
     yield name
     yield from (other for number in itertools.count(1) if (other := f"{name}_{number}").casefold() not in taken)
-
-
-def is_result_file(name: str) -> bool:
-    """Whether a line may list a file of this name: one right inside its folder, since lines may have been tampered with."""
-    return _FILE.fullmatch(name) is not None
 
 
 def _files(masks: Sequence[dict[str, Any]], written: dict[str, str]) -> dict[str, str]:
@@ -190,17 +182,20 @@ def _line(
     }
 
 
-def _timing(frame: Frame, question: str, result: Result | None) -> dict[str, Any]:
+def unknown_timing(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of timings.jsonl for a line of results.jsonl of which no times are known."""
+    unknown = dict.fromkeys(("drafted", "accepted", "decode_steps", "batch"))
+    return {"index": line["index"], "code": line["code"], "question": line["question"], **unknown, "ms": {}}
+
+
+def _timing(line: Mapping[str, Any], result: Result) -> dict[str, Any]:
     """A line of timings.jsonl."""
-    return {
-        "index": frame.index,
-        "code": frame.code,
-        "question": question,
-        "drafted": result.drafted if result else None,
-        "accepted": result.accepted if result else None,
-        "decode_steps": result.decode_steps if result else None,
-        "batch": result.images if result else None,
-        "ms": {step: round(value, 3) for step, value in result.ms.items()} if result else {},
+    return unknown_timing(line) | {
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+        "decode_steps": result.decode_steps,
+        "batch": result.images,
+        "ms": {step: round(value, 3) for step, value in result.ms.items()},
     }
 
 
@@ -238,6 +233,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is called as those of `replacing` are before they are renamed."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def is_blank(folder: Path) -> bool:
+    """Whether a folder has nothing in it but what a command leaves that is killed before it writes its first file."""
+    return all(
+        is_temporary(path) or (path.name in (MASKS, OVERLAYS, PREVIEWS, CINES) and path.is_dir() and not any(path.iterdir()))
+        for path in folder.iterdir()
+    )
 
 
 @contextmanager

@@ -10,18 +10,31 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import io
-import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image
 
 from vessel_rt.errors import VesselError
-from vessel_rt.outputs import PREVIEWS, replacing, writing
-from vessel_rt.results import EVALUATION_FILE, REPORT_FILE, RESULTS_FILE, RUN_FILE, TIMINGS_FILE, iter_lines, read_json
+from vessel_rt.files import open_regular
+from vessel_rt.output_schema import PREVIEWS
+from vessel_rt.outputs import replacing, writing
+from vessel_rt.results import (
+    EVALUATION_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    TIMINGS_FILE,
+    FormError,
+    iter_frames,
+    iter_timings,
+    mask_of,
+    read_evaluation,
+    read_run,
+)
 
 __all__ = ["write_report"]
 
@@ -41,35 +54,30 @@ def write_report(output: Path) -> Path:
         VesselError: a file of the run is missing or not in the form that this version writes, or the report cannot be written.
     """
     before, after = importlib.resources.files("vessel_rt").joinpath("report.html").read_text(encoding="utf-8").split(_MARK)
-    run = _read_if_there(output / RUN_FILE)
-    evaluation = _read_if_there(output / EVALUATION_FILE)
-    path = output / REPORT_FILE
-    try:
-        count = sum(1 for _ in _by_frame(output / RESULTS_FILE))
-        show_names = run is not None and run["options"]["show_names"]
-        truths = defaultdict(list)
-        for truth in evaluation["images"] if evaluation is not None else ():
-            truths[truth["index"]].append(truth)
-        with writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
-            page.write(before)
-            _write_data(page, "run", {"run": run, "evaluation": _summary(evaluation) if evaluation is not None else None})
-            for lines, timings in zip(_by_frame(output / RESULTS_FILE), _by_frame(output / TIMINGS_FILE), strict=True):
-                drawn = truths[lines[0]["index"]]
-                _write_data(page, "facts", _facts(lines, timings, drawn, show_names))
-                _write_data(page, "shapes", _shapes(output, lines, drawn, _PICTURES // count))
-            page.write(after)
-    except (KeyError, TypeError, ValueError) as e:
-        raise VesselError(f"{output}: its files are not in the form of this version ({type(e).__name__}: {e}); run it again") from e
+    run = read_run(output) if (output / RUN_FILE).exists() else None
+    evaluation = read_evaluation(output) if (output / EVALUATION_FILE).exists() else None
+    path, count = output / REPORT_FILE, _count(output)
+    show_names = run is not None and run["options"]["show_names"]
+    truths = defaultdict(list)
+    for truth in evaluation["images"] if evaluation is not None else ():
+        truths[truth["index"]].append(truth)
+    with writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
+        page.write(before)
+        _write_data(page, "run", {"run": run, "evaluation": _summary(evaluation) if evaluation is not None else None})
+        for lines, timings in zip(iter_frames(output), iter_timings(output), strict=True):
+            drawn = truths[lines[0]["index"]]
+            _write_data(page, "facts", _facts(lines, timings, drawn, show_names))
+            _write_data(page, "shapes", _shapes(output, lines, drawn, _PICTURES // count))
+        page.write(after)
     return path
 
 
-def _read_if_there(path: Path) -> dict[str, Any] | None:
-    return read_json(path) if path.exists() else None
-
-
-def _by_frame(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The lines of each frame, one a question."""
-    return (list(group) for _, group in itertools.groupby(iter_lines(path), key=lambda line: line["index"]))
+def _count(output: Path) -> int:
+    """How many frames there are. Raises VesselError where results and timings are not of the same."""
+    results, timings = ([len(lines) for lines in found] for found in (iter_frames(output), iter_timings(output)))
+    if results != timings:
+        raise FormError(f"{output / TIMINGS_FILE}: not of the same frames as {RESULTS_FILE}; give the run's command again to make it anew")
+    return len(results)
 
 
 def _summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,12 +114,16 @@ def _times(timings: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Milliseconds of each step: those of all questions are in every line, but for the last step, which each question has of its own."""
     times: dict[str, float] = dict(timings[0]["ms"])
     if "upsample" in times:
-        times["upsample"] = round(sum(timing["ms"]["upsample"] for timing in timings), 3)
+        times["upsample"] = round(sum(timing["ms"].get("upsample", 0) for timing in timings), 3)
     return times
 
 
 def _shapes(output: Path, lines: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Any]], share: int) -> dict[str, Any]:
     """What is drawn of a frame: its picture, JPEG in base64, and masks as run lengths, in the order of the facts."""
+    for mask in [mask for line in lines for mask in line["masks"]]:
+        mask_of(output / RESULTS_FILE, lines[0], mask["rle"])
+    for truth in drawn:
+        mask_of(output / EVALUATION_FILE, lines[0], truth["truth_rle"])
     return {
         "picture": base64.b64encode(_picture(output, lines[0], share)).decode("ascii"),
         "masks": [[mask["rle"] for mask in line["masks"]] for line in lines],
@@ -122,10 +134,11 @@ def _shapes(output: Path, lines: Sequence[dict[str, Any]], drawn: Sequence[dict[
 def _picture(output: Path, line: dict[str, Any], share: int) -> bytes:
     """A frame's preview, made smaller until it takes no more than `share` bytes; empty where there is none, as of a frame that failed."""
     path = output / PREVIEWS / f"{line['name']}.jpg"
-    if path.parent != output / PREVIEWS or not path.is_file():  # a name that was tampered with, or previews that were removed
+    if not path.is_file():
         return b""
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as preview:
             for side, quality in _SMALLER:
                 if len(content) <= share:
@@ -134,7 +147,7 @@ def _picture(output: Path, line: dict[str, Any], share: int) -> bytes:
                 buffer = io.BytesIO()
                 preview.save(buffer, "JPEG", quality=quality)
                 content = buffer.getvalue()
-    except OSError as e:
+    except Exception as e:  # a decoder given a file that somebody has changed may raise anything
         raise VesselError(f"{output / PREVIEWS}: the picture of {line['code']} cannot be read; run it again") from e
     return content
 

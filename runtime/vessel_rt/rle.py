@@ -33,7 +33,9 @@ def decode_rle(rle: Any) -> npt.NDArray[np.bool_]:
         (height, width), counts = rle["size"], rle["counts"]
         if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= _MOST_PIXELS):
             raise ValueError("a size that no mask has")
-        runs = _runs(counts.encode("ascii") if isinstance(counts, str) else bytes(counts))
+        if not isinstance(counts, str | bytes):
+            raise ValueError("counts that are not text")
+        runs = _runs(counts.encode("ascii") if isinstance(counts, str) else counts)
     except (KeyError, TypeError) as e:
         raise ValueError("not run lengths") from e
     if runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:  # each first: a sum of absurd ones may overflow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +84,32 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that nobody, not even root, can write to."""
     with _mounted(tmp_path / "read_only", "ro,size=1m") as place:
         yield place
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("process", ctypes.c_int))
+
+
+_VERSION, _OVERRIDE = 0x20080522, 0b110  # of Linux's capabilities; CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    """Permissions count for this thread and those it starts, though it be root's; not for processes that it starts."""
+    if os.name != "posix" or os.geteuid() != 0:
+        yield
+        return
+    if sys.platform != "linux":
+        pytest.skip("root may read everything here")
+    library, header = ctypes.CDLL(None), _Header(_VERSION, 0)
+    before, less = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
+    assert library.capget(ctypes.byref(header), before) == 0
+    less[:] = [before[0] & ~_OVERRIDE, *before[1:]]
+    assert library.capset(ctypes.byref(header), less) == 0
+    try:
+        yield
+    finally:
+        assert library.capset(ctypes.byref(header), before) == 0
 
 
 @contextmanager

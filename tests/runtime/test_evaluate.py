@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,14 +14,17 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from PIL import Image
 
 from tests.conftest import Tiny
-from tests.runtime.conftest import CODES
+from tests.runtime.conftest import CODES, make_frame, placed
 from tests.runtime.test_folder import options
+from tests.runtime.test_outputs import result_with
 from vessel_rt.bundle import Bundle
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluate import evaluate
 from vessel_rt.folder import infer
 from vessel_rt.ground_truth import read_truth
+from vessel_rt.outputs import FrameWriter, failure
 from vessel_rt.rle import encode_rle
+from vessel_rt.segmenter import Mask
 
 
 def box(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
@@ -34,15 +38,20 @@ def square(x0: int, y0: int, x1: int, y1: int) -> list[float]:
 
 
 def run_folder(tmp_path: Path, question: str, results: list[tuple[str, list[np.ndarray]]]) -> Path:
-    common = {"question": question, "width": 60, "height": 40}
-    lines = [
-        {"index": i, "image": f"{name}.png", "name": name, "code": CODES.code(name), "status": "ok", **common}
-        | {"masks": [{"rle": encode_rle(mask)} for mask in masks]}
-        for i, (name, masks) in enumerate(results)
+    result = dataclasses.replace(result_with(), question=question)
+    frames = placed(*(f"{name}.png" for name, _ in results), "failed.png")
+    (tmp_path / "out").mkdir()
+    for kind in ("masks", "overlays", "previews"):
+        (tmp_path / "out" / kind).mkdir()
+    writer = FrameWriter(tmp_path / "out", [frame.name for frame in frames], "s")
+    entries = [
+        writer.write(frame, "0", make_frame(60, 40), [dataclasses.replace(result, masks=tuple(Mask(mask, 0.5, 2.0) for mask in masks))])
+        for frame, (_, masks) in zip(frames, results, strict=False)
     ]
-    failed = {"index": len(lines), "image": "failed.png", "name": "failed", "code": "c0de", "status": "error", "masks": [], **common}
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, failed]))
-    return tmp_path
+    entries.append(failure(frames[-1], [question], "an empty file", "s"))
+    text = "".join(json.dumps(line) + "\n" for entry in entries for line in entry.lines)
+    (tmp_path / "out" / "results.jsonl").write_text(text)
+    return tmp_path / "out"
 
 
 def annotated(tmp_path: Path, items: Any) -> Path:
@@ -146,7 +155,7 @@ def test_results_of_another_size_are_one_line(tmp_path: Path, changed: dict[str,
     first, *rest = (out / "results.jsonl").read_text().splitlines()
     (out / "results.jsonl").write_text("\n".join([json.dumps(json.loads(first) | changed), *rest]) + "\n")
     gt = annotated(tmp_path, [{"image": "a.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]}])
-    with pytest.raises(VesselError, match=r"results\.jsonl: not in the expected form"):
+    with pytest.raises(VesselError, match=r"results\.jsonl: .*not in the form of this version"):
         evaluate(out, gt)
 
 

@@ -70,7 +70,7 @@ def test_results_cannot_point_outside_their_folder(parts: list[Path], tmp_path: 
     line = json.loads((parts[1] / "results.jsonl").read_text())
     line["files"] = {"masks/../../victim.png": "0"}
     (parts[1] / "results.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(VesselError, match="lists a file that is not among results"):
+    with pytest.raises(VesselError, match="'files' is not what it has to be"):
         merge(parts, tmp_path / "merged")
 
 

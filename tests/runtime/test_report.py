@@ -181,7 +181,8 @@ def test_previews_that_were_removed_are_left_out(out: Path) -> None:
 def test_a_report_never_reads_outside_its_folder(out: Path) -> None:
     make_frame().save(out / "elsewhere.jpg")
     rewrite(out / "results.jsonl", lambda line: line | {"name": "../elsewhere"})
-    assert Page(write_report(out)).data["shapes"][0]["picture"] == ""
+    with pytest.raises(VesselError, match="'name' is not what it has to be"):
+        write_report(out)
 
 
 def test_a_run_that_was_stopped_before_its_first_frame_has_a_report(out: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_folder_that_is_not_a_runs_is_said_to_be_so(out: Path, tmp_path: Path)
     for name, text in (("evaluation.json", "{}"), ("timings.jsonl", ""), ("run.json", "{}"), ("results.jsonl", '{"index": 0}\n')):
         before = (out / name).read_text() if (out / name).exists() else None
         (out / name).write_text(text)
-        with pytest.raises(VesselError, match="not in the form of this version"):
+        with pytest.raises(VesselError, match=r"not (in the form of this version|of the same frames)"):
             write_report(out)
         (out / name).unlink() if before is None else (out / name).write_text(before)
     assert not (out / "report.html").exists()
