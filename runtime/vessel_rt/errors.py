@@ -1,6 +1,16 @@
 """The one base class of errors that a user can mend."""
 
-__all__ = ["BundleError", "EngineError", "ImageError", "OutOfMemory", "RecipeError", "VesselError", "first_line"]
+__all__ = [
+    "BundleError",
+    "DeviceError",
+    "EngineError",
+    "GraphError",
+    "ImageError",
+    "OutOfMemory",
+    "RecipeError",
+    "VesselError",
+    "first_line",
+]
 
 
 class VesselError(Exception):
@@ -28,6 +38,14 @@ class ImageError(VesselError):
 
 class OutOfMemory(ImageError):
     """A device without room for what it was given: a smaller batch may pass."""
+
+
+class GraphError(VesselError):
+    """A graph that failed on a device, because of its input or of the device: Segmenter finds out which."""
+
+
+class DeviceError(VesselError):
+    """A device that fails on a known-good input, too: the run ends or goes on elsewhere, and no image fails because of it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vessel_rt.deployment import Deployment
-from vessel_rt.errors import ImageError
+from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory
 from vessel_rt.generate import Generation, LanguageModel
 from vessel_rt.image import mask_pixels, tile_pixels
 from vessel_rt.masks import upsample
@@ -123,7 +123,7 @@ class Segmenter:
         self._texts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
         self._first_draft = self._tokenizer.encode_answer(bundle.prompt.answers[0]) if draft and bundle.prompt.answers else None
         self._drafts: dict[str, Sequence[int]] = {}
-        self._rehearsing = threading.Lock()
+        self._rehearsing, self._probing = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -163,15 +163,23 @@ class Segmenter:
             VesselError: a question cannot be put into a prompt.
             ImageError: an image of the batch makes too long a prompt, or numbers that overflow the bundle's precision.
             OutOfMemory: the device has no room for so many images.
+            DeviceError: the device fails on a gray image, too.
             BundleError: a file of the bundle was changed, so that neither an answer nor another error is to be trusted.
         """
         self._verify_unchanged()
         try:
             return self._run(batch, questions)
+        except (GraphError, OutOfMemory) as e:  # not probed here, where the error holds what this run has on the device
+            short, text = isinstance(e, OutOfMemory), str(e)
         finally:
             self._verify_unchanged()
+        if short and len(batch) > 1:
+            raise OutOfMemory(text)
+        self._probe(questions[0], text)
+        raise OutOfMemory(text) if short else ImageError(text)
 
     def _run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
+        """As `run`; GraphError where a graph fails, for whatever reason."""
         ms: dict[str, float] = {}
         encoding = self._thread.submit(self._encode, batch, ms) if self._thread else None
         try:
@@ -240,15 +248,30 @@ class Segmenter:
 
     def _rehearsed(self, question: str, draft: Sequence[int]) -> Sequence[int]:
         """The model's answer for a gray image, checked against `draft`; that itself where no answer with a mask comes of it."""
-        tiles = tile_pixels(
-            Image.new("RGB", (self._bundle.tiles.size,) * 2, (128, 128, 128)), self._bundle.tiles, self._input_dtype("vision_encoder")
-        )
         try:
-            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": tiles})["image_embeds"]
+            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": self._gray().tiles})["image_embeds"]
             [generation] = self._language_model.generate([self._prompt(question, image_embeds)], [draft])
         except ImageError:  # images will meet it too, and say so
             return draft
         return generation.token_ids if len(generation.seg_states) else draft
+
+    def _probe(self, question: str, failure: str) -> None:
+        """Run every graph on a gray image: DeviceError if the device fails at that, or has no room for it, after the `failure` before."""
+        gray = self._gray()
+        states = np.zeros((1, self._bundle.language_model.hidden_size), self._bundle.stages["sam2_mask_decoder"].input_dtype("seg_states"))
+        try:
+            with self._probing:
+                features = self._encode([gray], {})
+                self._sessions["sam2_mask_decoder"].run({**features, "seg_states": states, "image_index": np.zeros(1, np.int64)})
+                image_embeds = self._sessions["vision_encoder"].run({"pixel_values": gray.tiles})["image_embeds"]
+                self._language_model.generate([self._prompt(question, image_embeds)])
+        except (GraphError, OutOfMemory) as e:
+            raise DeviceError(f"{failure}; then on a gray image: {e}; so it is the device that fails, and what is done is kept") from e
+        except ImageError:
+            pass  # a gray image that the model cannot take says nothing of the device, which ran it
+
+    def _gray(self) -> Pixels:
+        return self.prepare(Image.new("RGB", (self._bundle.tiles.size,) * 2, (128, 128, 128)))
 
     def _prompt(self, question: str, image_embeds: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size] between its texts'.

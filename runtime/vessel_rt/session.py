@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.engine import packed_cuda_runtime
-from vessel_rt.errors import ImageError, OutOfMemory, VesselError, first_line
+from vessel_rt.errors import GraphError, OutOfMemory, VesselError, first_line
 from vessel_rt.gpu import list_gpus
 from vessel_rt.shapes import Profile
 
@@ -43,6 +43,9 @@ _HEAVY = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "LayerNormaliz
 
 # What ONNX Runtime's arenas, CUDA and TensorRT say when there is none left.
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
+
+# What a plain RuntimeError of ONNX Runtime's bindings says when it is the device's; other ones are bugs.
+_OF_THE_DEVICE = re.compile(r"CUDA|CUDNN|CUBLAS|TensorRT", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +338,7 @@ class Session:
 
         Raises:
             OutOfMemory: the device has no room for these shapes.
-            ImageError: the device fails.
+            GraphError: the graph fails on the device.
         """
         into = into or {}
         fresh = [name for name in self._outputs if name not in into]
@@ -354,7 +357,7 @@ class Session:
                 else:
                     binding.bind_output(name, "cpu")
             self._session.run_with_iobinding(binding)
-        values = binding.get_outputs()[len(into) :]  # in the order of binding
+            values = binding.get_outputs()[len(into) :]  # in the order of binding
         return {name: value if name in keep else value.numpy() for name, value in zip(fresh, values, strict=True)}
 
     def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
@@ -370,15 +373,15 @@ class Session:
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """What a device fails with, as errors of an image. Which class a shortage of memory has depends on who meets it first."""
+        """Turn what ONNX Runtime raises where a device fails into OutOfMemory, known by its text alone, or GraphError."""
         try:
             yield
         except Exception as e:
             text = f"{self._path.stem} fails on {self._device}: {first_line(e)}"
             if isinstance(e, MemoryError) or _OUT_OF_MEMORY.search(str(e)):
                 raise OutOfMemory(text) from e
-            if isinstance(e, _run_faults()):
-                raise ImageError(text) from e
+            if isinstance(e, _run_faults()) or (isinstance(e, RuntimeError) and _OF_THE_DEVICE.search(str(e))):
+                raise GraphError(text) from e
             raise
 
 

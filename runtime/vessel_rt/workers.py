@@ -12,11 +12,10 @@ import dataclasses
 import os
 import pickle
 import queue
-import subprocess
+import signal
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,17 +24,19 @@ from typing import IO, Any, Self
 from vessel_rt.bundle import Bundle
 from vessel_rt.checked_files import CheckedFiles
 from vessel_rt.deployment import deploy
-from vessel_rt.errors import VesselError
+from vessel_rt.errors import DeviceError, VesselError
 from vessel_rt.frames import Frame
 from vessel_rt.outputs import Entry, FrameWriter, failure
 from vessel_rt.privacy import conceal, remember
 from vessel_rt.session import Device
+from vessel_rt.shares import Shares
 from vessel_rt.worker import Worker, WorkOptions
+from vessel_rt.worker_process import PATIENCE, Died, Patience, WorkerProcess, die_with_parent
 
 __all__ = ["Job", "Workers", "serve"]
 
-_MOST = 16  # batches a worker takes at once, at most: it works ahead only within what it has taken, and the last ones are shared out
-_PROGRAM = "from vessel_rt.workers import serve; serve()"
+RESTARTS = 3  # of a device's process without a finished frame in between; then the device is given up
+_ORPHAN = 1  # exit code of a process whose parent is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +62,42 @@ class Job:
 class Workers:
     """A process for each of `jobs`; in all else like a Worker. Entering loads them all, leaving ends them.
 
-    A process that dies is started again. The frames that it had in hand are tried once more, each alone, so that the one that kills fails,
-    and no other.
+    A process that dies, makes no progress (see Patience) or finds its device faulty is started again. The frames that it had in hand are
+    tried once more, each alone, so that the one that kills fails, and no other. A device whose process has ended more than `RESTARTS`
+    times before it finished a frame is given up, and the frames go to the other devices.
 
     Raises:
         VesselError: on entering, a process that cannot load its bundle; while running, a result that cannot be written.
+        DeviceError: every device was given up; what is done is kept.
     """
 
-    def __init__(self, jobs: Sequence[Job], stop: threading.Event, say: Callable[[str], object]) -> None:
-        self._jobs, self._stop, self._say = jobs, stop, say
-        self._processes: list[_Process] = []
-        self._left: deque[Frame] = deque()
-        self._alone: deque[Frame] = deque()
-        self._lost: set[str] = set()
-        self._lock = threading.Lock()
+    def __init__(self, jobs: Sequence[Job], stop: threading.Event, say: Callable[[str], object], patience: Patience = PATIENCE) -> None:
+        self._jobs, self._stop, self._say, self._patience = jobs, stop, say, patience
+        self._devices: list[_Device] = []
 
     @property
     def streams(self) -> int:
         """Of one process."""
-        return self._processes[0].streams
+        return self._devices[0].process.streams
 
     @property
     def batch(self) -> int:
         """Frames at once, at first."""
-        return self._processes[0].batch
+        return self._devices[0].process.batch
 
     @property
     def least_batch(self) -> int:
         """Frames at once, after a device has run out of memory."""
-        return min(process.least_batch for process in self._processes)
+        return min(device.least_batch for device in self._devices)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.callback(self._close)
-            self._processes.extend(_Process(job, self._say) for job in self._jobs)
-            for process in self._processes:
-                process.wait_until_ready()
+            for job in self._jobs:
+                self._devices.append(_Device(job, self._stop, self._say, self._patience))
+            for device in self._devices:
+                device.wait_until_ready()
             stack.pop_all()
-        threading.Thread(target=self._pass_on_stop, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -107,9 +106,9 @@ class Workers:
 
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
         """Take every frame through, in no order. See Worker.run."""
-        self._left.extend(frames)
+        shares = Shares(frames, len(self._devices), self._stop)
         done: queue.SimpleQueue[Entry | BaseException | None] = queue.SimpleQueue()
-        threads = [threading.Thread(target=self._drive, args=(place, done)) for place in range(len(self._jobs))]
+        threads = [threading.Thread(target=device.drive, args=(shares, done)) for device in self._devices]
         for thread in threads:
             thread.start()
         try:
@@ -128,148 +127,123 @@ class Workers:
         finally:
             for thread in threads:
                 thread.join()
+        if not (shares.empty or self._stop.is_set()):
+            raise DeviceError(f"no device is left to work on ({self._devices[-1].fault}); what is done is kept")
 
-    def _drive(self, place: int, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
-        """Keep one process busy, from a thread of its own."""
+    def _close(self) -> None:
+        for device in self._devices:
+            device.close()
+
+
+class _Device:
+    """A device, and the processes that work on it, one after the other; the first is started at once."""
+
+    def __init__(self, job: Job, stop: threading.Event, say: Callable[[str], object], patience: Patience) -> None:
+        self._job, self._stop, self._say, self._patience = job, stop, say, patience
+        self._suspects: list[Frame] = []  # that a process died with, alone and not for the first time; the device may yet be the cause
+        self._deaths = 0  # since a frame was finished
+        self.fault: Died | None = None  # the last one
+        self.process = self._started()
+        self.least_batch = 1
+
+    def _started(self) -> WorkerProcess:
+        return WorkerProcess(self._job, self._stop, self._say, self._patience)
+
+    def wait_until_ready(self) -> None:
+        """Raises VesselError if the first process does not load."""
         try:
-            while frames := self._take():
-                waiting = {frame.name: frame for frame in frames}
+            self.process.wait_until_ready()
+        except Died as e:
+            raise VesselError(f"{e}, before it was ready") from e
+        self.least_batch = self.process.least_batch
+
+    def drive(self, shares: Shares, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
+        """Keep a process busy, from a thread of its own; None says that it is done, or the device given up."""
+        try:
+            while frames := shares.take(self.process.streams * self.process.least_batch):
                 try:
-                    for entry in self._processes[place].run(frames):
-                        del waiting[entry.name]
-                        done.put(entry)
-                except _Died as e:
-                    if self._stop.is_set():
-                        break
-                    self._say(f"warning: {e}; it is started again")
-                    self._processes[place] = _Process(self._jobs[place], self._say)
-                    self._processes[place].wait_until_ready()
-                    for entry in self._lose(waiting.values()):
-                        done.put(entry)
+                    alive = self._work(frames, shares, done)
+                finally:
+                    shares.give_back()
+                if not alive:
+                    return
+            if not self._stop.is_set():
+                self._blame_suspects(done)
         except BaseException as e:
             done.put(e)
         finally:
             done.put(None)
 
-    def _take(self) -> list[Frame]:
-        """What a process works on next: many frames while there are many, that it may work ahead; few at the end, that all end together."""
-        with self._lock:
-            if self._stop.is_set():
-                return []
-            if self._alone:
-                return [self._alone.popleft()]
-            at_once = self.batch * self.streams
-            fair = len(self._left) // (2 * len(self._jobs))
-            return [self._left.popleft() for _ in range(min(len(self._left), max(at_once, min(fair, _MOST * at_once))))]
-
-    def _lose(self, frames: Collection[Frame]) -> list[Entry]:
-        """Frames whose process died: to be tried alone, or given up."""
-        job = self._jobs[0]
-        with self._lock:
-            given_up = [frame for frame in frames if frame.name in self._lost]
-            self._alone.extend(frame for frame in frames if frame.name not in self._lost)
-            self._lost.update(frame.name for frame in frames)
-        return [failure(frame, job.options.questions, "the process that worked on it died, twice", job.settings) for frame in given_up]
-
-    def _pass_on_stop(self) -> None:
-        self._stop.wait()
-        for process in self._processes:
-            process.stop()
-
-    def _close(self) -> None:
-        for process in self._processes:
-            process.close()
-
-
-class _Died(Exception):
-    """A worker's process is gone."""
-
-
-class _Process:
-    """One child, as its parent sees it."""
-
-    def __init__(self, job: Job, say: Callable[[str], object]) -> None:
-        self._device, self._say = job.device, say
-        self.streams = self.batch = self.least_batch = 1
-        self._sending = threading.Lock()
-        # -P: no module from the folder that the user happens to be in. A session of its own: Ctrl-C is for the parent to deal with.
-        command = [sys.executable, "-P", "-c", _PROGRAM]
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        with contextlib.suppress(_Died):  # wait_until_ready says so
-            self._send(job)
-
-    def wait_until_ready(self) -> None:
-        try:
-            self.batch, self.streams = self._receive("ready")
-            self.least_batch = self.batch
-        except _Died as e:
-            raise VesselError(f"device {self._device}: {e}, before it was ready") from e
-
-    def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
-        self._send(list(frames))
-        while (answer := self._receive("entry")) is not None:
-            entry, self.least_batch = answer
-            yield entry
-
-    def stop(self) -> None:
-        with contextlib.suppress(_Died, ValueError):  # ValueError: closed already
-            self._send(None)
-
     def close(self) -> None:
-        """End it; by now it has nothing to do, or what it does is not wanted."""
-        if self._child.stdin and self._child.stdout:
-            with self._sending, contextlib.suppress(BrokenPipeError):
-                self._child.stdin.close()
-            self._child.kill()
-            self._child.wait()
-            self._child.stdout.close()
+        self.process.close()
 
-    def _send(self, message: Any) -> None:
-        assert self._child.stdin
+    def _work(self, frames: Sequence[Frame], shares: Shares, done: queue.SimpleQueue[Entry | BaseException | None]) -> bool:
+        """Have the process work on `frames`; whether there is a process afterwards."""
+        waiting = {frame.name: frame for frame in frames}
         try:
-            with self._sending:
-                pickle.dump(message, self._child.stdin)
-                self._child.stdin.flush()
-        except BrokenPipeError as e:
-            raise self._death() from e
+            for entry in self.process.run(frames):
+                del waiting[entry.name]
+                self.least_batch = min(self.least_batch, self.process.least_batch)
+                if entry.error is None:  # so the device works
+                    self._blame_suspects(done)
+                    self._deaths = 0
+                done.put(entry)
+            return True
+        except Died as e:
+            if self._stop.is_set():
+                self._say(f"warning: {e}")
+                return False
+            self._suspects += shares.lose(waiting.values())
+            if not self._start_again(e):
+                shares.try_alone(self._suspects)
+                return False
+            return True
 
-    def _receive(self, wanted: str) -> Any:
-        """What comes next of the kind that is wanted; what comes between is dealt with."""
-        assert self._child.stdout
-        while True:
+    def _start_again(self, died: Died) -> bool:
+        """A new process, ready, in the place of the one that died; False where the device is given up or the run is stopped."""
+        while not self._stop.is_set():
+            self.fault, self._deaths = died, self._deaths + 1
+            if died.lasting or self._deaths > RESTARTS:
+                self._say(f"warning: {died}; device {self._job.device} is given up")
+                return False
+            self._say(f"warning: {died}; it is started again")
+            self.process.close()
+            self.process = self._started()
             try:
-                kind, content = pickle.load(self._child.stdout)
-            except (EOFError, pickle.UnpicklingError) as e:
-                raise self._death() from e
-            if kind == wanted:
-                return content
-            if kind == "say":
-                self._say(content)
-            elif kind == "error":
-                raise VesselError(content)
-            else:
-                raise RuntimeError(f"in the process of device {self._device}:\n{content}")
+                self.process.wait_until_ready()
+                return True
+            except Died as e:
+                died = e
+            except VesselError as e:
+                died = Died(f"the process of device {self._job.device} cannot start ({e})")
+        return False
 
-    def _death(self) -> _Died:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(timeout=1)
-        self._child.kill()  # where it is there still, and only says nothing any more
-        code = self._child.wait()
-        return _Died(f"the process of device {self._device} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+    def _blame_suspects(self, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
+        for frame in self._suspects:
+            done.put(failure(frame, self._job.options.questions, "the process that worked on it died, twice", self._job.settings))
+        self._suspects.clear()
 
 
 def serve() -> None:
-    """The child's side: a Job comes first, then lists of frames; None means to begin no more."""
+    """The child's side: a Job comes first, then lists of frames; None means to begin no more. It ends, silently, with its parent."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
     commands, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not for the parent
+    os.dup2(2, sys.stdout.fileno())  # what a library prints is not for the parent
     sending = threading.Lock()
 
     def reply(kind: str, content: Any) -> None:
-        with sending:
-            pickle.dump((kind, content), replies)
-            replies.flush()
+        try:
+            with sending:
+                pickle.dump((kind, content), replies)
+                replies.flush()
+        except OSError:
+            os._exit(_ORPHAN)
 
-    job: Job = pickle.load(commands)
+    try:
+        job: Job = pickle.load(commands)
+    except (EOFError, pickle.UnpicklingError):
+        os._exit(_ORPHAN)
     stop, chunks = threading.Event(), queue.SimpleQueue[list[Frame]]()
     threading.Thread(target=_listen, args=(commands, chunks, stop), daemon=True).start()
     try:
@@ -283,6 +257,9 @@ def serve() -> None:
                 for entry in worker.run(frames):
                     reply("entry", (entry, worker.least_batch))
                 reply("entry", None)
+    except DeviceError as e:
+        reply("device", str(e))
+        os._exit(1)  # a broken device may hang in its library's cleanup
     except VesselError as e:
         reply("error", str(e))
     except Exception:
@@ -299,4 +276,4 @@ def _listen(commands: IO[bytes], chunks: queue.SimpleQueue[list[Frame]], stop: t
             else:
                 chunks.put(message)
     finally:
-        os._exit(0)
+        os._exit(_ORPHAN)

@@ -7,18 +7,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+from PIL import Image
 
 from tests.runtime.conftest import CODES, make_frame
 from tests.runtime.engine_files import write_engines
 from vessel_rt.bundle import BUNDLE_FILE, Bundle, sha256_of
 from vessel_rt.engine import Target
-from vessel_rt.errors import BundleError, OutOfMemory, VesselError
+from vessel_rt.errors import BundleError, DeviceError, OutOfMemory, VesselError
 from vessel_rt.folder import InferOptions, infer
 from vessel_rt.frames import Naming
 from vessel_rt.privacy import StudyCodes
 from vessel_rt.segmenter import Segmenter
-from vessel_rt.session import Device
+from vessel_rt.session import Device, Session
 from vessel_rt.worker import WorkOptions
 
 
@@ -154,6 +157,51 @@ def test_one_image_that_fails_does_not_take_its_batch_along(standin: Bundle, fra
     summary = infer(standin, options(frames, tmp_path / "out", "x" * 180, batch=4))
     assert (summary.images, summary.failed) == (4, 1)
     assert [line["status"] for line in lines(tmp_path / "out")] == ["ok", "ok", "error", "ok"]
+
+
+@pytest.mark.parametrize(("streams", "batch"), [(1, 1), (2, 2)])
+def test_a_device_that_begins_to_fail_ends_the_run_and_fails_no_frame(
+    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int, batch: int
+) -> None:
+    run, calls = Session.run, itertools.count(1)
+
+    def run_or_fail(session: Session, feeds: Any, **more: Any) -> Any:
+        with session._faults():
+            if next(calls) > 30:
+                raise Fail("CUDA failure 700: an illegal memory access was encountered")
+        return run(session, feeds, **more)
+
+    frames = many(tmp_path / "frames", 24)
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "run", run_or_fail)
+        with pytest.raises(DeviceError, match=r"CUDA failure 700.*is kept"):
+            infer(standin, options(frames, tmp_path / "out", streams=streams, batch=batch))
+    finished = lines(tmp_path / "out")
+    assert 0 < len(finished) < 24
+    assert all(line["status"] == "ok" for line in finished if "text" not in line["image"])
+    summary = infer(standin, options(frames, tmp_path / "out"))
+    assert (summary.images, summary.failed) == (25, 1)
+    infer(standin, options(frames, tmp_path / "once"))
+    assert results(tmp_path / "out") == results(tmp_path / "once")
+
+
+def test_one_image_that_the_device_fails_on_fails_alone(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Session.run
+
+    def run_or_fail(session: Session, feeds: Any, **more: Any) -> Any:
+        with session._faults():
+            if any(array.shape[1:] == (3, 448, 448) and (array > 2.6).any() for array in feeds.values() if isinstance(array, np.ndarray)):
+                raise Fail("CUDA failure 1: invalid argument")
+        return run(session, feeds, **more)
+
+    frames = many(tmp_path / "frames", 10)
+    Image.new("RGB", (200, 160), (255, 255, 255)).save(frames / "003_white.png")
+    monkeypatch.setattr(Session, "run", run_or_fail)
+    summary = infer(standin, options(frames, tmp_path / "out", batch=4))
+    assert (summary.images, summary.failed) == (12, 2)
+    errors = {line["image"]: line["error"] for line in lines(tmp_path / "out") if line["status"] == "error"}
+    assert errors.keys() == {"003_white.png", "004_text.png"}
+    assert "vision_encoder fails on cpu: CUDA failure 1" in errors["003_white.png"]
 
 
 @pytest.mark.parametrize("streams", [1, 3])

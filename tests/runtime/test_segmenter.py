@@ -1,23 +1,28 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from PIL import Image
 
 from tests.runtime.conftest import make_frame
 from tests.runtime.standin import build_standin
 from vessel_rt.bundle import Bundle
 from vessel_rt.deployment import deploy
-from vessel_rt.errors import ImageError, OutOfMemory, VesselError
+from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory, VesselError
 from vessel_rt.image import mask_pixels
 from vessel_rt.segmenter import Result, Segmenter
-from vessel_rt.session import Device
+from vessel_rt.session import Device, Session
 
 CPU = Device("cpu")
+STICKY = "CUDA failure 700: an illegal memory access was encountered"
 
 
 def mask_by_torch(bundle: Bundle, image: Image.Image) -> np.ndarray:
@@ -137,4 +142,64 @@ def test_what_fails_beside_the_language_model_is_raised(standin: Bundle, monkeyp
         pixels = segmenter.prepare(make_frame())
         monkeypatch.setattr(segmenter, "_encode", full)
         with pytest.raises(OutOfMemory):
+            segmenter.run([pixels, pixels], ["Where?"])
+        with pytest.raises(DeviceError, match="out of memory"):  # for a gray image, too
             segmenter.run([pixels], ["Where?"])
+
+
+class FailingSession:
+    """Stands in for `Session.run` of a device that fails with ONNX Runtime's error `text` where `fails` of the call's feeds says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[Mapping[str, Any]], bool], text: str = STICKY) -> None:
+        run = Session.run
+
+        def run_or_fail(session: Session, feeds: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+            with session._faults():
+                if fails(feeds):
+                    raise Fail(text)
+            return run(session, feeds, **more)
+
+        monkeypatch.setattr(Session, "run", run_or_fail)
+
+
+@pytest.mark.parametrize("stage_input", ["tiles", "inputs_embeds", "seg_states"])
+def test_a_device_that_fails_on_a_gray_image_too_is_faulty(standin: Bundle, monkeypatch: pytest.MonkeyPatch, stage_input: str) -> None:
+    with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
+        pixels = segmenter.prepare(make_frame())
+        segmenter.run([pixels], ["Where?"])
+        FailingSession(monkeypatch, lambda feeds: stage_input in feeds or (stage_input == "tiles" and "pixel_values" in feeds))
+        for batch in ([pixels], [pixels, pixels]):
+            with pytest.raises(DeviceError, match="CUDA failure 700"):
+                segmenter.run(batch, ["Where?"])
+
+
+@pytest.mark.parametrize(("text", "error"), [(STICKY, ImageError), ("Failed to allocate memory", OutOfMemory)])
+def test_an_image_that_alone_fails_is_at_fault(
+    standin: Bundle, monkeypatch: pytest.MonkeyPatch, text: str, error: type[ImageError]
+) -> None:
+    with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
+        small, large = (segmenter.prepare(make_frame(*size)) for size in ((448, 448), (1344, 1344)))
+        FailingSession(monkeypatch, lambda feeds: "pixel_values" in feeds and len(feeds["pixel_values"]) > 7, text)
+        with pytest.raises(error, match="vision_encoder fails on cpu") as caught:
+            segmenter.run([large], ["Where?"])
+        assert type(caught.value) is error
+        segmenter.run([small], ["Where?"])
+
+
+def test_a_gray_image_that_the_model_cannot_take_says_nothing_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Segmenter(deploy(build_standin(tmp_path / "bundle", capacity=80), CPU), threads=1) as segmenter:
+        pixels = segmenter.prepare(make_frame())
+        calls = itertools.count()
+        FailingSession(monkeypatch, lambda feeds: "pixel_values" in feeds and next(calls) == 0)
+        monkeypatch.setattr(segmenter, "_draft", lambda question: ())
+        with pytest.raises(ImageError, match="CUDA failure 700"):
+            segmenter.run([pixels], ["x" * 60])
+
+
+@pytest.mark.parametrize("text", [STICKY, "CUBLAS failure 14: CUBLAS_STATUS_INTERNAL_ERROR"])
+def test_a_plain_runtime_error_of_cuda_is_a_graphs_and_any_other_a_bug(standin: Bundle, text: str) -> None:
+    with Session(standin.folder / "sam2_image_encoder.onnx", CPU, 1) as session:
+        with pytest.raises(GraphError, match="sam2_image_encoder fails on cpu"), session._faults():
+            raise RuntimeError(text)
+        with pytest.raises(RuntimeError, match="bound output"), session._faults():
+            raise RuntimeError("no such bound output")
