@@ -31,6 +31,8 @@ __all__ = ["main"]
 T = TypeVar("T")
 
 _ENGINES = Path("engines")
+_MOST_BATCH, _MOST_STREAMS = 4096, 256
+_THREADS_A_CORE = 4
 
 _EXAMPLES = """examples:
   vessel-rt infer frames/                                 every image of a folder, to out/<bundle>; again: what is left of it
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="reckon the GPU memory that a bundle takes; fails if it does not fit, and says what to lower")
     plan.add_argument("--bundle", type=Path, metavar="DIR", help="what to plan for (default: as for infer)")
     plan.add_argument("--recipe", type=Path, metavar="TOML", help="whose engines.max_batch and engines.memory_gib to plan for")
-    plan.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: the recipe's, else 1)")
+    plan.add_argument("--batch", type=_up_to(_MOST_BATCH), metavar="N", help="images at once (default: the recipe's, else 1)")
     plan.add_argument("--memory", type=_gibibytes, metavar="GIB", help="the card's memory (default: the recipe's, else the GPU's here)")
     plan.add_argument("--json", action="store_true", help="for programs")
     plan.set_defaults(run=_plan)
@@ -196,11 +198,24 @@ def _add_infer(commands: Any) -> None:
     )
     devices.add_argument("--devices", type=_several_devices, metavar="LIST", help="a process for each: 0,1,2,3 or cuda:0,cuda:1 or cpu:2")
     where.add_argument(
-        "--ray", nargs="?", const="local", metavar="ADDRESS", help="on a Ray cluster, one GPU an actor (no ADDRESS: one on this host)"
+        "--ray",
+        nargs="?",
+        const="local",
+        type=_ray_address,
+        metavar="ADDRESS",
+        help="on a Ray cluster, one GPU an actor (no ADDRESS: one on this host)",
     )
-    where.add_argument("--threads", type=_positive, default=0, metavar="N", help="CPU threads of all streams together (default: all cores)")
-    where.add_argument("--streams", type=_positive, metavar="N", help="batches in work at one time (default: up to 4 on a CPU, 1 on a GPU)")
-    where.add_argument("--batch", type=_positive, metavar="N", help="images at once (default: 1 on a CPU, what fits on a GPU)")
+    where.add_argument(
+        "--threads",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help=f"CPU threads of all streams together, at most {_THREADS_A_CORE} a core (default: all cores)",
+    )
+    where.add_argument(
+        "--streams", type=_up_to(_MOST_STREAMS), metavar="N", help="batches in work at one time (default: up to 4 on a CPU, 1 on a GPU)"
+    )
+    where.add_argument("--batch", type=_up_to(_MOST_BATCH), metavar="N", help="images at once (default: 1 on a CPU, what fits on a GPU)")
     where.add_argument(
         "--no-draft", action="store_true", help="decode token by token, as training's own code does; the answers are the same"
     )
@@ -257,6 +272,7 @@ def _infer(arguments: argparse.Namespace) -> int:
     from vessel_rt.session import Device
     from vessel_rt.worker import WorkOptions
 
+    _check_bounds(arguments)
     part, parts = _part(arguments)
     bundle = _find_bundle(arguments.bundle, arguments.quiet)
     output = arguments.output or Path("out") / bundle.folder.resolve().name
@@ -305,6 +321,24 @@ def _part(arguments: argparse.Namespace) -> tuple[int, int]:
     if part is not None and part >= parts:
         arguments.usage_error(f"--part-id {part} is out of range: with --num-parts {parts} it is from 0 to {parts - 1}")
     return part or 0, parts or 1
+
+
+def _check_bounds(arguments: argparse.Namespace) -> None:
+    """Refuse more threads and processes than this machine can use. Of a cluster elsewhere nothing is known."""
+    from vessel_rt.worker import cores
+
+    if arguments.ray not in (None, "local"):
+        return
+    processes = len(arguments.devices) if arguments.devices and arguments.devices[0].kind == "cpu" else 1
+    if processes > cores():
+        arguments.usage_error(
+            f"--devices: {processes} processes on the CPU, of which this process may use {cores()} cores; at most one a core"
+        )
+    if arguments.threads > _THREADS_A_CORE * cores():
+        most = _THREADS_A_CORE * cores()
+        arguments.usage_error(
+            f"--threads: {arguments.threads} are too many for the {cores()} cores that this process may use; at most {most}"
+        )
 
 
 def _print_summary(summary: Summary, output: Path) -> None:
@@ -436,6 +470,21 @@ def _unicode(text: str) -> str:
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
     return text
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if _positive(text) > most:
+            raise argparse.ArgumentTypeError(f"{text} is too many; at most {most}")
+        return int(text)
+
+    return parse
+
+
+def _ray_address(text: str) -> str:
+    from vessel_rt.ray_workers import check_address
+
+    return _parsed(check_address, text)
 
 
 def _natural(text: str) -> int:

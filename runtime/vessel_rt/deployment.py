@@ -7,6 +7,10 @@ was hashed before anything opens it; no other file is opened. `Deployment.guarde
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,11 +25,14 @@ from vessel_rt.plan import make_plan
 from vessel_rt.session import Device, EngineCache, Session, device_fault, open_device
 from vessel_rt.shapes import Workload, stage_profile
 
-__all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "deploy", "deployment_fault"]
+__all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "choose_devices", "deploy", "deployment_fault"]
 
 _NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
 MOST_IMAGES = 8  # of a batch, unless more are asked for
+_CHOOSER = "from vessel_rt.deployment import answer_parent; answer_parent()"
+_CHOOSING = 300  # seconds; drivers of many GPUs take a while to start
+
 AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which at first spends minutes on building engines
 
 
@@ -223,6 +230,40 @@ def choose_device(bundle: Bundle, wanted: Device) -> Device:
         if fault is None:
             return Device(kind, wanted.index)
     raise VesselError(f"GPU {wanted.index} cannot be used: {'; '.join(f'{kind}: {fault}' for kind, fault in faults.items())}")
+
+
+def choose_devices(bundle: Bundle, wanted: Sequence[Device], *, apart: bool = False) -> tuple[Device, ...]:
+    """`choose_device` of each. For several GPUs, and with `apart`, a process of its own does it: finding out whether a GPU works takes
+    memory there until the process ends.
+
+    Raises:
+        VesselError: one cannot be used, or the driver crashes or hangs.
+    """
+    if all(device.kind == "cpu" for device in wanted) or (len(wanted) == 1 and not apart):
+        return tuple(choose_device(bundle, device) for device in wanted)
+    command = [sys.executable, "-P", "-c", _CHOOSER]
+    try:
+        done = subprocess.run(command, input=pickle.dumps((bundle, wanted)), stdout=subprocess.PIPE, timeout=_CHOOSING)
+        found = pickle.loads(done.stdout)
+    except subprocess.TimeoutExpired as e:
+        raise VesselError(f"the devices do not answer within {_CHOOSING} seconds: nvidia-smi may say why") from e
+    except (EOFError, pickle.UnpicklingError) as e:
+        raise VesselError(f"looking for devices ended with exit code {done.returncode}: nvidia-smi may say why") from e
+    if isinstance(found, str):
+        raise VesselError(found)
+    return tuple(found)
+
+
+def answer_parent() -> None:
+    """The process of `choose_devices`: a bundle and devices come on standard input, devices or an error's text go out."""
+    bundle, wanted = pickle.load(sys.stdin.buffer)
+    with os.fdopen(os.dup(1), "wb") as replies:
+        os.dup2(2, 1)  # what a library prints is not for the parent
+        try:
+            found: Sequence[Device] | str = [choose_device(bundle, device) for device in wanted]
+        except VesselError as e:
+            found = str(e)
+        pickle.dump(found, replies)
 
 
 def _engines(bundle: Bundle, device: Device) -> EngineSet:

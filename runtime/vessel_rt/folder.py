@@ -22,7 +22,7 @@ from tqdm import tqdm
 import vessel_rt
 from vessel_rt.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.cines import write_cines
-from vessel_rt.deployment import check_bundle, choose_device
+from vessel_rt.deployment import check_bundle, choose_devices
 from vessel_rt.earlier import read_earlier
 from vessel_rt.engine import ENGINES
 from vessel_rt.errors import BundleError, VesselError
@@ -167,7 +167,7 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     if not frames:
         raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
     record = Record(lock, earlier, frames, options.overwrite, options.prune)
-    devices = [_choose(bundle, device, options.ray) for device in options.devices]
+    devices = _choose(bundle, options)
     settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
     left = record.resume(settings, options.work.questions)
     summary = _summary_of(record, frames, len(names), say)
@@ -226,11 +226,14 @@ def _check_sources(bundle: Bundle, names: Sequence[str], output: Path) -> None:
         )
 
 
-def _choose(bundle: Bundle, device: Device, ray: str | None) -> Device:
+def _choose(bundle: Bundle, options: InferOptions) -> Sequence[Device]:
     """What is used here; of GPUs elsewhere, in a cluster, only the kind is known."""
-    if ray and device.kind == "gpu":
+    kind = options.devices[0].kind
+    if options.ray and kind == "gpu":
         raise VesselError("--ray gives an actor to each GPU of the cluster; name their kind with --device cuda or rtx, not their numbers")
-    return Device(device.kind) if ray and device.kind not in ("auto", "cpu") else choose_device(bundle, device)
+    if options.ray and kind not in ("auto", "cpu"):
+        return [Device(kind)] * len(options.devices)
+    return choose_devices(bundle, options.devices, apart=options.ray is not None)
 
 
 def _is_finished(options: InferOptions) -> bool:

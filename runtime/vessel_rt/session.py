@@ -104,7 +104,7 @@ class Device:
         for part in text.split(","):
             if part.isdecimal():
                 devices.append(cls("gpu", int(part)))
-            elif match := re.fullmatch(r"cpu:([1-9]\d*)", part):
+            elif match := re.fullmatch(r"cpu:([1-9]\d{0,2})", part):
                 devices.extend([cls("cpu")] * int(match[1]))
             else:
                 devices.append(cls.parse(part))

@@ -163,7 +163,7 @@ def test_a_device_that_is_given_up_leaves_its_frames_to_the_others(
     marked = (
         "import dataclasses, os; from vessel_rt import worker, workers\n"
         "def start(self, stop, say, *more, opened=workers.Job.open):\n"
-        "    if self.device.index: worker.read_frame = lambda frame: os.abort()\n"
+        "    if self.device.index: worker.read_frame = lambda *_: os.abort()\n"
         "    return opened(dataclasses.replace(self, device=workers.Device('cpu')), stop, say, *more)\n"
         "workers.Job.open = start; workers.serve()"
     )
