@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test lint
+.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test fuzz lint
 
 setup: .venv/ready
 
@@ -62,6 +62,11 @@ engines/tiny-%: | setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Damaged input of every kind, at random; cases that end in anything but a result or one line of error are kept under out/fuzz.
+MINUTES ?= 5
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

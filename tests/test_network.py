@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Tiny
+
+LOOPBACK = ("127.", "::1", "::ffff:127.")
+METADATA = "169.254.169.254"  # link-local: where Ray asks which cloud it is in, though its usage statistics are off
 
 # Where each command may leave files, of the folders that it knows of: home, the temporary folder, the working folder.
 KEY = "home/.config/vessel-rt/study-codes.key"
@@ -132,3 +136,13 @@ def test_an_engines_build(observe: Observe, fp16_bundle: Path, place: Path) -> N
     )
     assert calls == []
     assert outside(files, "work/bundle/engines/") == []
+
+
+def test_ray_stays_on_this_host(observe: Observe, fp32_bundle: Path, tiny: Tiny) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("extra ray is not installed")
+    arguments = ("infer", tiny.frames, "--bundle", fp32_bundle, "--num-images", "4", "--devices", "cpu:2", "--ray", "-o", "out")
+    calls, files = observe("vessel_rt.cli", arguments)
+    elsewhere = [call for call in calls if call.startswith(("connect", "sendto")) and not call.split()[1].startswith((*LOOPBACK, METADATA))]
+    assert elsewhere == []
+    assert outside(files, KEY, "work/out/", "temporary/ray") == []

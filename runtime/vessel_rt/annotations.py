@@ -23,8 +23,8 @@ __all__ = ["KINDS", "NOTES", "SAME_MASKS", "Drawn", "Fault", "Item", "concept_of
 Mask = npt.NDArray[np.bool_]
 Polygon: TypeAlias = Sequence[float]
 
-_FARTHEST = 100_000  # pixels from the origin; pycocotools overflows far beyond it, and ends the process
-_LONGEST = 1_000_000  # pixels of outline: pycocotools allocates about 100 bytes for each, and ends the process where it cannot
+_FARTHEST = 2 * MAX_SIDE  # pixels from the origin; pycocotools overflows far beyond it, and ends the process
+_LONGEST = 250_000  # pixels of outline: pycocotools takes time and 100 bytes for each, and ends the process where it has no memory
 _DEEPEST = 50  # levels in what an item has besides, which --fix writes as it is
 
 # What each kind of fault means, and what --fix does about it.

@@ -55,7 +55,7 @@ def test_a_sound_item_is_read_as_it_stands(tmp_path: Path) -> None:
         (ITEM | {"mask": [[SQUARE[:-1]]]}, "coordinates"),
         (ITEM | {"mask": [[["0", "0", "1", "0", "1", "1"]]]}, "coordinates"),
         (ITEM | {"mask": [[[0, 0, 1e6, 0, 1, 1]]]}, "coordinates"),
-        (ITEM | {"mask": [[[-99_999, 0, 99_999, 1] * 10]]}, "coordinates"),
+        (ITEM | {"mask": [[[-16_000, 0, 16_000, 1] * 10]]}, "coordinates"),
         (ITEM | {"mask": [[[]]]}, "empty polygon"),
         (ITEM | {"mask": [[[0, 0, 9, 9]]]}, "empty polygon"),
         (ITEM | {"mask": [[]]}, "empty polygon"),
@@ -145,7 +145,7 @@ def test_the_largest_outline_that_is_taken_fits_into_little_memory() -> None:
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 from vessel_rt.annotations import rasterized
-print(rasterized([[-99_999, 0, 99_999, 1, -99_999, 2, 99_999, 3, 0, 64]], 64, 96).sum())
+print(rasterized([[-16_000, 0, 16_000, 1] * 3 + [-16_000, 64]], 64, 96).sum())
 """
     pytest.importorskip("resource", reason="limits of POSIX")
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
