@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tests.runtime.conftest import make_frame
-from vessel_rt.bundle import BUNDLE_FILE, SCHEMA, Bundle, sha256_of
+from vessel_rt.bundle import BUNDLE_FILE, SCHEMA, Bundle, named_and_unchecked, sha256_of
 from vessel_rt.cli import main
 from vessel_rt.errors import BundleError
 
@@ -290,3 +291,13 @@ def test_every_command_ends_with_one_line(
     said = capsys.readouterr().err
     assert BUNDLE_FILE in said
     assert said.count("\n") == 1
+
+
+def test_the_name_of_a_graph_that_was_compiled_from_memory_is_no_file(tmp_path: Path) -> None:
+    """TensorRT-RTX writes it into every engine's node; a file of that name would be one that nobody has hashed."""
+    node = helper.make_node("EPContext", [], ["y"], domain="com.microsoft", onnx_model_filename="virtual_model.onnx")
+    graph = helper.make_graph([node], "engine", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])
+    onnx.save(helper.make_model(graph), tmp_path / "stage.onnx")
+    assert named_and_unchecked(tmp_path, ["stage.onnx"], {}) == ()
+    (tmp_path / "virtual_model.onnx").write_bytes(b"")
+    assert len(named_and_unchecked(tmp_path, ["stage.onnx"], {})) == 1
