@@ -13,12 +13,12 @@ import vessel_rt
 from vessel_export.engines import add_arguments as add_build_arguments
 from vessel_export.engines import build_after_export
 from vessel_export.ranges import add_arguments as add_ranges_arguments
-from vessel_export.streams import forgiving_streams
 from vessel_export.training_config import positive_number
 from vessel_export.verify import add_arguments as add_verify_arguments
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
 from vessel_rt.recipe import PRECISIONS
+from vessel_rt.streams import standard_streams
 
 __all__ = ["main"]
 
@@ -33,14 +33,13 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vessel-export`; returns the exit code: 0 done, 1 bad input or parity beyond tolerance, 2 bad usage, 130 interrupted."""
-    with forgiving_streams() as output:
+    with standard_streams() as out:
         arguments = _parser().parse_args(argv)
         code = _run(arguments)
-        if output.failure:
-            if not isinstance(output.failure, BrokenPipeError):  # whoever read may go, as `head` does
-                print(f"vessel-export: standard output: {output.failure.strerror}", file=sys.stderr)
-            code = code or int(arguments.run is _inspect)  # whose work is what it prints
-    return code
+        out.flush()
+        if out.fault and not isinstance(out.fault, BrokenPipeError):  # whoever read may go, as `head` does
+            print(f"vessel-export: error: standard output: cannot be written ({out.fault.strerror})", file=sys.stderr)
+        return code or int(out.fault is not None and arguments.run is _inspect)  # whose work is what it prints
 
 
 def _run(arguments: argparse.Namespace) -> int:

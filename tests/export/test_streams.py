@@ -40,7 +40,7 @@ def test_a_reader_that_goes_is_no_traceback(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("redirections", [">&-", "2>&-", ">&- 2>&-", "0<&- >&- 2>&-"])
 def test_closed_streams(tiny: Tiny, tmp_path: Path, redirections: str) -> None:
     done = shell(f"inspect {tiny.checkpoint}", redirections, tmp_path)
-    assert code(tmp_path) == 0
+    assert code(tmp_path) == int(">&-" in redirections.split())  # what it prints is its work
     assert "Traceback" not in done.stderr
 
 
