@@ -1,7 +1,7 @@
 # Every target in one line; `make setup` needs nothing but Python 3.11 to 3.13 and pip.
 PYTHON ?= python3
 BIN := .venv/bin
-RECIPE ?= engines/rtx3090.toml
+RECIPE ?= rtx3090
 TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
@@ -25,7 +25,7 @@ browser:
 	npm install --silent --no-fund --no-audit --prefix .venv/browser 'playwright-core@^1.50'
 
 demo: setup
-	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe engines/cpu.toml --out engines/tiny-fp32 --overwrite
+	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe cpu --out engines/tiny-fp32 --overwrite
 	$(BIN)/vessel-rt infer $(TINY)/frames --bundle engines/tiny-fp32 -o out/demo --overwrite
 	$(BIN)/vessel-rt evaluate out/demo --gt $(TINY)/annotations.json
 
@@ -58,7 +58,7 @@ bench: | setup engines/tiny-fp32 engines/tiny-fp16
 	$(BIN)/python -m benchmarks.report
 
 engines/tiny-%: | setup
-	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe engines/cpu.toml --precision $* --out $@
+	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe cpu --precision $* --out $@
 
 test: setup
 	$(BIN)/python -m pytest

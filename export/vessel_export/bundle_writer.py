@@ -164,7 +164,7 @@ def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
     capacity = recipe.language_model.capacity
     if not need <= capacity <= base.language.max_positions:
         raise RecipeError(
-            f"engines/{recipe.name}.toml: capacity {capacity} must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text and answer)"
+            f"recipe {recipe.name}: capacity {capacity} must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text and answer)"
             f" to {base.language.max_positions} (the model's positions)"
         )
 

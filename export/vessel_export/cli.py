@@ -17,14 +17,14 @@ from vessel_export.training_config import positive_number
 from vessel_export.verify import add_arguments as add_verify_arguments
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
-from vessel_rt.recipe import PRECISIONS
+from vessel_rt.recipe import DEFAULT_RECIPE, PRECISIONS, recipe_names
 from vessel_rt.streams import standard_streams
 
 __all__ = ["main"]
 
 _EXAMPLES = """examples:
   vessel-export export --ckpt work_dirs/iter_12192.pth
-  vessel-export export --ckpt tiny.pth --base examples/tiny/base --sam2 examples/tiny/sam2_tiny.pt --recipe engines/cpu.toml
+  vessel-export export --ckpt tiny.pth --base examples/tiny/base --sam2 examples/tiny/sam2_tiny.pt --recipe cpu
   vessel-export inspect work_dirs/sa2va_finetune
   vessel-export build --bundle engines/iter_12192-fp16 --describe sm86
   vessel-export verify --bundle engines/iter_12192-fp16 --ckpt work_dirs/iter_12192.pth --images frames/
@@ -74,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--base", metavar="DIR|ID", help="InternVL3: a folder or a Hugging Face id (default: OpenGVLab/InternVL3-8B)")
     export.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0: a .pt or a Hugging Face id (default: facebook/sam2-hiera-large)")
     export.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<precision>)")
-    export.add_argument("--recipe", type=Path, metavar="TOML", help="what to make (default: engines/rtx3090.toml)")
+    export.add_argument(
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        metavar="NAME|TOML",
+        help=f"what to make: {', '.join(recipe_names())}, or a file (default: {DEFAULT_RECIPE})",
+    )
     export.add_argument("--precision", choices=PRECISIONS, help="instead of the recipe's: fp16 or bf16 for GPUs, fp32 for CPUs")
     export.add_argument("--lora-alpha", type=positive_number, metavar="A", help="LoRA's alpha, where the checkpoint does not tell")
     export.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a tensor that nothing uses; may be repeated")
@@ -115,7 +120,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from vessel_export.bundle_writer import ExportRequest, export_bundle
     from vessel_rt.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe or Path("engines/rtx3090.toml"))
+    recipe = load_recipe(arguments.recipe)
     if arguments.precision:
         recipe = dataclasses.replace(recipe, precision=arguments.precision)
     out = arguments.out or Path("engines") / f"{arguments.ckpt.stem}-{recipe.precision}"

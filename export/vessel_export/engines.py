@@ -32,7 +32,7 @@ from vessel_rt.checked_files import check_files
 from vessel_rt.engine import BUILDERS, Engine, Target, builder_version
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
 from vessel_rt.gpu import list_gpus
-from vessel_rt.recipe import EngineRecipe, Recipe, load_recipe
+from vessel_rt.recipe import DEFAULT_RECIPE, EngineRecipe, Recipe, load_recipe
 from vessel_rt.shapes import Profile, Shapes, engine_recipe, shape_text, stage_profile, workload_of
 
 __all__ = ["Build", "BuildRequest", "Compiler", "add_arguments", "build_after_export", "build_engines", "run"]
@@ -133,7 +133,7 @@ def build_engines(request: BuildRequest, report: Callable[[Build], object] = lam
 
 
 def _target(request: BuildRequest, engines: EngineRecipe) -> Target:
-    recipe, builder = f"engines/{request.recipe.name}.toml", request.builder
+    recipe, builder = f"recipe {request.recipe.name}", request.builder
     if builder == "rtx" and engines.architecture not in ARCHITECTURES:
         raise RecipeError(f"{recipe}: architecture is {engines.architecture}; TensorRT-RTX compiles for {', '.join(ARCHITECTURES)} only")
     if request.describe and builder != "rtx":
@@ -335,7 +335,9 @@ def _close_to_others(path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vessel-export build`; `parser`'s namespace then has `run`."""
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle that is given engines")
-    parser.add_argument("--recipe", type=Path, metavar="TOML", help="for which GPU and shapes (default: engines/rtx3090.toml)")
+    parser.add_argument(
+        "--recipe", default=DEFAULT_RECIPE, metavar="NAME|TOML", help=f"for which GPU and shapes (default: {DEFAULT_RECIPE})"
+    )
     parser.add_argument("--describe", metavar="ARCH", help="build on a machine without a GPU, for one of this architecture, as sm86")
     parser.add_argument("--builder", choices=BUILDERS, default="rtx", help="TensorRT-RTX (default), or TensorRT proper")
     parser.add_argument(
@@ -354,7 +356,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     request = BuildRequest(
         bundle=arguments.bundle,
-        recipe=load_recipe(arguments.recipe or Path("engines/rtx3090.toml")),
+        recipe=load_recipe(arguments.recipe),
         builder=arguments.builder,
         describe=arguments.describe,
         stages=tuple(stage for stage in STAGES if stage in (arguments.stage or STAGES)),

@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="reckon the GPU memory that a bundle takes; fails if it does not fit, and says what to lower")
     plan.add_argument("--bundle", type=Path, metavar="DIR", help="what to plan for (default: as for infer)")
-    plan.add_argument("--recipe", type=Path, metavar="TOML", help="whose engines.max_batch and engines.memory_gib to plan for")
+    plan.add_argument("--recipe", metavar="NAME|TOML", help="whose engines.max_batch and engines.memory_gib to plan for")
     plan.add_argument("--batch", type=_up_to(_MOST_BATCH), metavar="N", help="images at once (default: the recipe's, else 1)")
     plan.add_argument("--memory", type=_gibibytes, metavar="GIB", help="the card's memory (default: the recipe's, else the GPU's here)")
     plan.add_argument("--json", action="store_true", help="for programs")

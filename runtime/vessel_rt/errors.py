@@ -25,7 +25,7 @@ class BundleError(VesselError):
 
 
 class RecipeError(VesselError):
-    """A recipe (engines/*.toml) that cannot be read, or whose settings do not fit the model or the GPU."""
+    """A recipe that cannot be read, or whose settings do not fit the model or the GPU."""
 
 
 class EngineError(VesselError):

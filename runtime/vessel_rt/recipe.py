@@ -1,4 +1,7 @@
-"""Recipes (`engines/*.toml`): what is being made, and for which GPU. Read once, at the edge, into frozen dataclasses."""
+"""Recipes: what is being made, and for which GPU. Read once, at the edge, into frozen dataclasses.
+
+Those of the project are in recipes/, and go by their names; engines/ links to them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,12 @@ from typing import Annotated
 from vessel_rt.errors import RecipeError
 from vessel_rt.schema import Within, decode, read_small, shown
 
-__all__ = ["PRECISIONS", "EngineRecipe", "LanguageModelRecipe", "Recipe", "load_recipe"]
+__all__ = ["DEFAULT_RECIPE", "PRECISIONS", "EngineRecipe", "LanguageModelRecipe", "Recipe", "load_recipe", "recipe_names"]
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+DEFAULT_RECIPE = "rtx3090"
+
+_RECIPES = Path(__file__).with_name("recipes")
 
 _Tokens = Annotated[int, Within(1, 2**20)]
 _Count = Annotated[int, Within(1, 1024)]
@@ -55,23 +61,29 @@ class Recipe:
     engines: EngineRecipe | None = None
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read a recipe.
+def recipe_names() -> tuple[str, ...]:
+    """The names of the project's own recipes."""
+    return tuple(sorted(path.stem for path in _RECIPES.glob("*.toml")))
+
+
+def load_recipe(source: Path | str) -> Recipe:
+    """Read a recipe: a file, or one of the project's by its name.
 
     Raises:
         RecipeError: not there, not TOML, a key missing, unknown or of the wrong kind, or a value out of range.
     """
+    path = _RECIPES / f"{source}.toml" if str(source) in recipe_names() else Path(source)
     try:
         document = tomllib.loads(read_small(path).decode("utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe; those of the project are engines/*.toml") from None
+        raise RecipeError(f"{path}: no such recipe; take {' or '.join(recipe_names())}, or the path of a .toml file") from None
     except (OSError, ValueError, RecursionError) as e:  # TOML's errors are ValueErrors
         said = e.strerror if isinstance(e, OSError) else "nested too deeply" if isinstance(e, RecursionError) else e
-        raise RecipeError(f"{path}: not a recipe ({said}); engines/rtx3090.toml shows one") from e
+        raise RecipeError(f"{path}: not a recipe ({said}); {_RECIPES / DEFAULT_RECIPE}.toml shows one") from e
     try:
         recipe: Recipe = decode(Recipe, document, name=path.stem)
     except ValueError as e:
-        raise RecipeError(f"{path}: {e}; engines/rtx3090.toml shows a whole recipe") from None
+        raise RecipeError(f"{path}: {e}; {_RECIPES / DEFAULT_RECIPE}.toml shows a whole recipe") from None
     for fault in _faults(recipe):
         raise RecipeError(f"{path}: {fault}")
     return recipe

@@ -54,7 +54,7 @@ def shape_text(shape: tuple[int, ...]) -> str:
 def engine_recipe(recipe: Recipe) -> EngineRecipe:
     """What `recipe` says of engines; RecipeError if it makes none."""
     if recipe.engines is None:
-        raise RecipeError(f"engines/{recipe.name}.toml: has no [engines]; engines/rtx3090.toml shows one")
+        raise RecipeError(f"recipe {recipe.name}: has no [engines]; the recipe rtx3090 shows one")
     return recipe.engines
 
 
@@ -64,7 +64,7 @@ def workload_of(bundle: Bundle, recipe: Recipe) -> Workload:
     Raises:
         RecipeError: it makes none, is not what `bundle` was exported with, or asks for more tiles than an image can have.
     """
-    engines, name = engine_recipe(recipe), f"engines/{recipe.name}.toml"
+    engines, name = engine_recipe(recipe), f"recipe {recipe.name}"
     asked = {"precision": recipe.precision, "language_model.capacity": recipe.language_model.capacity}
     has = {"precision": bundle.precision, "language_model.capacity": bundle.language_model.capacity}
     for key in asked:

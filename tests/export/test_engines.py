@@ -296,7 +296,7 @@ def test_impossible_targets(built: Path, recipe: Recipe, changes: dict[str, obje
 
 
 def test_recipes_that_do_not_fit_the_bundle(built: Path, recipe: Recipe) -> None:
-    with pytest.raises(RecipeError, match=r"engines/cpu.toml: has no \[engines\]"):
+    with pytest.raises(RecipeError, match=r"recipe cpu: has no \[engines\]"):
         build_engines(_request(built, load_recipe(ROOT / "engines" / "cpu.toml")))
     other = dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, capacity=8192))
     with pytest.raises(RecipeError, match=r"language_model.capacity is 8192, the bundle's is 4096"):
@@ -317,7 +317,7 @@ def bare(built: Path, tmp_path: Path) -> Path:
 
 
 def test_what_the_command_line_refuses(bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--describe sm89: engines/rtx3090.toml is for sm86" in _error(capsys, bare, "--describe", "sm89")
+    assert "--describe sm89: recipe rtx3090 is for sm86" in _error(capsys, bare, "--describe", "sm89")
     assert "--describe: tensorrt builds only where the GPU is" in _error(capsys, bare, "--describe", "sm86", "--builder", "tensorrt")
     assert "--ampere-plus: rtx builds for one architecture" in _error(capsys, bare, "--describe", "sm86", "--ampere-plus")
     assert "no bundle here" in _error(capsys, bare / "weights", "--describe", "sm86")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 from vessel_rt.errors import RecipeError
-from vessel_rt.recipe import load_recipe
+from vessel_rt.recipe import load_recipe, recipe_names
 
 TEXT = (ROOT / "engines" / "rtx3090.toml").read_text(encoding="utf-8")
 
@@ -59,3 +59,12 @@ def test_a_recipe_that_is_no_file_of_text(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.toml", tmp_path, tmp_path / "bytes.toml", Path(os.devnull)):
         with pytest.raises(RecipeError, match=str(path)):
             load_recipe(path)
+
+
+def test_the_projects_recipes_go_by_their_names_wherever_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recipe_names() == ("cpu", "rtx3090")
+    for name in recipe_names():
+        assert load_recipe(name) == load_recipe(ROOT / "engines" / f"{name}.toml")
+    with pytest.raises(RecipeError, match="cpu or rtx3090"):
+        load_recipe("a100")

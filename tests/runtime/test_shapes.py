@@ -47,7 +47,7 @@ def test_every_dynamic_axis_of_every_stage_has_its_sizes(fp16_bundle: Path, reci
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"engines": None}, r"engines/test\.toml: has no \[engines\]"),
+        ({"engines": None}, r"recipe test: has no \[engines\]"),
         ({"precision": "bf16"}, "precision is bf16, the bundle's is fp16"),
         ({"language_model": {"capacity": 8192}}, "language_model.capacity is 8192, the bundle's is 4096"),
         ({"opt_tiles": 14}, "engines.opt_tiles is 14; an image has 13 at most"),
