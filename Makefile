@@ -39,7 +39,7 @@ which:
 synth-8b: $(FULL)/model
 
 $(FULL)/model: | setup
-	$(BIN)/vessel-export synth --out $@
+	$(BIN)/python -m benchmarks.synth --out $@
 
 export-8b: synth-8b
 	$(BIN)/python -m benchmarks.export --model $(FULL)/model --out $(FULL)/bundle $(ARGS)

@@ -20,14 +20,14 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.measure import infer_options, publish
-from vessel_export.verify import mask_iou
-from vessel_rt.bundle import Bundle
-from vessel_rt.devices import list_devices
+from vessel_export.parity.verify import mask_iou
+from vessel_rt.device.device_report import list_devices
+from vessel_rt.device.session import Device
 from vessel_rt.errors import BundleError, VesselError
-from vessel_rt.evaluate import evaluate
-from vessel_rt.folder import infer
-from vessel_rt.results import read_results
-from vessel_rt.session import Device
+from vessel_rt.evaluation.evaluate import evaluate
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.results.reader import read_results
+from vessel_rt.run.infer import infer
 
 _TINY = Path("examples/tiny")
 _MADE_BY = {

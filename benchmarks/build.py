@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Usage, publish, run
-from vessel_rt.bundle import STAGES, Bundle
-from vessel_rt.engine import ENGINES, Engine
-from vessel_rt.recipe import load_recipe
+from vessel_rt.formats.bundle import STAGES, Bundle
+from vessel_rt.formats.engine_sidecar import ENGINES, Engine
+from vessel_rt.formats.recipe import load_recipe
 
 _SCRIPT = Path(sys.executable).with_name("vessel-export")
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
-from vessel_rt.bundle import Bundle
+from vessel_rt.formats.bundle import Bundle
 
 __all__ = ["Cost", "graph_cost", "stage_cost"]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.export --model DIR [--peer-layers 2 4 8 16]
 
-DIR is what `vessel-export synth` wrote. The peer is `PeftModel.merge_and_unload` and `torch.onnx.export` of the language model alone, with
+DIR is written by benchmarks.synth. The peer is `PeftModel.merge_and_unload` and `torch.onnx.export` of the language model alone, with
 as many of its layers as fit in memory; it runs for each of `--peer-layers` until one does not. The last line is JSON.
 """
 
@@ -24,7 +24,7 @@ _SCRIPT = Path(sys.executable).with_name("vessel-export")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="what `vessel-export synth` wrote")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="what `python -m benchmarks.synth` wrote")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where bundles are made (default: beside DIR; the bundle stays there)")
     parser.add_argument("--recipe", type=Path, default=Path("engines/rtx3090.toml"), metavar="TOML")
     parser.add_argument("--peer-layers", type=int, nargs="*", default=[], metavar="N", help="depths at which the peer is tried, rising")

@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import AutoConfig, DynamicCache, Qwen2ForCausalLM
 
-from vessel_export.base_model import open_base
-from vessel_export.checkpoint import LORA_PREFIX, open_checkpoint
+from vessel_export.sources.base_model import open_base
+from vessel_export.sources.checkpoint import LORA_PREFIX, open_checkpoint
 
 
 class _Prefill(torch.nn.Module):

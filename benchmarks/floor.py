@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from benchmarks.costs import Cost, stage_cost
 from benchmarks.measure import RESULTS, machine, publish
-from vessel_rt.bundle import Bundle
-from vessel_rt.shapes import MOST_KEPT
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.profiles import MOST_KEPT
 
-_TEXT_TOKENS = 64  # of the prompt, as in vessel_rt.shapes: the template and a short question
+_TEXT_TOKENS = 64  # of the prompt, as in vessel_rt.formats.profiles: the template and a short question
 _RUNS = 30  # short ones, of which the fastest counts: other work on the machine slows most of them
 _COPIED = 1 << 30  # bytes: more than any cache holds
 _SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied

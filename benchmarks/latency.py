@@ -8,7 +8,7 @@ does hits all of them; ratios are those of one round, and their spread is told.
 
 - runtime: `vessel-rt infer` as it comes. no-draft: the same, decoding token by token.
 - naive: the same graphs, one image after the other, no drafts, nothing at the same time.
-- reference: vessel_export.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
+- reference: vessel_export.parity.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
 
 Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the
 part of a run's steady state in which a stream runs no graph (on a CPU; a GPU's graphs overlap). The last line is JSON.
@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.measure import infer_options, publish, square_frames
-from vessel_rt.results import TIMINGS_FILE, iter_lines
+from vessel_rt.results.reader import TIMINGS_FILE, iter_lines
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _least_iou(theirs: Path, ours: Path) -> float:
     """Of the masks of the same names in two folders."""
-    from vessel_export.verify import mask_iou
+    from vessel_export.parity.verify import mask_iou
 
     pairs = ((np.asarray(Image.open(path)) > 0, np.asarray(Image.open(ours / path.name)) > 0) for path in theirs.glob("*.png"))
     return min(mask_iou(one, other) for one, other in pairs)
@@ -167,17 +167,17 @@ def _ask(arguments: argparse.Namespace, worker: str, frames: Path) -> dict[str, 
 
 
 def _segmenter(arguments: argparse.Namespace, *, draft: bool) -> Any:
-    from vessel_rt.bundle import Bundle
-    from vessel_rt.deployment import deploy
-    from vessel_rt.segmenter import Segmenter
-    from vessel_rt.session import Device
+    from vessel_rt.device.deployment import deploy
+    from vessel_rt.device.session import Device
+    from vessel_rt.formats.bundle import Bundle
+    from vessel_rt.model.segmenter import Segmenter
 
     return Segmenter(deploy(Bundle.load(arguments.bundle), Device.parse(arguments.device)), draft=draft)
 
 
 def _naive(arguments: argparse.Namespace) -> dict[str, Any]:
     """One image after the other, and its mask written, with nothing at the same time."""
-    from vessel_rt.image import read_image
+    from vessel_rt.inputs.images import read_image
 
     with _segmenter(arguments, draft=False) as segmenter:
         for path in sorted((arguments.frames / "frames").iterdir()):
@@ -205,7 +205,7 @@ def _compiled(arguments: argparse.Namespace) -> dict[str, Any]:
 def _by_torch(arguments: argparse.Namespace, prepare: Callable[[Any], None]) -> dict[str, Any]:
     import torch
 
-    from vessel_export.reference import Reference
+    from vessel_export.parity.reference import Reference
 
     [checkpoint], [sam2] = arguments.model.glob("iter_*.pth"), arguments.model.glob("sam2_*.pt")
     gpu = torch.cuda.is_available()
@@ -226,11 +226,11 @@ def _save(mask: Any, path: Path) -> None:
 
 def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each stage's milliseconds for single images, milliseconds an image in batches, and what of a run no graph runs in."""
-    from vessel_rt import session
-    from vessel_rt.bundle import Bundle
-    from vessel_rt.folder import infer
-    from vessel_rt.image import read_image
-    from vessel_rt.session import Device
+    from vessel_rt.device import session
+    from vessel_rt.device.session import Device
+    from vessel_rt.formats.bundle import Bundle
+    from vessel_rt.inputs.images import read_image
+    from vessel_rt.run.infer import infer
 
     running: list[tuple[float, float]] = []  # begin and end of each run of a graph, from any thread
     run = session.Session.run

@@ -18,12 +18,12 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from vessel_rt.folder import InferOptions
-from vessel_rt.frames import Naming
-from vessel_rt.image import SUFFIXES
-from vessel_rt.privacy import StudyCodes
-from vessel_rt.session import Device
-from vessel_rt.worker import WorkOptions
+from vessel_rt.device.session import Device
+from vessel_rt.inputs.frames import Naming
+from vessel_rt.inputs.images import SUFFIXES
+from vessel_rt.inputs.pseudonyms import StudyCodes
+from vessel_rt.run.infer import InferOptions
+from vessel_rt.run.worker import WorkOptions
 
 __all__ = ["Usage", "infer_options", "machine", "process_field", "publish", "run", "square_frames"]
 
@@ -84,7 +84,7 @@ def process_field(pid: int, file: str, name: str) -> int:
 
 
 def infer_options(frames: Path, output: Path, question: str, device: Device, *, draft: bool = True) -> InferOptions:
-    """For a run of `vessel_rt.folder.infer` in this process; the key of its study codes is no secret."""
+    """For a run of `vessel_rt.run.infer.infer` in this process; the key of its study codes is no secret."""
     return InferOptions((str(frames),), output, Naming(StudyCodes(b"benchmark")), WorkOptions((question,), draft=draft), devices=(device,))
 
 

@@ -28,7 +28,7 @@ from benchmarks.measure import process_field, publish
 from vessel_rt.errors import VesselError
 
 if TYPE_CHECKING:  # a worker imports what it measures, and little else
-    from vessel_rt.bundle import Bundle
+    from vessel_rt.formats.bundle import Bundle
 
 _MIB = 2**20
 _RUNS = 3  # of each worker: what an allocator keeps differs by a tenth from one run to the next
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    from vessel_rt.bundle import Bundle
+    from vessel_rt.formats.bundle import Bundle
 
     bundle = Bundle.load(arguments.bundle)
     runtime, reference = (_median([_measure(worker) for _ in range(_RUNS)]) for worker in ("runtime", "reference"))
@@ -96,11 +96,11 @@ def _median(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, 
 
 def _runtime(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields the name of each phase when it is over, and goes on when its memory has been read."""
-    from vessel_rt.bundle import Bundle
-    from vessel_rt.deployment import deploy
-    from vessel_rt.image import read_image
-    from vessel_rt.segmenter import Segmenter
-    from vessel_rt.session import Device, onnxruntime
+    from vessel_rt.device.deployment import deploy
+    from vessel_rt.device.session import Device, onnxruntime
+    from vessel_rt.formats.bundle import Bundle
+    from vessel_rt.inputs.images import read_image
+    from vessel_rt.model.segmenter import Segmenter
 
     onnxruntime()
     yield "import"
@@ -118,8 +118,8 @@ def _reference(arguments: argparse.Namespace) -> Iterator[str]:
     """The same of the PyTorch model."""
     from PIL import Image
 
-    from vessel_export.reference import Reference
-    from vessel_rt.bundle import Bundle
+    from vessel_export.parity.reference import Reference
+    from vessel_rt.formats.bundle import Bundle
 
     yield "import"
     bundle = Bundle.load(arguments.bundle)
@@ -153,9 +153,9 @@ def _memory(gpu: int | None) -> dict[str, float] | int:
 
 def _gpu_rows(bundle: Bundle) -> Iterator[dict[str, Any]]:
     """Each GPU under each kind of device that runs `bundle` there: what is taken after each phase, and what was planned."""
-    from vessel_rt.deployment import AUTO
-    from vessel_rt.devices import list_devices
-    from vessel_rt.plan import make_plan
+    from vessel_rt.device.deployment import AUTO
+    from vessel_rt.device.device_report import list_devices
+    from vessel_rt.device.memory_plan import make_plan
 
     for report in list_devices(bundle):
         if report.gpu is None or report.fault or report.device.kind not in AUTO:  # `tensorrt` would build engines in the worker first

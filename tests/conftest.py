@@ -8,20 +8,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT, Tiny
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime themselves; what the project promises is tested in test_network.py
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiny:
-    """The paths of examples/tiny."""
-
-    base: Path
-    sam2: Path
-    checkpoint: Path
-    frames: Path
-    annotations: Path
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +21,8 @@ def tiny() -> Tiny:
 
 
 def _export(tiny: Tiny, out: Path, precision: str) -> Path:
-    from vessel_export.bundle_writer import ExportRequest, export_bundle
-    from vessel_rt.recipe import load_recipe
+    from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
+    from vessel_rt.formats.recipe import load_recipe
 
     recipe = dataclasses.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
     export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), out, recipe))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 from vessel_export.cli import main as export_main
 from vessel_rt.cli import main as runtime_main
 

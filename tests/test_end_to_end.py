@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Tiny
+from tests.support.paths import Tiny
 from vessel_rt.cli import main
-from vessel_rt.evaluate import evaluate
+from vessel_rt.evaluation.evaluate import evaluate
 
 BOTH = "Please segment vessel and catheter in this image."
 

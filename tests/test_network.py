@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Tiny
+from tests.support.paths import ROOT, Tiny
 
 LOOPBACK = ("127.", "::1", "::ffff:127.")
 METADATA = "169.254.169.254"  # link-local: where Ray asks which cloud it is in, though its usage statistics are off

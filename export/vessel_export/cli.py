@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vessel_rt
-from vessel_export.engines import add_arguments as add_build_arguments
-from vessel_export.engines import build_after_export
-from vessel_export.ranges import add_arguments as add_ranges_arguments
-from vessel_export.training_config import positive_number
-from vessel_export.verify import add_arguments as add_verify_arguments
+from vessel_export.engines.build import add_arguments as add_build_arguments
+from vessel_export.engines.build import build_after_export
+from vessel_export.parity.fp16_ranges import add_arguments as add_ranges_arguments
+from vessel_export.parity.verify import add_arguments as add_verify_arguments
+from vessel_export.sources.mmengine_config import positive_number
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
-from vessel_rt.recipe import DEFAULT_RECIPE, PRECISIONS, recipe_names
-from vessel_rt.streams import standard_streams
+from vessel_rt.formats.recipe import DEFAULT_RECIPE, PRECISIONS, recipe_names
+from vessel_rt.io.streams import standard_streams
 
 __all__ = ["main"]
 
@@ -105,20 +105,13 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compare a bundle with the PyTorch reference, stage by stage and end to end")
     add_verify_arguments(verify)
-
-    synth = commands.add_parser("synth", help="write a random model of the real one's size: base, SAM2 and checkpoint")
-    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make (20 GB at full size)")
-    synth.add_argument("--layers", type=int, default=28, metavar="N", help="less depth, at every width of the real one (default: 28, all)")
-    synth.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed gives the same bytes (default: 0)")
-    synth.add_argument("--no-outliers", dest="outliers", action="store_false", help="without activations beyond FP16's range")
-    synth.set_defaults(run=_synth)
     return parser
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from vessel_export.base_model import DEFAULT_BASE, DEFAULT_SAM2
-    from vessel_export.bundle_writer import ExportRequest, export_bundle
-    from vessel_rt.recipe import load_recipe
+    from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
+    from vessel_export.sources.base_model import DEFAULT_BASE, DEFAULT_SAM2
+    from vessel_rt.formats.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe)
     if arguments.precision:
@@ -152,19 +145,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from vessel_export.inspection import inspect_checkpoint, inspect_folder, markdown, show, to_json
+    from vessel_export.sources.inspection import inspect_checkpoint, inspect_folder, markdown, show, to_json
 
     report = inspect_folder(arguments.path) if arguments.path.is_dir() else inspect_checkpoint(arguments.path)
     if arguments.json or arguments.markdown:
         print(to_json(report) if arguments.json else markdown(report), end="" if arguments.markdown else "\n")
     else:
         show(report)
-    return 0
-
-
-def _synth(arguments: argparse.Namespace) -> int:
-    from vessel_export.synth import full_size, write_synth
-
-    size = write_synth(arguments.out, full_size(arguments.layers, seed=arguments.seed, outliers=arguments.outliers))
-    print(f"{arguments.out}: random model of {arguments.layers} layers, {size / 1e9:.2f} GB")
     return 0

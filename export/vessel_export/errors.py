@@ -2,7 +2,7 @@
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["BaseModelError", "CheckpointError", "SynthError", "UnreadableFile"]
+__all__ = ["BaseModelError", "CheckpointError", "UnreadableFile"]
 
 
 class CheckpointError(VesselError):
@@ -11,10 +11,6 @@ class CheckpointError(VesselError):
 
 class BaseModelError(VesselError):
     """A base model or SAM2 that cannot be found or is not what the checkpoint was trained on."""
-
-
-class SynthError(VesselError):
-    """A random model that cannot be written as asked."""
 
 
 class UnreadableFile(ValueError):

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import vessel_rt
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
-from vessel_rt.folder_lock import locked
-from vessel_rt.streams import standard_streams
+from vessel_rt.io.folder_lock import locked
+from vessel_rt.io.streams import standard_streams
 
 if TYPE_CHECKING:
-    from vessel_rt.bundle import Bundle
-    from vessel_rt.folder import Summary
-    from vessel_rt.frames import Naming
-    from vessel_rt.image import Rescale
-    from vessel_rt.session import Device
+    from vessel_rt.device.session import Device
+    from vessel_rt.formats.bundle import Bundle
+    from vessel_rt.inputs.frames import Naming
+    from vessel_rt.inputs.images import Rescale
+    from vessel_rt.run.infer import Summary
 
 __all__ = ["main"]
 
@@ -98,14 +98,14 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments))
     except VesselError as e:
-        from vessel_rt.privacy import printable
+        from vessel_rt.inputs.pseudonyms import printable
 
         print(f"vessel-rt: error: {printable(str(e))}", file=sys.stderr)
         if arguments.run is _infer and arguments.json:
             print(json.dumps({"error": str(e), "exit_code": 1}))
         return 1
     except OSError as e:
-        from vessel_rt.privacy import conceal, printable
+        from vessel_rt.inputs.pseudonyms import conceal, printable
 
         print(f"vessel-rt: error: {printable(conceal(str(e.filename or 'a file')))}: {e.strerror or type(e).__name__}", file=sys.stderr)
         return 1
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print("vessel-rt: interrupted; what was done before is kept", file=sys.stderr)
         return 130
     except Exception:
-        from vessel_rt.privacy import conceal
+        from vessel_rt.inputs.pseudonyms import conceal
 
         print(conceal(traceback.format_exc()), end="", file=sys.stderr)
         return 1
@@ -267,10 +267,10 @@ def _add_results_commands(commands: Any) -> None:
 
 
 def _infer(arguments: argparse.Namespace) -> int:
-    from vessel_rt.folder import InferOptions, infer  # here, so that --help does not wait for the libraries
-    from vessel_rt.frames import Selection
-    from vessel_rt.session import Device
-    from vessel_rt.worker import WorkOptions
+    from vessel_rt.device.session import Device
+    from vessel_rt.inputs.frames import Selection
+    from vessel_rt.run.infer import InferOptions, infer  # here, so that --help does not wait for the libraries
+    from vessel_rt.run.worker import WorkOptions
 
     _check_bounds(arguments)
     part, parts = _part(arguments)
@@ -325,7 +325,7 @@ def _part(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def _check_bounds(arguments: argparse.Namespace) -> None:
     """Refuse more threads and processes than this machine can use. Of a cluster elsewhere nothing is known."""
-    from vessel_rt.worker import cores
+    from vessel_rt.run.worker import cores
 
     if arguments.ray not in (None, "local"):
         return
@@ -342,7 +342,7 @@ def _check_bounds(arguments: argparse.Namespace) -> None:
 
 
 def _print_summary(summary: Summary, output: Path) -> None:
-    from vessel_rt.privacy import printable
+    from vessel_rt.inputs.pseudonyms import printable
 
     kept = f", {summary.kept} of them done before" if summary.kept else ""
     print(f"images: {summary.images}{kept}, failed: {summary.failed}, masks: {summary.masks}, without a mask: {summary.without_mask}")
@@ -351,7 +351,7 @@ def _print_summary(summary: Summary, output: Path) -> None:
     if summary.images > summary.kept:
         print(f"seconds: {summary.seconds:.1f} ({summary.images_per_second:.2f} images/s), after {summary.load_seconds:.1f} of loading")
     if summary.images == summary.total:
-        from vessel_rt.results import REPORT_FILE
+        from vessel_rt.results.reader import REPORT_FILE
 
         print(f"report: {printable(str(output / REPORT_FILE))}")
     print(f"results: {printable(str(output))}")
@@ -363,8 +363,8 @@ def _summary_json(summary: Summary, output: Path, code: int) -> dict[str, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from vessel_rt.evaluate import evaluate
-    from vessel_rt.report import write_report
+    from vessel_rt.evaluation.evaluate import evaluate
+    from vessel_rt.results.report import write_report
 
     naming = _naming(arguments, arguments.output)
     with locked(arguments.output):
@@ -375,7 +375,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
-    from vessel_rt.check_data import check_data, dropped_path, write_fixed
+    from vessel_rt.evaluation.check_data import check_data, dropped_path, write_fixed
 
     if arguments.fix:
         dropped_path(arguments.fix)  # now, not after a long check
@@ -388,7 +388,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from vessel_rt.report import write_report
+    from vessel_rt.results.report import write_report
 
     with locked(arguments.output):
         print(f"report: {write_report(arguments.output)}")
@@ -396,7 +396,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from vessel_rt.merge import merge
+    from vessel_rt.results.merge_shards import merge
 
     print(f"images: {merge(arguments.parts, arguments.output)}")
     print(f"results: {arguments.output}")
@@ -404,15 +404,15 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _naming(arguments: argparse.Namespace, output: Path | None = None, pseudonymize: bool = False) -> Naming:
-    from vessel_rt.frames import Naming
-    from vessel_rt.privacy import StudyCodes
+    from vessel_rt.inputs.frames import Naming
+    from vessel_rt.inputs.pseudonyms import StudyCodes
 
     return Naming(StudyCodes.load(arguments.key, outside=output), arguments.show_names, pseudonymize)
 
 
 def _devices(arguments: argparse.Namespace) -> int:
-    from vessel_rt.bundle import Bundle
-    from vessel_rt.devices import devices_json, devices_table, list_devices
+    from vessel_rt.device.device_report import devices_json, devices_table, list_devices
+    from vessel_rt.formats.bundle import Bundle
 
     reports = list_devices(Bundle.load(arguments.bundle) if arguments.bundle else None)
     print(devices_json(reports) if arguments.json else devices_table(reports))
@@ -420,10 +420,10 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from vessel_rt.gpu import list_gpus
-    from vessel_rt.plan import make_plan, require_fit
-    from vessel_rt.recipe import load_recipe
-    from vessel_rt.shapes import workload_of
+    from vessel_rt.device.cuda_driver import list_gpus
+    from vessel_rt.device.memory_plan import make_plan, require_fit
+    from vessel_rt.formats.profiles import workload_of
+    from vessel_rt.formats.recipe import load_recipe
 
     bundle, recipe = _find_bundle(arguments.bundle), load_recipe(arguments.recipe) if arguments.recipe else None
     batch = workload_of(bundle, recipe).max_batch if recipe else 1
@@ -441,7 +441,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _find_bundle(folder: Path | None, quiet: bool = False) -> Bundle:
     """The bundle to run: the one asked for, else $VESSEL_BUNDLE's, else the newest complete one under ./engines; named unless asked for."""
-    from vessel_rt.bundle import BUNDLE_FILE, Bundle
+    from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 
     if folder:
         return Bundle.load(folder)
@@ -482,7 +482,7 @@ def _up_to(most: int) -> Callable[[str], int]:
 
 
 def _ray_address(text: str) -> str:
-    from vessel_rt.ray_workers import check_address
+    from vessel_rt.run.ray_pool import check_address
 
     return _parsed(check_address, text)
 
@@ -505,25 +505,25 @@ def _gibibytes(text: str) -> int:
 
 
 def _device(text: str) -> Device:
-    from vessel_rt.session import Device
+    from vessel_rt.device.session import Device
 
     return _parsed(Device.parse, text)
 
 
 def _several_devices(text: str) -> tuple[Device, ...]:
-    from vessel_rt.session import Device
+    from vessel_rt.device.session import Device
 
     return _parsed(Device.parse_several, text)
 
 
 def _frames(text: str) -> slice:
-    from vessel_rt.dicom import parse_frames
+    from vessel_rt.inputs.dicom import parse_frames
 
     return _parsed(parse_frames, text)
 
 
 def _rescale(text: str) -> Rescale:
-    from vessel_rt.image import Rescale
+    from vessel_rt.inputs.images import Rescale
 
     return _parsed(Rescale.parse, text)
 

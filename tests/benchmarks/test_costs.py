@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks.costs import Cost, graph_cost
-from tests.conftest import Tiny
-from vessel_export.base_model import open_base
+from tests.support.paths import Tiny
 from vessel_export.graphs.language_model import build_language_model
+from vessel_export.sources.base_model import open_base
 
 _FLOAT = ir.DataType.FLOAT
 

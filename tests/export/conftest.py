@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.export.small_models import MODEL, fine_tuned_state, write_base, write_checkpoint, write_sam2
-from vessel_export.bundle_writer import ExportRequest
-from vessel_export.synth import SynthModel
-from vessel_rt.recipe import load_recipe
+from benchmarks.synth.random_model import SynthModel
+from tests.support.paths import ROOT
+from tests.support.small_models import MODEL, fine_tuned_state, write_base, write_checkpoint, write_sam2
+from vessel_export.bundle.bundle_writer import ExportRequest
+from vessel_rt.formats.recipe import load_recipe
 
 
 def _request(folder: Path, model: SynthModel) -> ExportRequest:
@@ -30,7 +30,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
-    """The same with activations beyond FP16's range: see `vessel_export.synth`."""
+    """The same with activations beyond FP16's range: see `benchmarks.synth.random_model`."""
     return _request(tmp_path_factory.mktemp("planted"), dataclasses.replace(MODEL, outliers=True))
 
 
@@ -45,7 +45,7 @@ def planted_bf16(planted: ExportRequest) -> Path:
 
 
 def _export(small: ExportRequest, precision: str) -> Path:
-    from vessel_export.bundle_writer import export_bundle
+    from vessel_export.bundle.bundle_writer import export_bundle
 
     out = small.out.with_name(f"small-{precision}")
     export_bundle(dataclasses.replace(small, out=out, recipe=dataclasses.replace(small.recipe, precision=precision)))
@@ -72,8 +72,8 @@ def small_bundle(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def full_width(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExportRequest]:
     """The real model's widths, 2 layers deep, with planted outliers, and at `out` its FP16 bundle; gone at the end: it is gigabytes."""
-    from vessel_export.bundle_writer import export_bundle
-    from vessel_export.synth import full_size, write_synth
+    from benchmarks.synth.random_model import full_size, write_synth
+    from vessel_export.bundle.bundle_writer import export_bundle
 
     folder = tmp_path_factory.mktemp("full-width")
     write_synth(folder / "model", full_size(2))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Tiny
+from tests.support.paths import ROOT, Tiny
 
 RUN = f"{sys.executable} -c 'import sys; from vessel_export.cli import main; sys.exit(main())'"
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from vessel_export.checkpoint import LORA_PREFIX
-from vessel_export.synth_formats import save_checkpoint
+from benchmarks.synth.file_formats import save_checkpoint
+from vessel_export.sources.checkpoint import LORA_PREFIX
 
 __all__ = ["FOREIGN", "GLOBAL", "REDUCE", "STOP", "mutate", "proto", "records", "seed", "text", "zipped"]
 

@@ -14,7 +14,7 @@ import pydicom
 from PIL import Image
 
 from tests.fuzz.damage import damaged, replaced
-from tests.runtime.dicom_files import BIG_ENDIAN, ENHANCED_XA, EXPLICIT, JPEG, JPEG_2000, RLE, item, jpeg, lookup_table, make_dicom
+from tests.support.dicom_files import BIG_ENDIAN, ENHANCED_XA, EXPLICIT, JPEG, JPEG_2000, RLE, item, jpeg, lookup_table, make_dicom
 
 __all__ = ["mutate", "seeds"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, features
 
 from tests.fuzz.damage import damaged, replaced
-from tests.runtime.image_files import png, png_chunk, tiff
+from tests.support.image_files import png, png_chunk, tiff
 
 __all__ = ["mutate", "seeds"]
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from tests.conftest import ROOT
 from tests.fuzz import annotations, checkpoints, dicom, images
 from tests.fuzz.damage import damaged
 from tests.fuzz.mutations import damaged_lines, damaged_text
-from tests.runtime.conftest import make_frame
-from tests.runtime.standin import build_standin
+from tests.support.frames import make_frame
+from tests.support.paths import ROOT
+from tests.support.standin import build_standin
 
 __all__ = ["KINDS", "Unacceptable"]
 
@@ -205,7 +205,7 @@ def _recipes(prepared: Path) -> Case:
 
     def case(rng: random.Random, folder: Path) -> str:
         from vessel_rt.errors import VesselError
-        from vessel_rt.recipe import load_recipe
+        from vessel_rt.formats.recipe import load_recipe
 
         path = folder / "recipe.toml"
         path.write_bytes(damaged(rng, rng.choice(texts)))

@@ -11,40 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.conftest import Tiny
-from tests.runtime.standin import build_standin
-from vessel_rt.bundle import Bundle
-from vessel_rt.frames import Frame
-from vessel_rt.privacy import StudyCodes
-
-CODES = StudyCodes(bytes(32))
+from tests.support.frames import make_frame
+from tests.support.paths import Tiny
+from tests.support.standin import build_standin
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.inputs.pseudonyms import StudyCodes
 
 
 @pytest.fixture(scope="session")
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Answers `Mask [SEG].`; not to be written to."""
     return build_standin(tmp_path_factory.mktemp("standin") / "standin")
-
-
-def make_frame(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
-    """A bright field with a dark bar across it, and noise."""
-    pixels = np.random.default_rng(seed).integers(150, 220, (height, width, 3), dtype=np.uint8)
-    pixels[height // 3 : height // 2] = 30
-    return Image.fromarray(pixels)
-
-
-def placed(*paths: str | Path) -> list[Frame]:
-    """The frames of these files, as a run would have them, whether they are there or not."""
-    files, count = [Path(path) for path in paths], len(paths)
-    codes = [CODES.code(path.stem) for path in files]
-    return [
-        Frame(path, None, index, path.stem, code, path.name, f"frame {index + 1} of {count} ({code})")
-        for index, (path, code) in enumerate(zip(files, codes, strict=True))
-    ]
 
 
 @pytest.fixture(autouse=True)

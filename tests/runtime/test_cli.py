@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 import vessel_rt
-from tests.conftest import ROOT
-from tests.runtime.conftest import make_frame
-from vessel_rt.bundle import BUNDLE_FILE, SCHEMA, Bundle
+from tests.support.frames import make_frame
+from tests.support.paths import ROOT
 from vessel_rt.cli import main
-from vessel_rt.privacy import StudyCodes
+from vessel_rt.formats.bundle import BUNDLE_FILE, SCHEMA, Bundle
+from vessel_rt.inputs.pseudonyms import StudyCodes
 
 TOLD = ("run.json", "timings.jsonl", "report.html")  # of the run, not of the frames
 
@@ -278,7 +278,7 @@ def test_a_bug_shows_its_traceback_without_names(
         raise RuntimeError(f"no way with {path}")
 
     (frames / "a.jpg").rename(frames / "Study-4711.jpg")
-    monkeypatch.setattr("vessel_rt.worker.input_sha256", broken)
+    monkeypatch.setattr("vessel_rt.run.worker.input_sha256", broken)
     assert infer(frames) == 1
     out, err = capsys.readouterr()
     assert "Traceback" in err
@@ -294,7 +294,7 @@ def test_a_bug_with_short_names_keeps_its_numbers(
 
     for number, name in (("1", "a.jpg"), ("86", "b.png"), ("78", "c.tif")):
         (frames / name).rename(frames / f"{number}{Path(name).suffix}")
-    monkeypatch.setattr("vessel_rt.worker.input_sha256", broken)
+    monkeypatch.setattr("vessel_rt.run.worker.input_sha256", broken)
     assert infer(frames) == 1
     err = capsys.readouterr().err
     assert ": 1 of 78 at line 86" in err

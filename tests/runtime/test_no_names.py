@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.runtime.conftest import make_frame
-from vessel_rt.bundle import Bundle
+from tests.support.frames import make_frame
 from vessel_rt.cli import main
+from vessel_rt.formats.bundle import Bundle
 
 pydicom = pytest.importorskip("pydicom", reason="extra dicom is not installed")
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.runtime.conftest import make_frame
-from vessel_rt.bundle import Bundle
+from tests.support.frames import make_frame
+from vessel_rt.formats.bundle import Bundle
 
 HEAVY = {"torch", "transformers", "onnx", "onnxscript", "vessel_export", "torchvision", "sam2", "peft"}
 
@@ -27,7 +27,7 @@ def modules_after(program: str, *arguments: str) -> set[str]:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    assert not modules_after("import vessel_rt, vessel_rt.bundle, vessel_rt.cli") & {
+    assert not modules_after("import vessel_rt, vessel_rt.formats.bundle, vessel_rt.cli") & {
         *HEAVY,
         "numpy",
         "PIL",

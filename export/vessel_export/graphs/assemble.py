@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, nn
 
-from vessel_export.safetensors_writer import TensorLocation
-from vessel_rt.bundle import StageSpec, TensorSpec
+from vessel_export.io.safetensors_writer import TensorLocation
+from vessel_rt.formats.bundle import StageSpec, TensorSpec
 
 __all__ = ["DTYPES", "OPSET", "TO_IR", "Graph", "assemble", "save_graph"]
 

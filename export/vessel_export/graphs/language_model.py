@@ -13,9 +13,9 @@ import dataclasses
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vessel_export.base_config import LanguageConfig
 from vessel_export.graphs.assemble import Graph, assemble
 from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
+from vessel_export.sources.base_config import LanguageConfig
 
 __all__ = ["build_language_model"]
 

@@ -8,7 +8,7 @@ import torch
 
 from vessel_export.graphs.assemble import Graph
 from vessel_export.graphs.torch_export import trace
-from vessel_export.safetensors_writer import OutputTensor
+from vessel_export.io.safetensors_writer import OutputTensor
 
 __all__ = ["Sam2MaskDecoder", "trace_sam2_mask_decoder"]
 

@@ -16,7 +16,7 @@ import torch
 from onnxscript.optimizer import fold_constants
 
 from vessel_export.graphs.assemble import TO_IR, Graph
-from vessel_export.safetensors_writer import OutputTensor, in_pieces
+from vessel_export.io.safetensors_writer import OutputTensor, in_pieces
 
 __all__ = ["trace"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vessel_export.base_config import VisionConfig
 from vessel_export.graphs.assemble import Graph, assemble
 from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
+from vessel_export.sources.base_config import VisionConfig
 
 __all__ = ["build_vision_encoder"]
 

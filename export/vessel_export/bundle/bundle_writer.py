@@ -1,0 +1,261 @@
+"""Export: checkpoint + base model + SAM2 + recipe -> a bundle, which appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import vessel_rt
+from vessel_export.bundle.merge_lora import NEW_TOKENS, MergePlan, plan_merge
+from vessel_export.bundle.reuse import find_neighbours, link_engines, older_file
+from vessel_export.bundle.sam2_stages import Written, write_sam2_stages
+from vessel_export.errors import BaseModelError, CheckpointError
+from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
+from vessel_export.graphs.language_model import build_language_model
+from vessel_export.graphs.vision_encoder import build_vision_encoder
+from vessel_export.io.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
+from vessel_export.io.staging import staging
+from vessel_export.io.subprocess_call import Beside, beside
+from vessel_export.sources.base_model import BaseModel, Sam2, open_base, open_sam2
+from vessel_export.sources.checkpoint import Checkpoint, open_checkpoint
+from vessel_export.sources.hub_cache import hashing
+from vessel_export.sources.tokenizer import extend_tokenizer
+from vessel_rt.errors import RecipeError
+from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, EmbeddingTable, LanguageModelSpec, MaskSpec, PromptSpec, Provenance, TileSpec
+from vessel_rt.formats.recipe import Recipe
+from vessel_rt.io.checked_files import FileRecord, sha256_of
+
+__all__ = ["Export", "ExportRequest", "export_bundle"]
+
+# Sa2VA's own constants, which the base model does not set: inference (modeling_sa2va_chat.py, templates.py), training (datasets/common.py).
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MIN_TILES, _MAX_TILES, _THUMBNAIL = 1, 12, True
+_PREFIX, _SUFFIX = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+_IMAGE_START, _IMAGE_TOKEN, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
+_STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_QUESTION = "Please segment vessel in this image."
+_ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
+_TEXT_TOKENS = 256  # room in the cache for the question and the template around it
+
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportRequest:
+    """What to export. `base` and `sam2` are local paths or Hugging Face ids; `lora_alpha` goes before what the checkpoint tells;
+    `skip` names tensors of the checkpoint to leave out."""
+
+    checkpoint: Path
+    base: str
+    sam2: str
+    out: Path
+    recipe: Recipe
+    lora_alpha: float | None = None
+    skip: tuple[str, ...] = ()
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A finished export: the bundle, the bytes that were written for it, and the files and engines that were linked to older ones."""
+
+    bundle: Bundle
+    bytes_written: int
+    reused_files: tuple[str, ...]
+    reused_engines: tuple[str, ...]
+
+
+def export_bundle(request: ExportRequest) -> Export:
+    """Make the bundle that `request` describes.
+
+    Files and engines that would equal those of a bundle in the same folder become hard links to them. Files are compared byte for byte as
+    they are made; an engine is taken if it was built from files of the same SHA-256.
+
+    Raises:
+        VesselError: an input is missing, damaged, or does not fit the others; nothing is left behind.
+    """
+    out = request.out.absolute()
+    _check_out(out, request.overwrite)
+    with staging(out) as folder, beside(write_sam2_stages) as sam2_stages, ThreadPoolExecutor(1) as thread:
+        checkpoint = open_checkpoint(request.checkpoint, request.skip)
+        sha256 = thread.submit(sha256_of, request.checkpoint)
+        base, sam2 = open_base(request.base), open_sam2(request.sam2)
+        _check_capacity(request.recipe, base)
+        alpha = _alpha(checkpoint, request.lora_alpha)
+        sizes, dtype = request.recipe.language_model, DTYPES[request.recipe.precision]
+        plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=sizes.capacity, dtype=dtype)
+        tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
+        prompt = _prompt(tokenizer, base)
+        neighbours = find_neighbours(out, request.base, request.recipe.precision)
+        with hashing(base.files) as hashed:
+            stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
+            hashed()
+        tokenizer.save(str(folder / prompt.tokenizer))
+        files = _records(folder, written)
+        engines = link_engines(folder, files, neighbours)
+        bundle = Bundle(
+            folder=folder,
+            precision=request.recipe.precision,
+            tiles=TileSpec(
+                base.vision.image_size, _MIN_TILES, _MAX_TILES, _THUMBNAIL, base.vision.tokens_per_tile, _IMAGENET_MEAN, _IMAGENET_STD
+            ),
+            mask=MaskSpec(sam2.image_size, sam2.image_size // 4, _IMAGENET_MEAN, _IMAGENET_STD),
+            prompt=prompt,
+            language_model=LanguageModelSpec(
+                base.language.layers,
+                base.language.hidden_size,
+                base.language.kv_heads,
+                base.language.head_dim,
+                plan.vocabulary,
+                sizes.capacity,
+                sizes.max_new_tokens,
+            ),
+            embed_tokens=EmbeddingTable("weights/embed_tokens.safetensors", "embed_tokens.weight"),
+            stages=stages,
+            provenance=_provenance(request, checkpoint, sha256.result(), alpha),
+            files=files,
+        )
+        (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
+        fresh = [record.bytes for name, record in files.items() if name not in written]
+        bytes_written = sum(fresh) + sum(file.bytes_written for file in written.values())
+    reused = tuple(name for name, file in written.items() if file.bytes_written == 0)
+    return Export(Bundle.load(request.out), bytes_written, reused, engines)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+    if out.exists() and not (out / BUNDLE_FILE).is_file():
+        raise CheckpointError(f"{out}: not a bundle, so --overwrite leaves it alone; choose another --out")
+
+
+def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
+    alpha = given if given is not None else checkpoint.lora_alpha
+    if alpha is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: does not tell LoRA's alpha as one plain number; give it with --lora-alpha"
+            f" (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
+        )
+    return alpha
+
+
+def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
+    need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + _TEXT_TOKENS + recipe.language_model.max_new_tokens
+    capacity = recipe.language_model.capacity
+    if not need <= capacity <= base.language.max_positions:
+        raise RecipeError(
+            f"recipe {recipe.name}: capacity {capacity} must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text and answer)"
+            f" to {base.language.max_positions} (the model's positions)"
+        )
+
+
+def _write_stages(
+    folder: Path,
+    plan: MergePlan,
+    base: BaseModel,
+    sam2: Sam2,
+    recipe: Recipe,
+    neighbours: Sequence[Bundle],
+    sam2_stages: Beside[..., Written],
+) -> Written:
+    """Weights first, then the graphs that point into them. SAM2's, which take long to trace, are made meanwhile in another process."""
+    dtype = DTYPES[recipe.precision]
+    graphs = [
+        build_vision_encoder(base.vision, base.language.hidden_size, TO_IR[dtype]),
+        build_language_model(base.language, plan.vocabulary, recipe.language_model.capacity, TO_IR[dtype]),
+    ]
+    _check_weights(graphs, plan.files, base)
+    older = {file: older_file(neighbours, file, file_size(tensors)) for file, tensors in plan.files.items()}
+    fresh = sum(file_size(tensors) for file, tensors in plan.files.items() if older[file] is None)
+    _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
+    (folder / "weights").mkdir()
+    trained = _as_arrays(plan.sam2_updates), _as_arrays(plan.prompt_head)
+    sam2_stages.call(folder, sam2.path, *trained, recipe.precision, neighbours)
+    written: dict[str, WrittenFile] = {}
+    total = sum(tensor.bytes for tensors in plan.files.values() for tensor in tensors)
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
+        for file, tensors in plan.files.items():
+            written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
+    locations = {name: location for file in written.values() for name, location in file.locations.items()}
+    stages = {graph.name: save_graph(graph, folder, locations) for graph in graphs}
+    traced, traced_weights = sam2_stages.result()
+    return stages | traced, written | traced_weights
+
+
+def _as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[np.float32]]:
+    """For another process: NumPy has no bf16, and FP32 holds it exactly."""
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
+def _check_weights(graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
+    """Compare the planned shapes, which are the files' own, with the graphs', which come from config.json."""
+    planned = {tensor.name: tensor.shape for tensors in files.values() for tensor in tensors}
+    for value in (value for graph in graphs for value in graph.weights):
+        shape = planned.get(str(value.name))
+        if shape is None or list(shape) != list(value.shape or ()):
+            raise BaseModelError(f"{base.folder}: {value.name} is {shape}, by config.json {value.shape}; download the base model whole")
+
+
+def _check_space(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise CheckpointError(f"{folder.parent}: {free / 1e9:.1f} GB free, the bundle takes {need / 1e9:.1f}; choose another --out")
+
+
+def _prompt(tokenizer: Tokenizer, base: BaseModel) -> PromptSpec:
+    return PromptSpec(
+        tokenizer="tokenizer.json",
+        prefix=_PREFIX,
+        image_start=_IMAGE_START,
+        image_token=_IMAGE_TOKEN,
+        image_end=_IMAGE_END,
+        suffix=_SUFFIX,
+        default_question=_QUESTION,
+        answers=_ANSWERS,
+        image_token_id=_token_id(tokenizer, _IMAGE_TOKEN, base),
+        seg_token_id=_token_id(tokenizer, NEW_TOKENS[0], base),
+        stop_token_ids=tuple(_token_id(tokenizer, token, base) for token in _STOP_TOKENS),
+    )
+
+
+def _token_id(tokenizer: Tokenizer, token: str, base: BaseModel) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise BaseModelError(f"{base.folder}: its tokenizer lacks {token}; it is not InternVL3's")
+    return int(found)
+
+
+def _provenance(request: ExportRequest, checkpoint: Checkpoint, sha256: str, alpha: float) -> Provenance:
+    versions = {"vessel-rt": vessel_rt.__version__} | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return Provenance(
+        checkpoint=request.checkpoint.name,
+        checkpoint_sha256=sha256,
+        iteration=checkpoint.iteration,
+        lora_rank=checkpoint.lora_rank,
+        lora_alpha=alpha,
+        base=request.base,
+        sam2=request.sam2,
+        recipe=request.recipe.name,
+        skipped=request.skip,
+        versions=versions,
+    )
+
+
+def _records(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, FileRecord]:
+    """Every file of the bundle; those that were hashed as they were written are not read again."""
+    records = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        sha256 = written[name].sha256 if name in written else sha256_of(path)
+        records[name] = FileRecord(path.stat().st_size, sha256)
+    return records

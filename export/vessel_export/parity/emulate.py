@@ -1,0 +1,212 @@
+"""What a GPU computes in FP16 or BF16, on the CPU: a graph in which every operator is FP32 and its result is rounded to the graph's type F.
+
+ONNX Runtime's CPU provider runs most FP16 operators in FP32, several at a time, and has none for BF16: what overflows between two operators
+on a GPU does not show there. A strongly typed engine keeps sums inside an operator in FP32 and stores every result in F; so does this.
+An `Attention` is one operator then, as it is in a fused kernel; spelled out, each step of it is stored in F.
+
+Knows graphs and their types, nothing of what they compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from vessel_rt.device.deployment import Deployment
+from vessel_rt.device.session import Device, Session, onnxruntime
+from vessel_rt.formats.bundle import Bundle, StageSpec, TensorSpec
+
+__all__ = [
+    "MOVES",
+    "EmulatedDeployment",
+    "emulate",
+    "low_type",
+    "scaled_logits",
+    "serialized",
+    "spell_out_attention",
+    "wide_options",
+    "widen",
+]
+
+FLOAT = ir.DataType.FLOAT
+_INT64 = ir.DataType.INT64
+_LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+# They move values about, or choose among them: what was rounded before stays as it is.
+MOVES = frozenset(
+    (
+        "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze",
+        "TensorScatter", "Tile", "Transpose", "Unsqueeze",
+    )
+)  # fmt: skip
+
+
+def low_type(model: ir.Model) -> ir.DataType | None:
+    """The graph's F: FLOAT16 or BFLOAT16, None where it has neither."""
+    found = {value.dtype for node in model.graph for value in node.outputs} & set(_LOW)
+    return next(iter(found), None)
+
+
+def widen(model: ir.Model, *, rounding: bool) -> None:
+    """Turn every F into FP32, at the graph's edge as inside; with `rounding`, each result and input is rounded to F where it was F.
+
+    Weights stay F in their files and are widened one by one as they are used.
+    """
+    graph, low = model.graph, low_type(model)
+    if low is None:
+        return
+    for value in list(graph.initializers.values()):
+        if value.dtype == low:
+            _widen_at_each_use(graph, value)
+    for node in list(graph):
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == low:
+            node.attributes["to"] = ir.AttrInt64("to", FLOAT)
+        for value in node.outputs:
+            if value.dtype == low:
+                value.dtype = FLOAT
+                if rounding and node.op_type not in MOVES:
+                    _round(graph, value, low)
+    for value in graph.inputs:
+        if value.dtype == low:
+            value.dtype = FLOAT
+            if rounding:
+                _round(graph, value, low)
+
+
+def _widen_at_each_use(graph: ir.Graph, value: ir.Value) -> None:
+    """A cast for each use, right before it, so that no more than one widened weight is ever in memory."""
+    for node, index in list(value.uses()):
+        wide = ir.node("Cast", [value], {"to": FLOAT})
+        wide.outputs[0].name, wide.outputs[0].dtype = f"{value.name}/wide.{node.name}.{index}", FLOAT
+        graph.insert_before(node, wide)
+        node.replace_input_with(index, wide.outputs[0])
+
+
+def _round(graph: ir.Graph, value: ir.Value, low: ir.DataType) -> None:
+    """Put two casts between `value` and its users; where it is an output of the graph, the rounded one takes its name."""
+    there = ir.node("Cast", [value], {"to": low})
+    back = ir.node("Cast", [there.outputs[0]], {"to": FLOAT})
+    rounded = back.outputs[0]
+    there.outputs[0].dtype, rounded.dtype, rounded.shape = low, FLOAT, value.shape
+    there.outputs[0].name, rounded.name = f"{value.name}/low", f"{value.name}/rounded"
+    uses, producer = list(value.uses()), value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], [there, back])
+    else:
+        graph.insert_after(producer, [there, back])
+    for node, index in uses:
+        if node is not there:
+            node.replace_input_with(index, rounded)
+    for i, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[i] = rounded
+            rounded.name, value.name = value.name, f"{value.name}/exact"
+
+
+def spell_out_attention(model: ir.Model) -> None:
+    """Replace every `Attention` by the steps of its ONNX definition, each with a result in F, as kernels that are not fused store them.
+
+    Q, K, V are 4-D and of one width, and the mask, if there is one, is boolean: so it is in every graph here.
+    """
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        op = _Inserter(graph, node)
+        logits, two = _logits(op, node), op.constant([2], _INT64)
+        if len(node.inputs) > 3:
+            allowed = op("Unsqueeze", node.inputs[3], two, dtype=ir.DataType.BOOL)
+            logits = op("Where", allowed, logits, op("Cast", op.constant(-math.inf, FLOAT), to=op.low))
+        mixed = op("MatMul", op("Softmax", logits, axis=-1), op("Unsqueeze", node.inputs[2], two))
+        node.outputs[0].replace_all_uses_with(op("Reshape", mixed, op("Shape", node.inputs[0], dtype=_INT64)))
+        graph.remove(node, safe=True)
+
+
+def scaled_logits(graph: ir.Graph, attention: ir.Node) -> ir.Value:
+    """Compute, before the node `attention`, what its softmax is taken of, but for the mask."""
+    return _logits(_Inserter(graph, attention), attention)
+
+
+class _Inserter:
+    """Makes nodes before a given one, with results in F unless told otherwise."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self._graph, self._node, self._count = graph, node, 0
+        self.low = node.outputs[0].dtype or FLOAT
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, dtype: ir.DataType | None = None, **attributes: Any) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes)
+        self._count += 1
+        made.outputs[0].name, made.outputs[0].dtype = f"{self._node.outputs[0].name}/{op_type}.{self._count}", dtype or self.low
+        self._graph.insert_before(self._node, made)
+        return made.outputs[0]
+
+    def constant(self, value: Any, dtype: ir.DataType) -> ir.Value:
+        return self("Constant", value=ir.tensor(value, dtype=dtype), dtype=dtype)
+
+
+def _logits(op: _Inserter, attention: ir.Node) -> ir.Value:
+    """[batch, key heads, query heads to a key head, S, T]: Q and K, each times the root of the scale, multiplied."""
+    q, k = attention.inputs[:2]
+    heads, rest = op("Shape", k, dtype=_INT64, start=1, end=2), op("Shape", q, dtype=_INT64, start=2)
+    grouped = op("Concat", op.constant([0], _INT64), heads, op.constant([-1], _INT64), rest, dtype=_INT64, axis=0)
+    if "scale" in attention.attributes:
+        root = op.constant(math.sqrt(attention.attributes["scale"].as_float()), FLOAT)
+    else:  # 1 / sqrt(width)
+        width = op("Cast", op("Shape", q, dtype=_INT64, start=3), dtype=FLOAT, to=FLOAT)
+        root = op("Pow", width, op.constant(-0.25, FLOAT), dtype=FLOAT)
+    root = op("Cast", root, to=op.low)
+    turned = op("Transpose", op("Mul", k, root), perm=[0, 1, 3, 2])
+    return op("MatMul", op("Reshape", op("Mul", q, root), grouped), op("Unsqueeze", turned, op.constant([2], _INT64)))
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The model as ONNX Runtime loads it; its external data remain where they are."""
+    return bytes(ir.to_proto(model).SerializeToString())
+
+
+def wide_options(options: Any, folder: Path) -> Any:
+    """Set onnxruntime.SessionOptions for a widened model whose external data lie in `folder`; returns them.
+
+    Weights are mapped from their files and widened one at a time: anonymous memory is what the activations take, and the largest matrix
+    in FP32. Nothing is optimised, since constants would be folded, that is all widened at once.
+    """
+    ort = onnxruntime()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # as listed; the default order would begin with all weights
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # memory is given back as soon as it is free
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options
+
+
+class _EmulatedSession(Session):
+    def _load(self, path: Path, options: Any, providers: Any) -> Any:
+        model = ir.load(path)
+        widen(model, rounding=True)
+        return onnxruntime().InferenceSession(serialized(model), wide_options(options, path.parent), providers=providers)
+
+
+class EmulatedDeployment(Deployment):
+    """A bundle on a GPU that is not there."""
+
+    def session(self, stage: str, threads: int = 0) -> Session:
+        return _EmulatedSession(self.graphs[stage], self.device, threads)
+
+
+def emulate(bundle: Bundle) -> EmulatedDeployment:
+    """`bundle` with its graphs widened and rounding, on the CPU; all that enters and leaves them is FP32.
+
+    Raises:
+        BundleError: a file of the bundle is missing or was changed.
+    """
+    bundle.verify_files()
+    stages = {name: StageSpec(stage.file, _wide(stage.inputs), _wide(stage.outputs)) for name, stage in bundle.stages.items()}
+    graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
+    return EmulatedDeployment(dataclasses.replace(bundle, stages=stages), Device("cpu"), graphs)
+
+
+def _wide(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    return tuple(dataclasses.replace(spec, dtype="float32" if "float" in spec.dtype else spec.dtype) for spec in specs)

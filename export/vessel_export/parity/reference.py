@@ -1,0 +1,315 @@
+"""The model in PyTorch, computed by the libraries it was trained with: the truth that a bundle is compared with.
+
+transformers runs the vision encoder and the language model, peft applies the LoRA (unmerged), and SAM2's own modules make the masks.
+Preprocessing is written here once more, with Pillow and torch. Nothing is shared with `merge`, `graphs` or `vessel_rt`: a mistake
+made there cannot hide here. Speed does not matter in this module; one image at a time, one token at a time.
+
+What is computed follows Sa2VA's inference code (projects/sa2va/hf/models/modeling_sa2va_chat.py, `predict_forward`);
+docs/numerics.md records the comparison with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vessel_export.parity.reference_modules import (
+    load_language_model,
+    load_projector,
+    load_sam2,
+    load_text_hidden_fcs,
+    load_tokenizer,
+    load_vision_model,
+    open_internvl3,
+)
+from vessel_export.sources.checkpoint import open_checkpoint
+
+__all__ = ["MaskPrediction", "Reference", "ReferenceResult", "Sam2Features", "tile_image", "to_pixel_values"]
+
+# Constants of Sa2VA's inference (`preparing_for_generation`) and of its template qwen_chat.
+MIN_TILES, MAX_TILES = 1, 12
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+PROMPT = "<|im_start|>user\n<img>{image_tokens}</img>\n{question}<|im_end|>\n<|im_start|>assistant\n"
+MAX_NEW_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Sam2Features:
+    """What sam2_image_encoder gives for one image (sizes of SAM2 Hiera-L): docs/architecture.md has the same names.
+
+    `fpn_0` [1, 256, 256, 256] and `fpn_1` [1, 256, 128, 128] are taken before the mask decoder's conv_s0 and conv_s1;
+    `image_features` [1, 256, 64, 64] has no_mem_embed added.
+    """
+
+    fpn_0: Tensor
+    fpn_1: Tensor
+    image_features: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskPrediction:
+    """The best of three masks, by predicted IoU, for each [SEG] state; all float32.
+
+    `low_res_logits` [masks, 256, 256]; `iou` [masks], predicted, 0 to 1; `object_score` [masks], a logit that gates nothing.
+    """
+
+    low_res_logits: Tensor
+    iou: Tensor
+    object_score: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceResult:
+    """One image and one question, with every stage's inputs and outputs.
+
+    `prompt_ids` [prompt] and `answer_ids` [answer] are int64, the answer with its stop token; `answer` is its text as Sa2VA
+    prints it, special tokens included. `hidden_states` [answer, hidden] is the final-norm state whose logits gave `answer_ids`, so its
+    row k stands at position prompt - 1 + k; `seg_states` [masks, hidden] are those at the positions that consume [SEG].
+    `mask_logits` is float32 [masks, height, width] at the image's own size, `masks` where their sigmoid is above one half.
+    """
+
+    prompt_ids: Tensor
+    answer_ids: Tensor
+    answer: str
+    pixel_values: Tensor
+    image_embeds: Tensor
+    hidden_states: Tensor
+    seg_states: Tensor
+    sam2_pixel_values: Tensor
+    sam2_features: Sam2Features
+    prediction: MaskPrediction
+    mask_logits: Tensor
+
+    @property
+    def masks(self) -> Tensor:
+        """bool [masks, height, width]."""
+        return self.mask_logits.sigmoid() > 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A fine-tuned Sa2VA, loaded; make one with `Reference.load`. Its parts are the libraries' own modules, in eval mode."""
+
+    tokenizer: Any
+    vision_model: nn.Module
+    projector: nn.Module
+    language_model: Any
+    text_hidden_fcs: nn.Module
+    sam2: Any
+    tile_size: int
+    downsample_ratio: float
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path,
+        base: Path,
+        sam2: Path,
+        *,
+        lora_alpha: float | None = None,
+        skip: Collection[str] = (),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Reference:
+        """Build the model from the same three files that the exporter reads.
+
+        `base` is a folder in InternVL3's original layout or in the transformers-native `-hf` one; `sam2` is SAM2's .pt, its yaml beside
+        it under the same stem or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's;
+        `skip` names tensors of the checkpoint to leave out.
+
+        Raises:
+            CheckpointError: the checkpoint is unreadable, lacks or misshapes a tensor, or tells no alpha and none is given.
+            BaseModelError: the base model or SAM2 is missing, incomplete or of another kind.
+        """
+        trained, internvl3 = open_checkpoint(checkpoint, skip), open_internvl3(base)
+        tokenizer = load_tokenizer(internvl3)
+        language_model = load_language_model(internvl3, trained, lora_alpha=lora_alpha, vocabulary=len(tokenizer), dtype=dtype)
+        sam2_model = load_sam2(sam2, trained)
+        text_hidden_fcs = load_text_hidden_fcs(internvl3.text_config.hidden_size, sam2_model.hidden_dim, trained)
+
+        def ready(module: nn.Module) -> nn.Module:
+            return module.eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+        ready(sam2_model).sam_prompt_encoder.float()  # whatever the dtype, it computes with FP32 coordinates
+        return cls(
+            tokenizer=tokenizer,
+            vision_model=ready(load_vision_model(internvl3)),
+            projector=ready(load_projector(internvl3, trained)),
+            language_model=ready(language_model),
+            text_hidden_fcs=ready(text_hidden_fcs),
+            sam2=sam2_model,
+            tile_size=internvl3.vision_config.image_size[0],
+            downsample_ratio=internvl3.downsample_ratio,
+            device=torch.device(device),
+            dtype=dtype,
+        )
+
+    @torch.inference_mode()
+    def segment(self, image: Image.Image, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> ReferenceResult:
+        """Answer `question` about `image` (any mode; converted to RGB) and give a mask for each [SEG] of the answer."""
+        image = image.convert("RGB")
+        pixel_values = to_pixel_values(tile_image(image, self.tile_size)).to(self.device, self.dtype)
+        image_embeds = self.encode_tiles(pixel_values)
+        prompt_ids = self.prompt_ids(question, image_embeds.shape[0] * image_embeds.shape[1])
+        answer_ids, hidden_states, seg_states = self.generate(self.embed(prompt_ids, image_embeds), max_new_tokens)
+        size = self.sam2.image_size
+        sam2_pixel_values = to_pixel_values([image.resize((size, size))]).to(self.device, self.dtype)
+        features = self.encode_sam2(sam2_pixel_values)
+        prediction = self.decode_masks(features, seg_states)
+        return ReferenceResult(
+            prompt_ids=prompt_ids,
+            answer_ids=answer_ids,
+            answer=self.tokenizer.decode(answer_ids, skip_special_tokens=False).strip(),
+            pixel_values=pixel_values,
+            image_embeds=image_embeds,
+            hidden_states=hidden_states,
+            seg_states=seg_states,
+            sam2_pixel_values=sam2_pixel_values,
+            sam2_features=features,
+            prediction=prediction,
+            mask_logits=self.upsample(prediction.low_res_logits, height=image.height, width=image.width),
+        )
+
+    def prompt_ids(self, question: str, image_tokens: int) -> Tensor:
+        """The prompt's ids, int64 [prompt]: template qwen_chat without a system message."""
+        text = PROMPT.format(image_tokens="<IMG_CONTEXT>" * image_tokens, question=question)
+        return torch.tensor(self.tokenizer.encode(text), device=self.device)
+
+    def embed(self, ids: Tensor, image_embeds: Tensor) -> Tensor:
+        """`ids` [sequence] as inputs_embeds [1, sequence, hidden], the image's embeddings in place of <IMG_CONTEXT>."""
+        embeds = self.language_model.get_input_embeddings()(ids)
+        embeds[ids == self.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")] = image_embeds.flatten(0, 1)
+        return embeds[None]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def encode_tiles(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [tiles, 3, 448, 448] -> image_embeds [tiles, 256, hidden]: InternViT, pixel shuffle v2, mlp1."""
+        patches = self.vision_model(pixel_values=pixel_values).last_hidden_state[:, 1:]  # the class token goes
+        return self.projector(_pixel_shuffle(patches, round(1 / self.downsample_ratio)))  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def run_language_model(self, inputs_embeds: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
+        """inputs_embeds [batch, sequence, hidden] -> final-norm hidden states of that shape, next ids [batch, sequence].
+
+        `cache` (transformers' DynamicCache), if given, holds the positions before these and is extended.
+        """
+        model = self.language_model.get_base_model()
+        output = model.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=cache is not None)
+        return output.last_hidden_state, model.lm_head(output.last_hidden_state).argmax(-1)
+
+    @torch.inference_mode()
+    def generate(self, inputs_embeds: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy decoding after a prompt [1, prompt, hidden], up to a stop token or `max_new_tokens`.
+
+        Returns answer ids [answer], the hidden states that gave them [answer, hidden], and the [SEG] states [masks, hidden].
+        """
+        from transformers import DynamicCache
+
+        stops = {self.tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS}
+        seg_id = self.tokenizer.convert_tokens_to_ids("[SEG]")
+        cache = DynamicCache()
+        ids: list[int] = []
+        states: list[Tensor] = []
+        while True:
+            hidden_states, next_ids = self.run_language_model(inputs_embeds, cache)
+            states.append(hidden_states[0, -1])
+            if len(ids) == max_new_tokens or (ids and ids[-1] in stops):
+                break
+            ids.append(int(next_ids[0, -1]))
+            inputs_embeds = self.language_model.get_input_embeddings()(next_ids[:, -1:])
+        # Every emitted token was consumed by one more run: states[k] emitted ids[k], states[k + 1] consumed it.
+        table = torch.stack(states)
+        answer_ids = torch.tensor(ids, device=self.device)
+        return answer_ids, table[:-1], table[1:][answer_ids == seg_id]
+
+    @torch.inference_mode()
+    def encode_sam2(self, pixel_values: Tensor) -> Sam2Features:
+        """pixel_values [1, 3, 1024, 1024] -> the features that mask decoding takes."""
+        fpn_0, fpn_1, top = (level.to(self.dtype) for level in self.sam2.image_encoder(pixel_values)["backbone_fpn"])
+        return Sam2Features(fpn_0, fpn_1, top + self.sam2.no_mem_embed.reshape(1, -1, 1, 1))
+
+    @torch.inference_mode()
+    def decode_masks(self, features: Sam2Features, seg_states: Tensor) -> MaskPrediction:
+        """One image's features and seg_states [masks, hidden] -> its masks.
+
+        As Sa2VA's `_forward_sam_heads`: no points (SAM2 then pads with two `not_a_point` tokens), the language embedding as a third
+        sparse token, three masks, and no gating by the object score.
+        """
+        count, decoder, prompt_encoder = len(seg_states), self.sam2.sam_mask_decoder, self.sam2.sam_prompt_encoder
+        if count == 0:  # SAM2's decoder takes no empty batch
+            none = torch.empty(0, device=self.device)
+            return MaskPrediction(none.reshape(0, *features.fpn_0.shape[2:]), none, none)
+        no_point = torch.zeros(count, 1, 2, device=self.device), -torch.ones(count, 1, dtype=torch.int32, device=self.device)
+        sparse, dense = prompt_encoder(points=no_point, boxes=None, masks=None)
+        prompts = self.text_hidden_fcs(seg_states)[:, None]  # [masks, 1, 256]
+        high_res = (decoder.conv_s0(features.fpn_0), decoder.conv_s1(features.fpn_1))
+        logits, iou, _, object_score = decoder(
+            image_embeddings=features.image_features.expand(count, -1, -1, -1),
+            image_pe=prompt_encoder.get_dense_pe().to(self.dtype),
+            sparse_prompt_embeddings=torch.cat([sparse.to(self.dtype), prompts], dim=1),
+            dense_prompt_embeddings=dense.to(self.dtype),
+            multimask_output=True,
+            repeat_image=False,
+            high_res_features=[level.expand(count, -1, -1, -1) for level in high_res],
+        )
+        best = torch.arange(count, device=self.device), iou.argmax(1)
+        return MaskPrediction(logits[best].float(), iou[best].float(), object_score[:, 0].float())
+
+    @torch.inference_mode()
+    def upsample(self, low_res_logits: Tensor, *, height: int, width: int) -> Tensor:
+        """low_res_logits [masks, 256, 256] -> float32 [masks, height, width]: bilinear to SAM2's square, then to the image's size."""
+        size, logits = self.sam2.image_size, low_res_logits.float()[:, None]
+        for shape in ((size, size), (height, width)):
+            logits = nn.functional.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
+        return logits[:, 0]
+
+
+def tile_image(image: Image.Image, size: int) -> list[Image.Image]:
+    """Cut an RGB image into 1 to 12 tiles of `size` pixels, row by row, and a thumbnail last if there is more than one.
+
+    InternVL's dynamic tiling: of all grids, the one whose aspect ratio is nearest the image's; of equally near ones the largest
+    that the image fills by more than half. Resized by Pillow's default filter (bicubic).
+    """
+    columns, rows = _choose_grid(image.width, image.height, size)
+    resized = image.resize((columns * size, rows * size))
+    boxes = [(x * size, y * size, (x + 1) * size, (y + 1) * size) for y in range(rows) for x in range(columns)]
+    tiles = [resized.crop(box) for box in boxes]
+    return tiles if len(tiles) == 1 else [*tiles, image.resize((size, size))]
+
+
+def to_pixel_values(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size -> float32 [images, 3, height, width]: to 0..1, then ImageNet's mean and standard deviation."""
+    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels.float() / 255 - mean) / std).contiguous()
+
+
+def _choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
+    """(columns, rows) of tiles for an image of width x height pixels."""
+    numbers = range(1, MAX_TILES + 1)
+    grids = sorted(((c, r) for c in numbers for r in numbers if MIN_TILES <= c * r <= MAX_TILES), key=lambda grid: grid[0] * grid[1])
+    best, least = (1, 1), math.inf
+    for columns, rows in grids:
+        distance = abs(width / height - columns / rows)
+        fills = width * height > 0.5 * size * size * columns * rows
+        if distance < least or (distance == least and fills):
+            best, least = (columns, rows), distance
+    return best
+
+
+def _pixel_shuffle(patches: Tensor, factor: int) -> Tensor:
+    """patches [tiles, side * side, width] -> [tiles, (side / factor)^2, width * factor^2]; InternVL's "v2" order."""
+    side = math.isqrt(patches.shape[1])
+    blocks = patches.reshape(len(patches), side // factor, factor, side // factor, factor, -1)  # [tiles, Y, y, X, x, width]
+    return blocks.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)

@@ -1,0 +1,251 @@
+"""How well the masks of a run agree with drawn ones: each image's metrics, their means, and how sure these are."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from vessel_rt.errors import VesselError
+from vessel_rt.evaluation.ground_truth import GroundTruth, read_truth
+from vessel_rt.evaluation.metrics import METRICS, bootstrap_interval
+from vessel_rt.inputs.pseudonyms import StudyCodes
+from vessel_rt.io.files import replacing, writing
+from vessel_rt.results.reader import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, mask_of, read_results
+from vessel_rt.results.rle import encode_rle
+
+__all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
+
+_ALL = "all masks"  # what a folder's drawn masks are of: it has no names for them
+_TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "cldice": "clDice (Zhang)",
+    "hd95": "HD95, pixels",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One mask of an answer with what was drawn. `mask` is its number in the answer, None for all together; `values` may be NaN."""
+
+    index: int
+    code: str
+    image: str
+    question: str
+    concept: str
+    mask: int | None
+    predicted_area: int
+    true_area: int
+    values: dict[str, float]
+    truth_rle: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The means over the images of one question and concept, their 95 % intervals, and how many images a metric is not defined for."""
+
+    question: str
+    concept: str
+    images: int
+    mean: dict[str, float]
+    ci95: dict[str, tuple[float, float] | None]
+    left_out: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """All comparisons and scores; `failed` images have no answer, `without_truth` nothing drawn; `stopped`: the run is not finished."""
+
+    truth: str
+    comparisons: tuple[Comparison, ...]
+    scores: tuple[Score, ...]
+    failed: int
+    without_truth: int
+    stopped: bool
+
+    def table(self) -> str:
+        """For a terminal; the last lines tell the mean Dice of each concept."""
+        several = len({score.question for score in self.scores}) > 1
+        lines = [f"{'':14} {'mean':>8}  95 % interval"]
+        for score in self.scores:
+            asked = f", asked {score.question!r}" if several else ""
+            lines.append(f"{score.concept}, {score.images} images{asked}")
+            lines += [self._row(score, name) for name in METRICS]
+        lines.append(f"images that failed: {self.failed}, without a drawn mask: {self.without_truth}; they are not counted")
+        if self.stopped:
+            lines.append("the run was stopped before its end: these are the images that it had done")
+        for score in self.scores:
+            asked = f", asked {score.question!r}" if several else ""
+            lines.append(f"mean Dice {score.concept}: {score.mean['dice']:.3f} over {score.images} images{asked}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _row(score: Score, name: str) -> str:
+        digits = 2 if name == "hd95" else 3
+        interval = score.ci95[name]
+        between = f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else "none"
+        left_out = f"  ({score.left_out[name]} images left out: not defined)" if score.left_out[name] else ""
+        return f"{_TITLES[name]:14} {score.mean[name]:8.{digits}f}  {between}{left_out}"
+
+
+def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show_names: bool = False) -> Evaluation:
+    """Score the run in `output` against `truth` (see read_truth), and write metrics.csv, metrics_mean.csv and evaluation.json there.
+
+    The concepts are those that a question names, in its order: the first mask of an answer is the first concept's, and so on; a mask that
+    an answer does not give counts as empty. A folder of masks has no names: all masks of an answer together are compared.
+
+    Raises:
+        VesselError: a file is missing or not what it should be, or the two share no image or no concept.
+    """
+    drawn, lines = read_truth(truth, codes), read_results(output)
+    questions = list(dict.fromkeys(line["question"] for line in lines))
+    good = [line for line in lines if line["status"] == "ok"]
+    comparisons = tuple(_comparisons(output, good, drawn))
+    if not any(drawn.concepts(question) for question in questions):
+        raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
+    for question in questions:
+        _check_concepts(truth, question, drawn.concepts(question), [line for line in good if line["question"] == question])
+    if not comparisons:
+        raise VesselError(f"{truth}: has no drawn mask for any image of {output}; images are found by their files' names")
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for comparison in comparisons:
+        groups.setdefault((comparison.question, comparison.concept), []).append(comparison)
+    compared = {comparison.index for comparison in comparisons}
+    evaluation = Evaluation(
+        truth=truth.name if show_names else "a folder of masks" if truth.is_dir() else "annotations",
+        stopped=not (output / RUN_FILE).exists(),
+        comparisons=comparisons,
+        scores=tuple(_score(question, concept, group) for (question, concept), group in groups.items()),
+        failed=len({line["index"] for line in lines if line["status"] != "ok"}),
+        without_truth=len({line["index"] for line in good} - compared),
+    )
+    _write(evaluation, output, show_names)
+    return evaluation
+
+
+def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], lines: Sequence[dict[str, Any]]) -> None:
+    """Refuse annotations that lack a concept of the question: nothing would tell which mask of an answer is of which."""
+    if None in concepts or not lines:
+        return
+    usual = statistics.median_high([len(line["masks"]) for line in lines])
+    if concepts and usual > len(concepts):
+        raise VesselError(
+            f"{truth}: of what {question!r} asks for it has only {', '.join(map(repr, concepts))}, but answers have {usual} masks: which "
+            "is whose cannot be told; ask for one at a time, or compare with a folder of masks"
+        )
+
+
+def _comparisons(output: Path, lines: Sequence[dict[str, Any]], drawn: GroundTruth) -> Iterator[Comparison]:
+    for line in tqdm(lines, desc="comparing", unit="answer", disable=None, delay=2, leave=False):
+        for number, concept in enumerate(drawn.concepts(line["question"])):
+            truth = drawn.mask(line, concept)
+            if truth is not None:
+                yield _compare(output, line, concept, number, truth)
+
+
+def _compare(output: Path, line: dict[str, Any], concept: str | None, number: int, truth: npt.NDArray[np.bool_]) -> Comparison:
+    chosen = line["masks"] if concept is None else line["masks"][number : number + 1]
+    predicted = np.zeros_like(truth)
+    for mask in chosen:
+        predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
+    return Comparison(
+        index=line["index"],
+        code=line["code"],
+        image=line["image"],
+        question=line["question"],
+        concept=_ALL if concept is None else concept,
+        mask=None if concept is None else number,
+        predicted_area=int(predicted.sum()),
+        true_area=int(truth.sum()),
+        values={name: metric(predicted, truth) for name, metric in METRICS.items()},
+        truth_rle=encode_rle(truth),
+    )
+
+
+def _score(question: str, concept: str, group: Sequence[Comparison]) -> Score:
+    values = {name: [c.values[name] for c in group if not math.isnan(c.values[name])] for name in METRICS}
+    return Score(
+        question=question,
+        concept=concept,
+        images=len(group),
+        mean={name: sum(defined) / len(defined) if defined else math.nan for name, defined in values.items()},
+        ci95={name: bootstrap_interval(defined) for name, defined in values.items()},
+        left_out={name: len(group) - len(defined) for name, defined in values.items()},
+    )
+
+
+def _write(evaluation: Evaluation, output: Path, show_names: bool) -> None:
+    texts = {
+        METRICS_FILE: _csv(_metrics_rows(evaluation.comparisons, show_names)),
+        MEANS_FILE: _csv(_means_rows(evaluation.scores)),
+        EVALUATION_FILE: json.dumps(_as_json(evaluation), allow_nan=False) + "\n",
+    }
+    for name, text in texts.items():
+        with writing(output / name), replacing(output / name) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+
+
+def _metrics_rows(comparisons: Sequence[Comparison], show_names: bool) -> Iterator[list[Any]]:
+    yield ["index", "code", *(["image"] if show_names else []), "question", "concept", *METRICS, "predicted_area", "true_area"]
+    for c in comparisons:
+        values = [_rounded(c.values[name]) for name in METRICS]
+        yield [c.index, c.code, *([c.image] if show_names else []), c.question, c.concept, *values, c.predicted_area, c.true_area]
+
+
+def _means_rows(scores: Sequence[Score]) -> Iterator[list[Any]]:
+    yield ["question", "concept", "metric", "mean", "ci95_low", "ci95_high", "images", "left_out"]
+    for score in scores:
+        for name in METRICS:
+            low, high = score.ci95[name] or (None, None)
+            yield [
+                score.question, score.concept, name, _rounded(score.mean[name]), _rounded(low), _rounded(high), score.images,
+                score.left_out[name],
+            ]  # fmt: skip
+
+
+def _as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The content of evaluation.json: what metrics.csv has, and the drawn masks, for report.html."""
+    images = [
+        {key: value for key, value in dataclasses.asdict(c).items() if key not in ("values", "image", "code")}
+        | {name: _rounded(value) for name, value in c.values.items()}
+        for c in evaluation.comparisons
+    ]
+    summary = [
+        dataclasses.asdict(score)
+        | {
+            "mean": {name: _rounded(value) for name, value in score.mean.items()},
+            "ci95": {name: [_rounded(end) for end in ends] if ends else None for name, ends in score.ci95.items()},
+        }
+        for score in evaluation.scores
+    ]
+    return {
+        "truth": evaluation.truth,
+        "metrics": list(METRICS),
+        "images": images,
+        "summary": summary,
+        "failed": evaluation.failed,
+        "without_truth": evaluation.without_truth,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 6)
+
+
+def _csv(rows: Iterator[list[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,134 @@
+"""Drawn masks of frames: from annotations, or from a folder of mask images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.evaluation.annotations import SAME_MASKS, Item, Mask, Polygon, concept_of, polygon_fault, rasterized, read_annotations
+from vessel_rt.inputs.frames import stem_of
+from vessel_rt.inputs.images import SUFFIXES, read_levels
+from vessel_rt.inputs.pseudonyms import StudyCodes
+
+__all__ = ["GroundTruth", "concepts_in", "read_truth"]
+
+_ADVICE = "`vessel-rt check-data` shows all that is wrong, and its --fix writes a copy without it"
+
+
+class GroundTruth(Protocol):
+    """Drawn masks of frames, found by a line of results.jsonl."""
+
+    def concepts(self, question: str) -> list[str | None]:
+        """What the masks of an answer to `question` are of, in their order; None: all of them together are of the one drawn thing."""
+
+    def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
+        """The drawn mask [height, width] of a frame; None where nothing was drawn for it. Raises VesselError."""
+
+
+def read_truth(path: Path, codes: StudyCodes | None = None) -> GroundTruth:
+    """What lies in `path`, a JSON file or a folder; with `codes`, frames are found by their study codes, too.
+
+    Raises:
+        VesselError: it cannot be read, is not in one of the two forms, or a folder has two masks for one stem.
+    """
+    return _MaskFolder(path, codes) if path.is_dir() else _Annotations(path, codes)
+
+
+class _Annotations:
+    """Annotations in Sa2VA's fine-tuning format; items of one image are joined."""
+
+    def __init__(self, path: Path, codes: StudyCodes | None) -> None:
+        self._path = path
+        self._drawn: dict[str, dict[str, list[tuple[int, Polygon]]]] = {}  # by stem and concept: item and polygon
+        images: dict[str, str] = {}
+        items = read_annotations(path)
+        _require_sound(path, items)
+        for item in items:
+            image = item.image or ""
+            stem = stem_of(Path(image))
+            if images.setdefault(stem, image) != image:
+                raise VesselError(f"{path}: item {item.number} is of another image of the same stem; frames are found by their stems")
+            drawn = self._drawn.setdefault(stem, {})
+            for thing in item.objects:
+                drawn.setdefault(concept_of(thing.text), []).extend((item.number, polygon) for polygon in thing.polygons)
+        self._places = _by_stem_and_code(self._drawn, codes)
+        self._known = {concept for drawn in self._drawn.values() for concept in drawn}
+
+    def concepts(self, question: str) -> list[str | None]:
+        return [*concepts_in(question, self._known)]
+
+    def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
+        polygons = self._drawn.get(self._places.get(line["name"], ""), {}).get(concept or "")
+        if polygons is None:
+            return None
+        mask = rasterized([polygon for _, polygon in polygons], line["height"], line["width"])
+        for number, polygon in polygons:
+            fault = polygon_fault(polygon, (line["width"], line["height"]))
+            if fault and fault[0] not in SAME_MASKS:
+                where = f"item {number}, of frame {line['index'] + 1} ({line['code']})"
+                raise VesselError(f"{self._path}: {where}: {fault[0]} ({fault[1]}); {_ADVICE}")
+        return mask
+
+
+def _require_sound(path: Path, items: Sequence[Item]) -> None:
+    """Refuse what `check-data` calls a fault, where the drawn masks would be others without it."""
+    faults = [(item, fault) for item in items for fault in item.faults if fault.kind not in SAME_MASKS]
+    if not faults:
+        return
+    item, fault = faults[0]
+    where = f"item {item.number}" + ("" if fault.object is None else f", object {fault.object}")
+    more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+    raise VesselError(f"{path}: {where}: {fault.kind} ({fault.found}){more}; {_ADVICE}")
+
+
+class _MaskFolder:
+    """`<stem>_gt`, `<stem>_mask` or, where there is none of these in the folder, `<stem>`: brighter than half of its brightest is drawn."""
+
+    def __init__(self, path: Path, codes: StudyCodes | None) -> None:
+        self._path = path
+        files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        marked = [file for file in files if re.search(r"_(gt|mask)$", file.stem)]
+        self._files: dict[str, Path] = {}
+        for file in marked or files:
+            stem = re.sub(r"_(gt|mask)$", "", file.stem)
+            if self._files.setdefault(stem, file) != file:
+                raise VesselError(f"{path}: two drawn masks for one stem; move one of them away")
+        if not files:
+            raise VesselError(f"{path}: no drawn masks in this folder ({', '.join(SUFFIXES)})")
+        self._places = _by_stem_and_code(self._files, codes)
+
+    def concepts(self, question: str) -> list[str | None]:
+        return [None]
+
+    def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
+        stem = self._places.get(line["name"])
+        if stem is None:
+            return None
+        label = f"{self._path}: the drawn mask of frame {line['index'] + 1} ({line['code']})"
+        try:
+            levels = read_levels(self._files[stem])
+        except ImageError as e:
+            raise VesselError(f"{label}: {e}") from e
+        if levels.shape != (line["height"], line["width"]):
+            raise VesselError(f"{label} is {levels.shape[1]}x{levels.shape[0]} pixels, the frame {line['width']}x{line['height']}")
+        drawn: Mask = levels > max(levels.max(), 0) / 2
+        return drawn
+
+
+def concepts_in(question: str, concepts: Collection[str]) -> list[str]:
+    """The concepts that occur in `question`, in its order; of two that overlap there, the longer."""
+    longest_first = sorted(filter(None, concepts), key=len, reverse=True)
+    return list(dict.fromkeys(re.findall("|".join(map(re.escape, longest_first)), question.lower()))) if longest_first else []
+
+
+def _by_stem_and_code(stems: Collection[str], codes: StudyCodes | None) -> dict[str, str]:
+    """What outputs may be called, stems and study codes, to stems. A cine's frames have the code of the cine."""
+    places = {stem: stem for stem in stems}
+    for stem in stems if codes else ():
+        cine, frame = re.fullmatch(r"(.*?)(_frame_\d{6})?", stem, re.DOTALL).groups(default="")  # type: ignore[union-attr]
+        for name in (codes.code(stem), codes.code(cine) + frame):  # type: ignore[union-attr]
+            places.setdefault(name, stem)
+    return places

@@ -1,0 +1,162 @@
+"""How well one mask agrees with another: pure functions of two boolean arrays [height, width]. docs/metrics.md has definitions and sources.
+
+NaN says that a metric is not defined for a pair; means leave such pairs out, and say how many.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from vessel_rt.model.postprocess import eroded
+
+__all__ = ["METRICS", "bootstrap_interval", "cldice", "dice", "hd95", "iou", "sensitivity", "skeletonize", "specificity"]
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+_RESAMPLES = 10_000
+_AT_ONCE = 2**22  # values that are resampled at once
+
+
+def dice(predicted: Mask, truth: Mask) -> float:
+    """`2 |P and T| / (|P| + |T|)`; 1 where both are empty."""
+    total = int(predicted.sum()) + int(truth.sum())
+    return 2 * int((predicted & truth).sum()) / total if total else 1.0
+
+
+def iou(predicted: Mask, truth: Mask) -> float:
+    """`|P and T| / |P or T|`; 1 where both are empty."""
+    union = int((predicted | truth).sum())
+    return int((predicted & truth).sum()) / union if union else 1.0
+
+
+def sensitivity(predicted: Mask, truth: Mask) -> float:
+    """The share of the object's pixels that were found; NaN where there is no object."""
+    return _share(predicted, truth)
+
+
+def specificity(predicted: Mask, truth: Mask) -> float:
+    """The share of the background's pixels that were left alone; NaN where there is no background."""
+    return _share(~predicted, ~truth)
+
+
+def cldice(predicted: Mask, truth: Mask) -> float:
+    """Centreline Dice (Shit et al., CVPR 2021): the harmonic mean of how much of P's skeleton lies in T, and of T's in P.
+
+    Skeletons are those of the authors' code (see `skeletonize`), since others give other figures (docs/metrics.md).
+    1 where both masks are empty, 0 where one is.
+    """
+    if not (predicted.any() and truth.any()):
+        return float(not (predicted.any() or truth.any()))
+    precision, found = _share(truth, skeletonize(predicted)), _share(predicted, skeletonize(truth))
+    return 2 * precision * found / (precision + found) if precision + found else 0.0
+
+
+def hd95(predicted: Mask, truth: Mask) -> float:
+    """The 95th percentile of the Hausdorff distance, in pixels: of the distances from each outline to the other, the larger percentile.
+
+    An outline is the mask less its erosion by one pixel along the axes; the image's border is outside. Percentiles are interpolated
+    linearly. 0 where both masks are empty, NaN where one is: any number would be made up.
+    """
+    if not (predicted.any() and truth.any()):
+        return float("nan") if predicted.any() or truth.any() else 0.0
+    one, other = predicted & ~eroded(predicted), truth & ~eroded(truth)
+    return float(max(np.percentile(_distances(one, other), 95), np.percentile(_distances(other, one), 95)))
+
+
+METRICS: Mapping[str, Callable[[Mask, Mask], float]] = {
+    "dice": dice,
+    "iou": iou,
+    "sensitivity": sensitivity,
+    "specificity": specificity,
+    "cldice": cldice,
+    "hd95": hd95,
+}
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
+    """The 95 % percentile interval of the mean over images, from 10,000 resamples; None for fewer than two values."""
+    sample = np.asarray(values, np.float64)
+    if len(sample) < 2:
+        return None
+    rng, means = np.random.default_rng(seed), np.empty(_RESAMPLES)
+    rows = max(1, _AT_ONCE // len(sample))
+    for start in range(0, _RESAMPLES, rows):
+        part = means[start : start + rows]
+        part[:] = sample[rng.integers(len(sample), size=(len(part), len(sample)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def skeletonize(mask: Mask) -> Mask:
+    """The mask thinned to lines a pixel wide, as by scikit-image's `skeletonize` for 2D images, pixel for pixel.
+
+    That is the skeleton of the code that came with clDice. Zhang and Suen, Communications of the ACM 27 (1984) 236, with scikit-image's own
+    decisions where theirs leaves stairs or takes away lines of two pixels. Only the object's pixels are looked at, so the vessels of a
+    1024x1024 frame take milliseconds.
+    """
+    padded = np.pad(mask, 1).astype(np.uint8, order="C")  # so that `flat` is a view of it
+    flat, width = padded.reshape(-1), padded.shape[1]
+    ring = np.array([1, -width + 1, -width, -width - 1, -1, width - 1, width, width + 1])  # in the order of _RING
+    left = np.flatnonzero(flat)
+    changed = True
+    while changed:
+        changed = False
+        for removable in _removable():
+            codes = (flat[left[:, None] + ring] << np.arange(8, dtype=np.uint8)).sum(axis=1)
+            gone = removable[codes]
+            flat[left[gone]] = 0
+            left = left[~gone]
+            changed |= bool(gone.any())
+    return padded[1:-1, 1:-1].astype(np.bool_)
+
+
+_RING = ("E", "NE", "N", "NW", "W", "SW", "S", "SE")  # the eight neighbours, anticlockwise
+
+# Where scikit-image does not decide as Zhang and Suen: neighbours of a pixel that goes in neither, in the first, in the second or in both
+# halves of an iteration. tests/runtime/evaluation/test_metrics.py compares with the library.
+_NEITHER = ("S SE", "NW W")
+_FIRST = ("N NW", "E N NW", "E NE", "NE N", "E NE N", "NW W N", "NE N W", "NW W S", "N W SW", "NE N W SW")
+_SECOND = ("E SE", "E N SE", "E S SE", "SW S", "E SW S", "E NE SW S", "W S SE", "W SW", "W SW S")
+_BOTH = ("E N", "E S", "N W", "W S")
+
+
+@functools.cache
+def _removable() -> tuple[Mask, Mask]:
+    """For each of the 256 neighbourhoods (a bit for each of _RING), whether a pixel goes: in either half of an iteration."""
+    first, second = np.zeros(256, np.bool_), np.zeros(256, np.bool_)
+    for code in range(256):
+        e, _, n, _, w, _, s, _ = ring = [bool(code >> place & 1) for place in range(8)]
+        into = sum(ring[place] and not ring[place - 1] for place in range(8))  # how often the object begins, all the way round
+        border = 2 <= sum(ring) <= 6 and into == 1
+        first[code] = border and not (n and e and s) and not (e and s and w)
+        second[code] = border and not (n and e and w) and not (n and s and w)
+    for neighbourhoods, goes in ((_NEITHER, (False, False)), (_FIRST, (True, False)), (_SECOND, (False, True)), (_BOTH, (True, True))):
+        for names in neighbourhoods:
+            code = sum(1 << _RING.index(name) for name in names.split())
+            first[code], second[code] = goes
+    return first, second
+
+
+def _share(inside: Mask, of: Mask) -> float:
+    total = int(of.sum())
+    return int((inside & of).sum()) / total if total else float("nan")
+
+
+def _distances(points: Mask, others: Mask) -> npt.NDArray[np.float64]:
+    """From each of `points` to the nearest of `others`: down its column first, then along the row, which is exact."""
+    height, width = others.shape
+    rows = np.arange(height)[:, None]
+    above = np.maximum.accumulate(np.where(others, rows, -np.inf), axis=0)
+    below = np.minimum.accumulate(np.where(others, rows, np.inf)[::-1], axis=0)[::-1]
+    vertical = np.minimum(rows - above, below - rows) ** 2
+    ys, xs = np.nonzero(points)
+    squared = np.empty(len(ys))
+    for start in range(0, len(ys), 1024):  # bounds the memory
+        some = slice(start, start + 1024)
+        squared[some] = (vertical[ys[some]] + (np.arange(width) - xs[some, None]) ** 2).min(axis=1)
+    return np.sqrt(squared)

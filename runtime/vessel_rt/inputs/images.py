@@ -1,0 +1,256 @@
+"""Image files as RGB pictures, exactly as training reads them (`Image.open(path).convert("RGB")`), and none that it would misread.
+
+Does not know what a model makes of a picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
+
+from vessel_rt.errors import ImageError
+from vessel_rt.inputs.tiff import PageFile, check_data, heeding_libtiff, page_offsets
+
+__all__ = [
+    "MAX_SIDE",
+    "SUFFIXES",
+    "Rescale",
+    "page_count",
+    "read_image",
+    "read_levels",
+    "require_regular",
+]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+MAX_SIDE = 8192  # pixels; a square of it stays under the size at which Pillow warns of a decompression bomb
+
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits a channel, or fewer
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_SIGNED, _FLOAT = 2, 3  # sample formats
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescale:
+    """How gray of more than 8 bits becomes 8: `low` becomes 0, `high` 255, what lies outside is clipped.
+
+    None stands for the least and the greatest value of the file, in all its pages.
+    """
+
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rescale:
+        """`LOW:HIGH`, or nothing for the range of the file. Raises ValueError."""
+        if not text:
+            return cls()
+        try:
+            low, high = map(float, text.split(":"))
+        except ValueError:
+            low = high = math.nan
+        if not (low < high and math.isfinite(high - low)):
+            raise ValueError(f"{text!r} is not a range of gray values: take LOW:HIGH, such as 0:4095")
+        return cls(low, high)
+
+
+def read_image(path: Path, page: int | None = None, rescale: Rescale | None = None) -> Image.Image:
+    """The image in RGB, as Sa2VA's `Image.open(path).convert("RGB")` gives it: pictures of 8 bits a channel or fewer, and no others.
+
+    So the orientation in EXIF is ignored (but not that in a TIFF's tags), alpha is dropped, and palettes are looked up. Nothing but pixels
+    is taken from the file: Pillow would write a JPEG's comment into whatever is made of it.
+
+    Args:
+        path: a JPG, PNG, TIFF or BMP file.
+        page: of a TIFF with several pages, from 0; None for a file with one picture.
+        rescale: what to make of gray of more than 8 bits (16 or 32, or floating point), which is refused otherwise. Deeper colours, whose
+            low bits Pillow drops, are always refused.
+
+    Raises:
+        ImageError: not a readable file of these kinds, cut short, of several pictures without a `page`, too deep, or a side longer than
+            MAX_SIDE. The text does not name the file.
+    """
+    window = None
+    if rescale is not None and rescale.low is not None and rescale.high is not None:
+        window = rescale.low, rescale.high
+    with _opened(path, page) as image:
+        depth = _Depth.of(image)
+        if not depth.is_deep:
+            pixels = image.convert("RGB")
+        elif depth.is_gray and rescale is not None:
+            pixels = Image.fromarray(_rescaled(_deep_levels(image, depth), *(window or _range(path)), depth.inverted)).convert("RGB")
+        else:
+            raise ImageError(f"{depth}, not 8 bits a channel; {depth.mend}")
+        pixels.info = {}
+        return pixels
+
+
+def read_levels(path: Path) -> npt.NDArray[Any]:
+    """The image's gray levels [height, width], of whatever range the file has: for drawn masks. Raises ImageError, as `read_image`."""
+    with _opened(path, None) as image:
+        depth = _Depth.of(image)
+        if not (depth.is_deep and depth.is_gray):
+            return np.asarray(image.convert("RGB").convert("L"))
+        levels = _deep_levels(image, depth)
+        return levels.max() - levels if depth.inverted else levels
+
+
+def page_count(path: Path) -> int | None:
+    """How many pages a TIFF with several has; None for any other file. Raises ImageError."""
+    with _telling(path):
+        require_regular(path)
+        count = len(page_offsets(path))
+        return count if count > 1 else None
+
+
+def require_regular(path: Path) -> None:
+    """Make sure that opening the path opens a file: a pipe would be waited for, a device may have no end. Raises ImageError and OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ImageError("not a regular file")
+
+
+@contextmanager
+def _opened(path: Path, page: int | None) -> Iterator[ImageFile.ImageFile]:
+    """One picture, found fit to be decoded in the block; what goes wrong there is an ImageError."""
+    with _telling(path), heeding_libtiff(), _file_of(path, page) as file, Image.open(file, formats=_FORMATS) as image:
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(f"{image.width}x{image.height} pixels are too many; sides up to {MAX_SIDE} are read")
+        if isinstance(image, TiffImageFile):
+            check_data(image, os.fstat(file.fileno()).st_size)
+        elif (pictures := getattr(image, "n_frames", 1)) > 1:
+            raise ImageError(f"{pictures} pictures in one {image.format} file; save each as a file of its own")
+        yield image
+
+
+def _file_of(path: Path, page: int | None) -> IO[bytes]:
+    """The file, so that Pillow finds this page of it first."""
+    _quiet()
+    require_regular(path)
+    offsets = page_offsets(path)
+    if page is None:
+        if len(offsets) > 1:
+            raise ImageError(
+                f"{len(offsets)} pages; vessel-rt infer takes them as frames with --frames, such as --frames : or --frames 0:10"
+            )
+        return path.open("rb")
+    if page >= max(len(offsets), 1):
+        raise ImageError(f"it has {max(len(offsets), 1)} pages, and no page {page}")
+    return PageFile(path, offsets[page]) if offsets else path.open("rb")
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Make of whatever a broken file brings about in the block an ImageError that does not name it."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError("no such file") from None
+    except UnidentifiedImageError as e:
+        if page_offsets(path):
+            raise ImageError("a TIFF file whose pixels are damaged, or of a kind that is not read; convert it to 8 bits") from e
+        raise ImageError("an empty file" if path.stat().st_size == 0 else "not a JPG, PNG, TIFF or BMP image") from e
+    except Exception as e:  # a decoder given a broken file may raise anything
+        said = e.strerror if isinstance(e, OSError) and e.strerror else e  # its whole text would name the file
+        raise ImageError(f"cannot be decoded ({said})") from e
+
+
+@functools.cache
+def _quiet() -> None:
+    """Have Pillow keep its warnings to itself: what matters in a file raises, and the rest would tear the progress bar."""
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # once for the process: warnings.catch_warnings is not for programs with threads
+    logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Depth:
+    """The depth of a channel as the file has it. Pillow's modes do not tell: it reads 16-bit colour as 8-bit, without a word."""
+
+    bits: int
+    kind: int = 1
+    is_gray: bool = True
+    inverted: bool = False
+
+    @classmethod
+    def of(cls, image: ImageFile.ImageFile) -> _Depth:
+        gray = image.mode in ("1", "L") or image.mode[:1] in ("I", "F")
+        if isinstance(image, TiffImageFile):
+            tags = image.tag_v2
+            bits, kinds = max(tags.get(_BITS_PER_SAMPLE, (1,))), tags.get(_SAMPLE_FORMAT, (1,))
+            return cls(bits, max(kinds), gray, inverted=tags.get(_PHOTOMETRIC, 0) == 0)
+        if image.format == "PNG":
+            return cls(16 if "16" in str(image.tile[0][3]) else 8, is_gray=gray)
+        return cls(8 if image.mode in _MODES else 16, is_gray=gray)
+
+    @property
+    def is_deep(self) -> bool:
+        return self.bits > 8 or self.kind != 1
+
+    @property
+    def mend(self) -> str:
+        return "vessel-rt infer --rescale scales it" if self.is_gray else "convert it to 8 bits"
+
+    def __str__(self) -> str:
+        kind = {_SIGNED: " signed", _FLOAT: " floating-point"}.get(self.kind, "")
+        return f"{self.bits}-bit{kind} {'gray' if self.is_gray else 'colour'}"
+
+
+def _deep_levels(image: Image.Image, depth: _Depth) -> npt.NDArray[Any]:
+    """The values [height, width] of gray that `is_deep`, as stored. Raises ImageError where one of them is no finite number."""
+    levels = np.asarray(image)
+    if (depth.bits, depth.kind) == (8, _SIGNED):  # Pillow takes all of these for unsigned 8 and signed 32 bits
+        levels = levels.view(np.int8)
+    elif (depth.bits, depth.kind) == (32, 1):
+        levels = levels.view(np.uint32)
+    if not np.isfinite(levels).all():
+        raise ImageError("some of its values are not finite numbers")
+    return levels.astype(np.float64)
+
+
+def _rescaled(levels: npt.NDArray[np.float64], low: float, high: float, inverted: bool) -> npt.NDArray[np.uint8]:
+    """`low` to 0, `high` to 255, or the other way round where `inverted`, rounded once; all to 0 where there is no range."""
+    if low == high:
+        return np.zeros(levels.shape, np.uint8)
+    gray = np.rint((np.clip(levels, low, high) - low) / (high - low) * 255).astype(np.uint8)
+    return np.uint8(255) - gray if inverted else gray
+
+
+def _range(path: Path) -> tuple[float, float]:
+    """The least and the greatest value of all pages of a file whose gray is deep. Raises ImageError."""
+    status = path.stat()
+    found = _range_of(path, status.st_mtime_ns, status.st_size)
+    if isinstance(found, str):
+        raise ImageError(found)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _range_of(path: Path, changed: int, size: int) -> tuple[float, float] | str:
+    """See `_range`; an error as its text, so that it is found once for all pages."""
+    low, high = math.inf, -math.inf
+    count = page_count(path)
+    for page in [None] if count is None else range(count):
+        try:
+            with _opened(path, page) as image:
+                depth = _Depth.of(image)
+                if depth.is_deep and depth.is_gray:
+                    levels = _deep_levels(image, depth)
+                    low, high = min(low, float(levels.min())), max(high, float(levels.max()))
+        except ImageError as e:
+            return str(e) if page is None else f"its range of gray is unknown: page {page} {e}"
+    return low, high

@@ -1,0 +1,186 @@
+"""Files whose contents were found to be what a record says, and whether they still are. Knows nothing of bundles.
+
+A file is hashed once. Then its identity tells that it was not touched: device, inode, size, and the times of its last change of content and
+of status, which no write leaves alone. Where the system has leases on files (Linux, on local file systems), a write is even held back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import IO, Annotated, Any, TypeAlias
+
+from vessel_rt.formats.schema import Within
+from vessel_rt.io.files import open_regular
+
+__all__ = ["CheckedFiles", "FileRecord", "changes", "check_files", "leases", "sha256_of"]
+
+_CHUNK = 1 << 20  # bytes hashed between two reports of progress
+_READERS = 4  # files hashed at once: a disk gives more than one core can hash
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    bytes: Annotated[int, Within(0, 2**50)]
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Identity:
+    """How the file system knows a file. `status_changed` also moves with what leaves the content alone, a new hard link say."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+    status_changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Identity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedFile:
+    record: FileRecord
+    identity: _Identity
+
+
+CheckedFiles: TypeAlias = "dict[Path, _CheckedFile]"
+
+
+def check_files(
+    folder: Path, records: Mapping[str, FileRecord | None], progress: Callable[[int], object] | None = None
+) -> tuple[CheckedFiles, tuple[str, ...]]:
+    """Compare files of `folder` with their records.
+
+    A name is a relative path; no part of it may be a symbolic link, so that what is read lies in the folder. Several files are read at
+    once; `progress` is told of each bytes read, by one thread at a time.
+
+    Returns:
+        The files that agree, and what is wrong with the others, in words.
+    """
+    lock, stopped = threading.Lock(), threading.Event()
+
+    def advance(read: int) -> None:
+        with lock:
+            if stopped.is_set():
+                raise InterruptedError
+            if progress:
+                progress(read)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            found = dict(zip(records, pool.map(lambda name: _check(folder, name, records[name], advance), records), strict=True))
+        except BaseException:  # an interrupt must not wait until gigabytes are read
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    good = {folder / name: file for name, file in found.items() if isinstance(file, _CheckedFile)}
+    return good, tuple(f"{name} {fault}" for name, fault in found.items() if isinstance(fault, str))
+
+
+def _check(folder: Path, name: str, record: FileRecord | None, progress: Callable[[int], object]) -> _CheckedFile | str:
+    """The file, or what is wrong with it."""
+    if record is None:
+        return "has no recorded SHA-256"
+    if any((folder / part).is_symlink() for part in [PurePosixPath(name), *PurePosixPath(name).parents[:-1]]):
+        return "is or lies behind a symbolic link"
+    try:
+        with open_regular(folder / name) as file:
+            before = _Identity.of(os.fstat(file.fileno()))
+            if before.size != record.bytes:
+                return f"has {before.size} bytes, not {record.bytes}"
+            if _sha256(file, progress) != record.sha256:
+                return "was changed (its SHA-256 differs)"
+            return _CheckedFile(record, before) if _Identity.of(os.fstat(file.fileno())) == before else "was changed while it was read"
+    except InterruptedError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    except OSError as e:
+        return f"cannot be read ({e.strerror})"
+
+
+def changes(files: CheckedFiles) -> Iterator[tuple[Path, str]]:
+    """The files that are not, or may not be, what they were when they were hashed, and what came of them.
+
+    Where nothing but the status has changed, the file is hashed again, and what it is known by is renewed.
+    """
+    for path, file in list(files.items()):
+        try:
+            now = _Identity.of(path.stat(follow_symlinks=False))
+            if now == file.identity:
+                continue
+            if dataclasses.replace(now, status_changed=file.identity.status_changed) != file.identity:
+                yield path, "was changed or replaced"
+                continue
+        except OSError as e:
+            yield path, f"is gone ({e.strerror})"
+            continue
+        checked = _check(path.parent, path.name, file.record, lambda read: None)
+        if isinstance(checked, str):
+            yield path, checked
+        else:
+            files[path] = checked
+
+
+@contextlib.contextmanager
+def leases(paths: Iterable[Path]) -> Iterator[Callable[[], list[Path]]]:
+    """Hold read leases in the block: a process that opens one of the files for writing waits until the block ends, 45 s by default.
+
+    There is none on a file of another user, one that is open for writing, or one of most network file systems, nor on other systems than
+    Linux.
+
+    Returns:
+        A function that tells for which files a process waits now, or has waited too long.
+    """
+    held: dict[Path, int] = {}
+    with contextlib.ExitStack() as stack:
+        for path in paths if sys.platform == "linux" else ():
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                _take_lease(descriptor)
+                held[path] = descriptor
+        yield lambda: [path for path, descriptor in held.items() if not _has_lease(descriptor)]
+
+
+def _take_lease(descriptor: int) -> None:
+    import fcntl
+
+    # The kernel tells of a writer by a signal: one that is ignored by default, for the default one would end the process.
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+
+
+def _has_lease(descriptor: int) -> bool:
+    """Whether the lease is there and no process waits for its end."""
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal; `progress` is told how many bytes were read, piece by piece."""
+    with path.open("rb", buffering=0) as file:
+        return _sha256(file, progress)
+
+
+def _sha256(file: IO[Any], progress: Callable[[int], object] | None) -> str:
+    digest = hashlib.sha256()
+    while piece := file.read(_CHUNK):
+        digest.update(piece)
+        if progress:
+            progress(len(piece))
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""Greedy decoding with a KV cache, and the hidden states that become masks.
+
+An answer that is expected, a draft, is run through the model together with the prompt. Of its tokens those are taken that the model would
+have said itself, up to the first one that it would not; from there on it speaks. So a draft changes the number of runs, never the answer.
+
+Knows the language_model graph (docs/architecture.md) and token ids; knows nothing of text, images or masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vessel_rt.device.session import Session
+from vessel_rt.errors import ImageError
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.profiles import MOST_KEPT
+from vessel_rt.model.prompt import EmbedTokens
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+__all__ = ["Generation", "LanguageModel"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """One answer: its ids without the stop token, and a state [masks, hidden_size] for each [SEG] in it.
+
+    `drafted` tokens were run with the prompt, of which the model would have said the first `accepted`; `decode_steps` runs came after.
+    """
+
+    token_ids: tuple[int, ...]
+    seg_states: npt.NDArray[Any]
+    drafted: int
+    accepted: int
+    decode_steps: int
+
+
+class _NotFiniteError(ImageError):
+    """Numbers that overflow the bundle's precision."""
+
+
+@dataclasses.dataclass
+class _Row:
+    """One prompt of the batch and what has been generated after it; the last emitted token is not yet consumed."""
+
+    prompt_length: int
+    draft: tuple[int, ...]
+    accepted: int = 0
+    emitted: list[int] = dataclasses.field(default_factory=list)
+    seg_states: list[npt.NDArray[Any]] = dataclasses.field(default_factory=list)
+    decode_steps: int = 0
+
+    @property
+    def position(self) -> int:
+        """Where the last emitted token stands in the sequence."""
+        return self.prompt_length + len(self.emitted) - 1
+
+
+class LanguageModel:
+    """The language_model graph and its KV caches: as many as there are threads that generate at one time.
+
+    A cache lies on the device, is written in place, and is used again for later prompts: what an earlier prompt left in it
+    stands beyond the positions of the later one, which the graph masks. Its type is the graph's, which NumPy need not have.
+    """
+
+    def __init__(self, session: Session, bundle: Bundle, embed_tokens: EmbedTokens) -> None:
+        self._session = session
+        self._sizes = bundle.language_model
+        self._seg, self._stops = bundle.prompt.seg_token_id, frozenset(bundle.prompt.stop_token_ids)
+        self._embed_tokens = embed_tokens
+        stage = bundle.stages["language_model"]
+        self._dtype = stage.input_dtype("inputs_embeds")  # the states' too
+        self._cache_dtype = stage.input("past_key.0").dtype
+        self._precision = bundle.precision
+        self._unused: list[tuple[int, list[OrtValue]]] = []  # caches and their rows
+
+    def generate(self, prompts: Sequence[npt.NDArray[Any]], drafts: Sequence[Sequence[int]] | None = None) -> list[Generation]:
+        """Answer each prompt, given as embeddings [tokens, hidden_size], until a stop token or `max_new_tokens`.
+
+        `drafts` are the ids of the answers expected, without a stop token; of a long one the beginning is tried.
+        A [SEG] that is the last token of the budget is still consumed, since its state is the mask.
+
+        Raises:
+            ImageError: a prompt that leaves no room in the cache for an answer, or states that are not finite.
+        """
+        longest, room = max(map(len, prompts)), self._sizes.capacity - self._sizes.max_new_tokens
+        if longest > room:
+            raise ImageError(
+                f"its prompt has {longest} tokens, of which this bundle takes {room} "
+                f"({self._sizes.capacity} less {self._sizes.max_new_tokens} for the answer); export it with a larger capacity"
+            )
+        tried = min(MOST_KEPT - 1, self._sizes.max_new_tokens)
+        rows = [_Row(len(prompt), tuple(draft[:tried])) for prompt, draft in zip(prompts, drafts or [()] * len(prompts), strict=True)]
+        try:
+            with self._cache_of(len(rows)) as cache:
+                self._begin(rows, prompts, cache)
+                while any(map(self._unfinished, rows)):
+                    self._step(rows, cache)
+        except _NotFiniteError:
+            if not any(row.draft for row in rows):
+                raise
+            return self.generate(prompts)  # a draft's numbers, once in the cache, spoil the prompt's though they are masked: 0 times NaN
+        return [self._generation(row) for row in rows]
+
+    def _begin(self, rows: Sequence[_Row], prompts: Sequence[npt.NDArray[Any]], cache: Sequence[OrtValue]) -> None:
+        """Run every prompt with its draft, and accept of the draft what the model says itself."""
+        chunks = [np.concatenate([prompt, *self._embedded(row.draft)]) for row, prompt in zip(rows, prompts, strict=True)]
+        kept = 1 + max(len(row.draft) for row in rows)
+        gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(kept)] for row in rows]
+        next_ids, states = self._run(chunks, [0] * len(rows), gather, cache)
+        for row, said, state in zip(rows, next_ids, states, strict=True):
+            self._check(state[0])
+            row.emitted.append(int(said[0]))
+            for i, expected in enumerate(row.draft, start=1):
+                if row.emitted[-1] != expected or not self._unfinished(row):
+                    break
+                self._consumed(row, state[i], int(said[i]))
+                row.accepted += 1
+
+    def _embedded(self, token_ids: Sequence[int]) -> list[npt.NDArray[Any]]:
+        return [self._embed_tokens.rows(token_ids)] if token_ids else []
+
+    def _step(self, rows: Sequence[_Row], cache: Sequence[OrtValue]) -> None:
+        """Consume every row's last token. A finished row repeats its own, in place, and what comes of it is dropped."""
+        tokens = self._embed_tokens.rows([row.emitted[-1] for row in rows])
+        next_ids, states = self._run(list(tokens[:, None]), [row.position for row in rows], [[0]] * len(rows), cache)
+        for row, said, state in zip(rows, next_ids, states, strict=True):
+            if self._unfinished(row):
+                row.decode_steps += 1
+                self._consumed(row, state[0], int(said[0]))
+
+    def _consumed(self, row: _Row, state: npt.NDArray[Any], said: int) -> None:
+        """Note that the row's last token led to `state` and to the token `said`."""
+        self._check(state)
+        if row.emitted[-1] == self._seg:
+            row.seg_states.append(state)
+        if len(row.emitted) < self._sizes.max_new_tokens:
+            row.emitted.append(said)
+
+    def _unfinished(self, row: _Row) -> bool:
+        last = row.emitted[-1]
+        owed = last == self._seg and len(row.seg_states) < row.emitted.count(self._seg)
+        return last not in self._stops and (owed or len(row.emitted) < self._sizes.max_new_tokens)
+
+    def _generation(self, row: _Row) -> Generation:
+        answer = row.emitted[:-1] if row.emitted[-1] in self._stops else row.emitted
+        states = np.stack(row.seg_states) if row.seg_states else np.empty((0, self._sizes.hidden_size), self._dtype)
+        return Generation(tuple(answer), states, len(row.draft), row.accepted, row.decode_steps)
+
+    def _run(
+        self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[Sequence[int]], cache: Sequence[OrtValue]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Run the graph over one chunk of embeddings a row, written to the cache from position `starts[row]` on.
+
+        Returns:
+            For each row, at its chunk's positions `gather[row]`, as many in each: the next tokens' ids [rows, positions], the hidden
+            states [rows, positions, hidden_size].
+        """
+        batch, sequence = len(chunks), max(map(len, chunks))
+        embeds = np.zeros((batch, sequence, self._sizes.hidden_size), self._dtype)
+        for padded, chunk in zip(embeds, chunks, strict=True):
+            padded[: len(chunk)] = chunk
+        first = np.array(starts, np.int64)
+        live = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
+        past, present = self._cache_names("past"), self._cache_names("present")
+        outputs = self._session.run(
+            {
+                "inputs_embeds": embeds,
+                "position_ids": first[:, None] + np.arange(sequence),
+                "write_indices": first,
+                "kv_positions": np.arange(live),
+                "gather_positions": np.array(gather, np.int64),
+                **dict(zip(past, cache, strict=True)),
+            },
+            into=dict(zip(present, cache, strict=True)),
+        )
+        return outputs["next_ids"], outputs["hidden_states"]
+
+    def _check(self, state: npt.NDArray[Any]) -> None:
+        """Of the states that count: one after a draft that is not accepted may be what it will."""
+        if not np.isfinite(state).all():
+            raise _NotFiniteError(
+                f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32"
+            )
+
+    def _cache_names(self, when: str) -> list[str]:
+        return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]
+
+    @contextmanager
+    def _cache_of(self, batch: int) -> Iterator[list[OrtValue]]:
+        """A cache of `batch` rows, [batch, kv_heads, capacity, head_dim] a tensor, for this block alone.
+
+        It is kept for a later block, unless this one fails: the cache may then hold numbers that are not finite.
+        """
+        rows, cache = self._unused.pop() if self._unused else (0, [])
+        if rows != batch:
+            shape = (batch, self._sizes.kv_heads, self._sizes.capacity, self._sizes.head_dim)
+            cache = []  # freed before its successor is made
+            cache = [self._session.zeros(shape, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
+        yield cache
+        self._unused.append((batch, cache))

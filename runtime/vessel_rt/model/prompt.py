@@ -1,0 +1,123 @@
+"""From a question to the token ids and embeddings of the prompt, and from an answer's ids back to text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from vessel_rt.errors import BundleError, VesselError, first_line
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.schema import shown
+
+__all__ = ["EmbedTokens", "PromptTokenizer"]
+
+_DTYPES = ("F32", "F16")  # safetensors' names of what NumPy has
+
+
+class PromptTokenizer:
+    """The bundle's tokenizer, with the text that training put around image and question.
+
+    Raises:
+        BundleError: the tokenizer's file cannot be read; from each method, the library cannot do what the file says.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._spec = bundle.prompt
+        self._path = bundle.folder / bundle.prompt.tokenizer
+        with self._faults():
+            self._tokenizer = Tokenizer.from_file(str(self._path))
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """The library raises plain Exception, and where it panics something that is not even that."""
+        try:
+            yield
+        except BaseException as e:
+            if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+                raise
+            raise BundleError(f"{self._path}: not a tokenizer ({first_line(e)}); export the bundle again") from e
+
+    def encode(self, question: str) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt before and after its image tokens.
+
+        Special tokens split the text before anything else, so that these two pieces, encoded alone, give the ids of the whole.
+
+        Raises:
+            VesselError: the question is empty, or itself places an image.
+        """
+        spec = self._spec
+        if not question.strip():
+            raise VesselError("the question is empty: say what to segment, for example --prompt 'Please segment vessel in this image.'")
+        for mark in ("<image>", spec.image_token):
+            if mark in question:
+                raise VesselError(f"the question {question!r} holds {mark}: leave it out, the image is put before the question")
+        before, after = spec.prefix + spec.image_start, spec.image_end + "\n" + question + spec.suffix
+        with self._faults():
+            encodings = self._tokenizer.encode_batch([before, after], add_special_tokens=False)
+        return encodings[0].ids, encodings[1].ids
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Token ids of an answer, as training had them: special tokens such as [SEG] are one id each."""
+        with self._faults():
+            ids: list[int] = self._tokenizer.encode(answer, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of an answer, special tokens such as [SEG] shown, without blanks around it."""
+        with self._faults():
+            text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text.strip()
+
+
+class EmbedTokens:
+    """Rows of the embedding table, read from the file as they are asked for: the table itself never is in memory.
+
+    A run asks for the same few dozen rows (a question's, the answers') again and again, so each is read once.
+
+    Raises:
+        BundleError: the file cannot be read, or the table is not of the language model's vocabulary and size.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        path, name, sizes = bundle.folder / bundle.embed_tokens.file, bundle.embed_tokens.name, bundle.language_model
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                self._table: Any = file.get_slice(name)
+                dtype, shape = self._table.get_dtype(), self._table.get_shape()
+            except Exception as e:  # OSError, SafetensorError
+                raise BundleError(f"{path}: cannot read {shown(name)} ({first_line(e)}); export the bundle again") from e
+            if dtype not in _DTYPES or shape != [sizes.vocabulary, sizes.hidden_size]:
+                raise BundleError(
+                    f"{path}: {shown(name)} is {dtype} {shape}, not {' or '.join(_DTYPES)} "
+                    f"[{sizes.vocabulary}, {sizes.hidden_size}]; export the bundle again"
+                )
+            self._stack = stack.pop_all()
+        self._path, self._vocabulary = path, sizes.vocabulary
+        self._rows: dict[int, npt.NDArray[Any]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stack.close()
+
+    def rows(self, token_ids: Sequence[int]) -> npt.NDArray[Any]:
+        """[len(token_ids), hidden_size], in the table's dtype. BundleError if there is no row for a token: then the files do not belong
+        together."""
+        strange = [token for token in token_ids if not 0 <= token < self._vocabulary]
+        if strange or not token_ids:
+            raise BundleError(f"{self._path}: has no row for the tokens {strange[:1]}; export the bundle again")
+        with self._lock:
+            for token in set(token_ids) - self._rows.keys():
+                self._rows[token] = self._table[token : token + 1][0]
+        return np.stack([self._rows[token] for token in token_ids])

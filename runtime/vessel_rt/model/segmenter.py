@@ -1,0 +1,339 @@
+"""The whole pipeline on one page: images and questions in, answers and their masks out.
+
+An image goes through three steps: `prepare` makes its pixels, `run` takes a batch through the graphs, `finish` makes its masks.
+All may be called from several threads at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vessel_rt.device.deployment import Deployment
+from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory
+from vessel_rt.formats.profiles import MASKS_AN_IMAGE
+from vessel_rt.model.decoding import Generation, LanguageModel
+from vessel_rt.model.postprocess import upsample
+from vessel_rt.model.preprocess import mask_pixels, tile_pixels
+from vessel_rt.model.prompt import EmbedTokens, PromptTokenizer
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+__all__ = ["Answer", "Mask", "Pixels", "Result", "Segmenter"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels:
+    """An image as the graphs take it: `tiles` [tiles, 3, size, size], `square` [1, 3, size, size]; `ms` that making them took."""
+
+    width: int
+    height: int
+    tiles: npt.NDArray[Any]
+    square: npt.NDArray[Any]
+    ms: dict[str, float]
+
+    def spent(self) -> Pixels:
+        """What `finish` needs of it: no pixels."""
+        return dataclasses.replace(self, tiles=self.tiles[:0].copy(), square=self.square[:0].copy())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """What the graphs made of one image and question; `low_res_logits` [masks, side, side], `iou` and `object_score` [masks]."""
+
+    question: str
+    generation: Generation
+    low_res_logits: npt.NDArray[np.float32]
+    iou: npt.NDArray[np.float32]
+    object_score: npt.NDArray[np.float32]
+    images: int
+    ms: dict[str, float]
+
+
+_Logits = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]  # low-res logits, IoUs and object scores of some masks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """One mask, [height, width] of the image, with SAM2's predicted IoU and its object score (a logit: above 0, something is there)."""
+
+    pixels: npt.NDArray[np.bool_]
+    iou: float
+    object_score: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What came of one image and question. `masks` follow the order of [SEG] in the answer and may be none.
+
+    `decode_steps` counts the runs of language_model after the first; of the `drafted` tokens that were run with the prompt, the model would
+    have said the first `accepted`. `images` ran together; `ms` has each step's wall time in milliseconds, for all questions about an image
+    together, an equal share for each image.
+    """
+
+    question: str
+    answer: str
+    token_ids: tuple[int, ...]
+    drafted: int
+    accepted: int
+    decode_steps: int
+    images: int
+    ms: dict[str, float]
+    masks: tuple[Mask, ...]
+
+
+class Segmenter:
+    """A bundle, loaded and ready. A context manager: leaving it frees the graphs' memory.
+
+    Args:
+        deployment: what to run, and where.
+        threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime.
+        draft: run the answer that is expected together with the prompt; the answers are the same without. Which it is, is found once for a
+            question, on a gray image.
+
+    Raises:
+        VesselError: a file of the bundle cannot be loaded, or was changed since it was hashed.
+    """
+
+    def __init__(self, deployment: Deployment, threads: int = 0, *, draft: bool = True) -> None:
+        self._bundle = bundle = deployment.bundle
+        with ExitStack() as stack:
+            self._verify_unchanged = stack.enter_context(deployment.guarded())
+            self._tokenizer = PromptTokenizer(bundle)
+            self._embed_tokens = stack.enter_context(EmbedTokens(bundle))
+            self._sessions = {name: stack.enter_context(session) for name, session in deployment.sessions(threads).items()}
+            self._language_model = LanguageModel(self._sessions["language_model"], bundle, self._embed_tokens)
+            # A GPU has room for SAM2's encoder beside the language model; the CPU's cores are all busy with one.
+            beside = deployment.device.kind != "cpu"
+            self._thread = stack.enter_context(ThreadPoolExecutor(1, "sam2_image_encoder")) if beside else None
+            self._verify_unchanged()
+            self._stack = stack.pop_all()
+        self._texts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+        self._first_draft = self._tokenizer.encode_answer(bundle.prompt.answers[0]) if draft and bundle.prompt.answers else None
+        self._drafts: dict[str, Sequence[int]] = {}
+        self._rehearsing, self._probing = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stack.close()
+
+    def check_question(self, question: str) -> None:
+        """Raise the VesselError that `segment` would raise for `question`, and get its draft ready."""
+        self._around(question)
+        self._draft(question)
+
+    def segment(self, image: Image.Image, question: str) -> Result:
+        """Answer `question` about `image` (RGB, as `read_image` gives it), and draw a mask for each [SEG] of the answer.
+
+        Raises:
+            VesselError: the question cannot be put into a prompt.
+            ImageError: the image makes too long a prompt, or numbers that overflow the bundle's precision.
+        """
+        pixels = self.prepare(image)
+        [[answer]] = self.run([pixels], [question])
+        return self.finish(pixels, answer)
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """What the graphs need of `image`."""
+        ms: dict[str, float] = {}
+        with _timed(ms, "tiles"):
+            tiles = tile_pixels(image, self._bundle.tiles, self._input_dtype("vision_encoder"))
+        with _timed(ms, "square"):
+            square = mask_pixels(image, self._bundle.mask, self._input_dtype("sam2_image_encoder"))
+        return Pixels(image.width, image.height, tiles, square, ms)
+
+    def run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
+        """Every question about every image of `batch`: for each image, its answers in the questions' order. Each image is encoded once.
+
+        Raises:
+            VesselError: a question cannot be put into a prompt.
+            ImageError: an image of the batch makes too long a prompt, or numbers that overflow the bundle's precision.
+            OutOfMemory: the device has no room for so many images.
+            DeviceError: the device fails on a gray image, too.
+            BundleError: a file of the bundle was changed, so that neither an answer nor another error is to be trusted.
+        """
+        self._verify_unchanged()
+        try:
+            return self._run(batch, questions)
+        except (GraphError, OutOfMemory) as e:  # not probed here, where the error holds what this run has on the device
+            short, text = isinstance(e, OutOfMemory), str(e)
+        finally:
+            self._verify_unchanged()
+        if short and len(batch) > 1:
+            raise OutOfMemory(text)
+        self._probe(questions[0], text)
+        raise OutOfMemory(text) if short else ImageError(text)
+
+    def _run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
+        """As `run`; GraphError where a graph fails, for whatever reason."""
+        ms: dict[str, float] = {}
+        encoding = self._thread.submit(self._encode, batch, ms) if self._thread else None
+        try:
+            try:
+                generations = self._generate(batch, questions, ms)
+            finally:
+                wait([encoding] if encoding else [])  # it works with what this call holds
+            features = encoding.result() if encoding else None
+        finally:
+            encoding = None  # its error would hold this frame, and this frame the error: memory that a smaller batch needs
+        decoded = self._decode(batch, generations, features, ms)
+        share = {step: value / len(batch) for step, value in ms.items()}
+        return [
+            [
+                Answer(question, generation, *logits, len(batch), share)
+                for question, generation, logits in zip(questions, of_image, of_masks, strict=True)
+            ]
+            for of_image, of_masks in zip(generations, decoded, strict=True)
+        ]
+
+    def finish(self, pixels: Pixels, answer: Answer) -> Result:
+        """The answer in words, and its masks at the image's size."""
+        ms = {**pixels.ms, **answer.ms}
+        with _timed(ms, "upsample"):
+            masks = upsample(answer.low_res_logits, self._bundle.mask.size, pixels.width, pixels.height) > 0  # sigmoid above one half
+        generation, scores = answer.generation, zip(masks, answer.iou, answer.object_score, strict=True)
+        return Result(
+            question=answer.question,
+            answer=self._tokenizer.decode(generation.token_ids),
+            token_ids=generation.token_ids,
+            drafted=generation.drafted,
+            accepted=generation.accepted,
+            decode_steps=generation.decode_steps,
+            images=answer.images,
+            ms=ms,
+            masks=tuple(Mask(mask, float(iou), float(object_score)) for mask, iou, object_score in scores),
+        )
+
+    def _generate(self, batch: Sequence[Pixels], questions: Sequence[str], ms: dict[str, float]) -> list[list[Generation]]:
+        """The answers, by image and question. The language model takes as many prompts at once as there are images."""
+        with _timed(ms, "vision_encoder"):
+            tiles = np.concatenate([pixels.tiles for pixels in batch]) if len(batch) > 1 else batch[0].tiles
+            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": tiles})["image_embeds"]
+        ends = np.cumsum([len(pixels.tiles) for pixels in batch])
+        of_images = np.split(image_embeds.reshape(len(tiles), -1, image_embeds.shape[-1]), ends[:-1])
+        generations: list[list[Generation]] = [[] for _ in batch]
+        with _timed(ms, "language_model"):
+            for question in questions:
+                draft = self._draft(question)
+                prompts = [self._prompt(question, embeds) for embeds in of_images]
+                for answers, generation in zip(generations, self._language_model.generate(prompts, [draft] * len(prompts)), strict=True):
+                    answers.append(generation)
+        return generations
+
+    def _draft(self, question: str) -> Sequence[int]:
+        """The answer to expect: what the model says to this question of a gray image, once.
+
+        Not what it said last: then the rounding of a result would depend on which image came before, and on another process's luck.
+        """
+        if self._first_draft is None:
+            return ()
+        with self._rehearsing:
+            if question not in self._drafts:
+                self._drafts[question] = self._rehearsed(question, self._first_draft)
+            return self._drafts[question]
+
+    def _rehearsed(self, question: str, draft: Sequence[int]) -> Sequence[int]:
+        """The model's answer for a gray image, checked against `draft`; that itself where no answer with a mask comes of it."""
+        try:
+            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": self._gray().tiles})["image_embeds"]
+            [generation] = self._language_model.generate([self._prompt(question, image_embeds)], [draft])
+        except ImageError:  # images will meet it too, and say so
+            return draft
+        return generation.token_ids if len(generation.seg_states) else draft
+
+    def _probe(self, question: str, failure: str) -> None:
+        """Run every graph on a gray image: DeviceError if the device fails at that, or has no room for it, after the `failure` before."""
+        gray = self._gray()
+        states = np.zeros((1, self._bundle.language_model.hidden_size), self._bundle.stages["sam2_mask_decoder"].input_dtype("seg_states"))
+        try:
+            with self._probing:
+                features = self._encode([gray], {})
+                self._sessions["sam2_mask_decoder"].run({**features, "seg_states": states, "image_index": np.zeros(1, np.int64)})
+                image_embeds = self._sessions["vision_encoder"].run({"pixel_values": gray.tiles})["image_embeds"]
+                self._language_model.generate([self._prompt(question, image_embeds)])
+        except (GraphError, OutOfMemory) as e:
+            raise DeviceError(f"{failure}; then on a gray image: {e}; so it is the device that fails, and what is done is kept") from e
+        except ImageError:
+            pass  # a gray image that the model cannot take says nothing of the device, which ran it
+
+    def _gray(self) -> Pixels:
+        return self.prepare(Image.new("RGB", (self._bundle.tiles.size,) * 2, (128, 128, 128)))
+
+    def _prompt(self, question: str, image_embeds: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size] between its texts'.
+
+        They are joined on the host, whatever the device: ONNX Runtime copies whole values to a device, never into a part of one. A tile of
+        the 8B model is 1.8 MB each way, less than a further graph, or two more runs of language_model, would cost.
+        """
+        before, after = self._around(question)
+        return np.concatenate([before, image_embeds.reshape(-1, image_embeds.shape[-1]), after])
+
+    def _around(self, question: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The embeddings before and after an image's, made once for a question."""
+        if question not in self._texts:
+            before, after = (self._embed_tokens.rows(ids) for ids in self._tokenizer.encode(question))
+            self._texts[question] = before, after
+        return self._texts[question]
+
+    def _encode(self, batch: Sequence[Pixels], ms: dict[str, float]) -> Mapping[str, OrtValue]:
+        """SAM2's features of every image, left on the device."""
+        with _timed(ms, "sam2_image_encoder"):
+            squares = np.concatenate([pixels.square for pixels in batch]) if len(batch) > 1 else batch[0].square
+            return self._sessions["sam2_image_encoder"].run({"pixel_values": squares}, keep=("fpn_0", "fpn_1", "image_features"))
+
+    def _decode(
+        self,
+        batch: Sequence[Pixels],
+        generations: Sequence[Sequence[Generation]],
+        features: Mapping[str, OrtValue] | None,
+        ms: dict[str, float],
+    ) -> list[list[_Logits]]:
+        """Low-res logits, IoUs and object scores of the masks, by image and question, from the [SEG] states.
+
+        `features` are SAM2's of every image; without them its encoder runs now, on the images that have a mask.
+        """
+        states = [[generation.seg_states for generation in of_image] for of_image in generations]
+        encoded = [i for i, of_image in enumerate(states) if features or any(map(len, of_image))]
+        seg_states = np.concatenate([state for of_image in states for state in of_image])
+        image_index = np.array([encoded.index(i) for i, of_image in enumerate(states) for state in of_image for _ in state], np.int64)
+        side = self._bundle.mask.low_res_size
+        parts = [(np.empty((0, side, side), np.float32), np.empty(0, np.float32), np.empty(0, np.float32))]
+        if len(seg_states):
+            features = features or self._encode([batch[i] for i in encoded], ms)
+            with _timed(ms, "sam2_mask_decoder"):
+                most = MASKS_AN_IMAGE * len(encoded)  # as many as engines are built and memory is planned for
+                for start in range(0, len(seg_states), most):
+                    some = slice(start, start + most)
+                    feeds = {**features, "seg_states": seg_states[some], "image_index": image_index[some]}
+                    outputs = self._sessions["sam2_mask_decoder"].run(feeds)
+                    parts.append((outputs["low_res_logits"], outputs["iou"], outputs["object_score"]))
+        whole = [np.concatenate(output) for output in zip(*parts, strict=True)]
+        if not all(np.isfinite(output).all() for output in whole):
+            raise ImageError(f"its masks are not finite in {self._bundle.precision}; export the bundle with --precision fp32")
+        ends = np.cumsum([len(state) for of_image in states for state in of_image])
+        each = zip(*(np.split(output, ends[:-1]) for output in whole), strict=True)
+        return [list(itertools.islice(each, len(of_image))) for of_image in states]
+
+    def _input_dtype(self, stage: str) -> np.dtype[Any]:
+        return self._bundle.stages[stage].input_dtype("pixel_values")
+
+
+@contextmanager
+def _timed(ms: dict[str, float], step: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    ms[step] = (time.perf_counter() - began) * 1e3

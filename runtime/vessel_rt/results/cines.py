@@ -1,0 +1,68 @@
+"""The masks of a multi-frame file in one file: cines/<stem>.tif, a page for each frame that was run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+from PIL.TiffImagePlugin import AppendingTiffWriter
+
+from vessel_rt.errors import VesselError
+from vessel_rt.inputs.frames import cine_of
+from vessel_rt.io.files import open_regular, replacing, writing
+from vessel_rt.results.reader import Lines, iter_frames
+from vessel_rt.results.schema import CINES
+from vessel_rt.results.writer import numbered
+
+__all__ = ["write_cines"]
+
+
+def write_cines(output: Path) -> None:
+    """Write a TIFF for each cine of the run in `output`, and one more (`<stem>_1.tif`, ...) for each further mask of its answers.
+
+    Pages follow the frames. A frame whose answer gave no mask has an empty page; a cine of which a frame failed has no TIFF, since its
+    pages would not be its frames. Raises VesselError.
+    """
+    cines: dict[str, dict[int, Lines]] = defaultdict(dict)
+    for lines in iter_frames(output):
+        number = lines[0]["frame"]
+        if number is not None:
+            cines[cine_of(lines[0]["name"], number)][number] = lines
+    taken = {cine.casefold() for cine in cines}
+    for cine, frames in cines.items():
+        whole = [lines for _, lines in sorted(frames.items())]
+        if all(line["status"] == "ok" for lines in whole for line in lines):
+            _write_cine(output, numbered(cine, taken), whole)
+
+
+def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Lines]) -> None:
+    """`frames` have a line for each question."""
+    most = [max(len(lines[question]["masks"]) for lines in frames) for question in range(len(frames[0]))]
+    places = [(question, mask) for question, count in enumerate(most) for mask in range(count)]
+    for question, mask in places:
+        with writing(f"{output}: the TIFF of a cine"):
+            (output / CINES).mkdir(exist_ok=True)
+            with replacing(output / CINES / f"{next(names)}.tif") as temporary, AppendingTiffWriter(temporary, new=True) as tiff:
+                for page in _pages(output, frames, question, mask):  # one at a time: save(save_all=True) would hold all of them
+                    page.save(tiff, format="TIFF", compression="tiff_adobe_deflate")
+                    tiff.newFrame()
+
+
+def _pages(output: Path, frames: Sequence[Lines], question: int, mask: int) -> Iterator[Image.Image]:
+    """0 and 255, as in masks/."""
+    for lines in frames:
+        line = lines[question]
+        if mask < len(line["masks"]):
+            yield _mask(output, line["masks"][mask]["file"], line["code"])
+        else:
+            yield Image.new("L", (line["width"], line["height"]))
+
+
+def _mask(output: Path, name: str, code: str) -> Image.Image:
+    try:
+        with open_regular(output / name) as file, Image.open(file, formats=("PNG",)) as page:
+            return page.copy()
+    except Exception as e:  # a decoder given a file that somebody has changed may raise anything
+        raise VesselError(f"{output}: a mask of {code} cannot be read for the TIFF of its cine; give the same command again") from e

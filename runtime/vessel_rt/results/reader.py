@@ -1,0 +1,237 @@
+"""The files of a run's output folder, as they are read: results.jsonl, timings.jsonl, run.json and evaluation.json.
+
+Knows nothing of how they come about (record.py, evaluate.py). Whatever is read has been found to be in its form (schema.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+import vessel_rt
+from vessel_rt.errors import VesselError
+from vessel_rt.io.files import open_regular, read_regular
+from vessel_rt.results.rle import decode_rle
+from vessel_rt.results.schema import check_evaluation, check_result, check_run, check_timing
+
+__all__ = [
+    "EVALUATION_FILE",
+    "JOURNAL_FILE",
+    "MEANS_FILE",
+    "METRICS_FILE",
+    "REPORT_FILE",
+    "RESULTS_FILE",
+    "RUN_FILE",
+    "TIMINGS_FILE",
+    "FormError",
+    "Lines",
+    "iter_frames",
+    "iter_lines",
+    "iter_timings",
+    "mask_of",
+    "read_evaluation",
+    "read_json",
+    "read_results",
+    "read_run",
+]
+
+RESULTS_FILE = "results.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+JOURNAL_FILE = "journal.jsonl"
+RUN_FILE = "run.json"
+EVALUATION_FILE = "evaluation.json"
+METRICS_FILE = "metrics.csv"
+MEANS_FILE = "metrics_mean.csv"
+REPORT_FILE = "report.html"
+
+_LARGEST = 2**30  # bytes of a JSON file; what is made of it takes several times as much memory
+_OF_A_RUN = (RESULTS_FILE, TIMINGS_FILE, RUN_FILE)
+
+Lines = list[dict[str, Any]]
+
+
+class FormError(VesselError):
+    """A file of an output folder that was edited or damaged, or is of another version."""
+
+
+def read_results(output: Path) -> Lines:
+    """The lines of results.jsonl, one an image and question, in the order of the inputs. Raises VesselError."""
+    return [line for lines in iter_frames(output) for line in lines]
+
+
+def iter_frames(output: Path) -> Iterator[Lines]:
+    """The lines of results.jsonl, those of each frame together: one a question, the same questions for all. Raises VesselError."""
+    names: set[str] = set()
+    questions: list[str] = []
+    for number, lines in _by_index(output / RESULTS_FILE, check_result):
+        questions = questions or [line["question"] for line in lines]
+        if [line["question"] for line in lines] != questions:
+            _refuse(output / RESULTS_FILE, number, "a frame has other questions than the first")
+        if len({line["name"] for line in lines}) > 1 or lines[0]["name"] in names:
+            _refuse(output / RESULTS_FILE, number, "two frames have one 'name', or one has two")
+        names.add(lines[0]["name"])
+        yield lines
+
+
+def iter_timings(output: Path) -> Iterator[Lines]:
+    """The lines of timings.jsonl, likewise. Raises VesselError."""
+    return (lines for _, lines in _by_index(output / TIMINGS_FILE, check_timing))
+
+
+def iter_lines(path: Path, *checks: Callable[[Any], None], cut_short: bool = False) -> Iterator[Any]:
+    """The lines of a JSON Lines file, one after the other: each passes its check, the last of `checks` those that follow, too.
+
+    A byte order mark and empty lines, as editors make them, do not matter. With `cut_short` a last line without an end is left out.
+
+    Raises:
+        FormError: a line is not JSON, or not what its check takes; its number is named.
+        VesselError: the file is missing or cannot be read.
+    """
+    return (value for _, value in _numbered(path, checks, cut_short))
+
+
+def read_run(output: Path) -> dict[str, Any]:
+    """run.json. Raises VesselError."""
+    return _checked(output / RUN_FILE, check_run)
+
+
+def read_evaluation(output: Path) -> dict[str, Any]:
+    """evaluation.json. Raises VesselError."""
+    return _checked(output / EVALUATION_FILE, check_evaluation)
+
+
+def mask_of(path: Path, line: Mapping[str, Any], rle: Any) -> npt.NDArray[np.bool_]:
+    """The mask [height, width] whose run lengths the file `path` has for the frame of `line`. Raises FormError where they are none."""
+    try:
+        mask = decode_rle(rle)
+        if mask.shape != (line["height"], line["width"]):
+            raise ValueError("not of its frame's size")
+    except ValueError as e:
+        _refuse(path, None, f"a mask of {line['code']}: {e}")
+    return mask
+
+
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """A JSON file in UTF-8, with or without a byte order mark, of at most 1 GiB; `pairs` makes what stands for an object.
+
+    Raises:
+        VesselError: it is missing, not a regular file, too large, not UTF-8, not JSON, nested too deeply, or has a number of thousands of
+            digits.
+    """
+    with _faults(path):
+        return json.loads(read_regular(path, _LARGEST).decode("utf-8-sig"), object_pairs_hook=pairs)
+
+
+def _by_index(path: Path, check: Callable[[Any], None]) -> Iterator[tuple[int, Lines]]:
+    """The lines of each frame, with the number of the last."""
+    last, lines = 0, Lines()
+    for number, line in _numbered(path, [check]):
+        if lines and line["index"] < lines[0]["index"]:
+            _refuse(path, number, "'index' is less than that of the line before")
+        if lines and line["index"] != lines[0]["index"]:
+            yield last, lines
+            lines = []
+        lines.append(line)
+        last = number
+    if lines:
+        yield last, lines
+
+
+def _numbered(path: Path, checks: Sequence[Callable[[Any], None]], cut_short: bool = False) -> Iterator[tuple[int, Any]]:
+    """See iter_lines."""
+    with _faults(path), open_regular(path) as file:
+        left = deque(checks)
+        for number, text in enumerate(file, start=1):
+            if cut_short and not text.endswith(b"\n"):
+                return
+            if text.strip():
+                try:
+                    value = _value(text)
+                    if left:
+                        (left.popleft() if len(left) > 1 else left[0])(value)
+                except (ValueError, RecursionError) as e:
+                    _refuse(path, number, _said(e))
+                yield number, value
+
+
+def _checked(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
+    value: dict[str, Any] = read_json(path)
+    try:
+        check(value)
+    except ValueError as e:
+        _refuse(path, None, str(e))
+    return value
+
+
+def _value(text: bytes) -> Any:
+    """JSON, whose numbers are finite. Raises ValueError or RecursionError."""
+    return json.loads(text.decode("utf-8-sig"), parse_constant=_no_number)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _said(error: Exception) -> str:
+    """What may be told of an error: not the file's content, which may be a name."""
+    match error:
+        case json.JSONDecodeError():
+            return f"not JSON: {error.msg} at column {error.colno}"
+        case UnicodeDecodeError():
+            return "not UTF-8"
+        case RecursionError():
+            return "nested too deeply"
+    return str(error)
+
+
+def _refuse(path: Path, number: int | None, what: str) -> NoReturn:
+    """Say what is wrong with a line, and what would mend it."""
+    place = "" if number is None else f"line {number}: "
+    wrote = None if path.name == RUN_FILE else _version(path.parent)
+    if wrote not in (None, vessel_rt.__version__):
+        mend = f"written by vessel-rt {wrote}, this is {vessel_rt.__version__}: use that one here"
+    else:
+        mend = "not in the form of this version, or edited since: put the file back as it was"
+    raise FormError(f"{path}: {place}{what}; {mend}, or choose another output folder for a new run")
+
+
+def _version(output: Path) -> str | None:
+    """Of vessel-rt, as run.json has it."""
+    try:
+        found = read_json(output / RUN_FILE)["versions"]["vessel-rt"]
+    except (VesselError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+@contextmanager
+def _faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        hint = "a run that was finished leaves it in its output folder" if path.name in _OF_A_RUN else "no such file"
+        if path.name in _OF_A_RUN and path.with_name(JOURNAL_FILE).exists():
+            hint = "the run here was cut short, or is still going on; the same command finishes it"
+        raise VesselError(f"{path}: missing; {hint}") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as e:
+        mend = "; give yourself the right to read it" if isinstance(e, PermissionError) else ""
+        raise VesselError(f"{path}: cannot be read ({_reason(e)}){mend}") from e
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8; save it as UTF-8"
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        return "not JSON that can be taken: a number of thousands of digits"  # the one thing else that json objects to
+    if isinstance(error, RecursionError):
+        return "its lists are nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it does not fit into the memory"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

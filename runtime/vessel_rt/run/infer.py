@@ -1,0 +1,408 @@
+"""A run from its inputs to its output folder: what is left to do, who does it, and the account of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tqdm import tqdm
+
+import vessel_rt
+from vessel_rt.device.deployment import check_bundle, choose_devices
+from vessel_rt.device.session import Device, onnxruntime
+from vessel_rt.errors import BundleError, VesselError
+from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
+from vessel_rt.formats.engine_sidecar import ENGINES
+from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, told_kinds
+from vessel_rt.inputs.pseudonyms import printable
+from vessel_rt.io.files import replacing, writing
+from vessel_rt.io.folder_lock import FolderLock, locked
+from vessel_rt.results.cines import write_cines
+from vessel_rt.results.reader import REPORT_FILE, RUN_FILE, read_run
+from vessel_rt.results.report import write_report
+from vessel_rt.results.writer import Entry
+from vessel_rt.run.earlier import read_earlier
+from vessel_rt.run.journal import Record
+from vessel_rt.run.process_pool import Job, Workers
+from vessel_rt.run.ray_pool import RayWorkers
+from vessel_rt.run.worker import Worker, WorkOptions, cores
+
+__all__ = ["InferOptions", "Stop", "Summary", "infer"]
+
+_AnyWorkers: TypeAlias = Worker | Workers | RayWorkers
+
+_LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
+
+
+@dataclasses.dataclass(frozen=True)
+class InferOptions:
+    """What `infer` is asked to do.
+
+    `inputs` are files, folders and globs, of whose frames `selection` says which; of each, every question of `work` is asked. There is a
+    process for each of several `devices`, or an actor of the Ray cluster at `ray`. `overwrite` starts anew, `prune` forgets the results of
+    frames that are no longer among the inputs. `fail_fast` ends the run at the first frame that fails; `quiet` says nothing but errors,
+    `verbose` a line for each frame.
+    """
+
+    inputs: tuple[str, ...]
+    output: Path
+    naming: Naming
+    work: WorkOptions
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    devices: tuple[Device, ...] = (Device("auto"),)
+    ray: str | None = None
+    overwrite: bool = False
+    prune: bool = False
+    fail_fast: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+@dataclasses.dataclass
+class Summary:
+    """What became of the frames of a run, and the seconds that loading the bundle and running them took.
+
+    `images` have been tried, of `total` (`in_all_parts` of the run); of them `kept` were done by an earlier run, `unread` of these though
+    their inputs cannot be read now.
+    `masks`, `without_mask`, `undrafted` (runs of
+    language_model after the first were needed) and `answers` count results: a frame has one for each question. In each of `streams` `batch`
+    images ran at once at first, `least_batch` after the device had run out of memory. `skipped` counts the files that were not taken, by
+    input and kind. `stopped` by this signal, the run may go on.
+    """
+
+    total: int = 0
+    in_all_parts: int = 0
+    images: int = 0
+    kept: int = 0
+    unread: int = 0
+    failed: int = 0
+    answers: int = 0
+    undrafted: int = 0
+    masks: int = 0
+    without_mask: int = 0
+    streams: int = 1
+    batch: int = 1
+    least_batch: int = 1
+    load_seconds: float = 0.0
+    seconds: float = 0.0
+    skipped: dict[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    stopped: signal.Signals | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        return (self.images - self.kept) / self.seconds if self.seconds else 0.0
+
+    def count(self, entry: Entry) -> None:
+        """Take one more frame into the counts."""
+        self.images += 1
+        if entry.error is not None:
+            self.failed += 1
+            return
+        for line, timing in zip(entry.lines, entry.timings, strict=True):
+            self.answers += 1
+            self.undrafted += (timing["decode_steps"] or 0) > 0  # None where timings.jsonl was lost
+            self.masks += len(line["masks"])
+            self.without_mask += not line["masks"]
+
+
+class Stop(threading.Event):
+    """Set when a run is to begin no further frame; `signal` says which signal wanted it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal: signal.Signals | None = None
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """In the block, SIGINT or SIGTERM sets it; the same again ends the process at once, and what is done is kept all the same."""
+        if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+            yield
+            return
+
+        def stop(number: int, _: object) -> None:
+            self.signal = signal.Signals(number)
+            self.set()
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def infer(bundle: Bundle, options: InferOptions) -> Summary:
+    """Segment every frame and write the results; one that fails becomes a line in results.jsonl, and the others go on.
+
+    What an earlier run into the same folder has done, with the same settings, of the same inputs, is kept. The folder is locked from before
+    it is looked at until the run ends.
+
+    Raises:
+        VesselError: nothing could be begun (inputs, output folder, question, device, bundle), a result could not be written, or the bundle
+            is gone at the end.
+    """
+    began = time.perf_counter()
+    with locked(options.output, make=True) as lock:
+        return _infer(bundle, options, lock, began)
+
+
+def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float) -> Summary:
+    started, stop, say = datetime.datetime.now(datetime.UTC), Stop(), _Console(options)
+    earlier = read_earlier(options.output)
+    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines())
+    for place, kinds in skipped.items():
+        say(f"skipped in {place}: {told_kinds(kinds)}")
+    if not frames:
+        raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
+    record = Record(lock, earlier, frames, options.overwrite, options.prune)
+    devices = _choose(bundle, options)
+    settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
+    left = record.resume(settings, options.work.questions)
+    summary = _summary_of(record, frames, len(names), say)
+    summary.skipped = skipped
+    if summary.unread and options.fail_fast:
+        left = []
+    elif not left and record.is_settled and _is_finished(options):
+        return summary
+    for warning in earlier.warnings:
+        say(f"warning: {warning}")
+    if left:
+        work, shown = _share(options.work, devices), options.naming.show_names
+        jobs = [Job(bundle, device, work, options.output, names, settings, shown) for device in devices]
+        with _workers(jobs, options.ray, stop, say) as workers:
+            _announce(options, devices, bundle)
+            summary.load_seconds = time.perf_counter() - began
+            with record, stop.on_signals():
+                _run(workers, record, left, summary, stop, options, say)
+            summary.streams, summary.batch, summary.least_batch = workers.streams, workers.batch, workers.least_batch
+        summary.seconds = time.perf_counter() - began - summary.load_seconds
+    else:
+        with record:
+            pass
+    summary.stopped = stop.signal
+    if summary.images == summary.total:
+        _check_sources(bundle, sources, options.output)
+        _finish(bundle, options, devices, started, summary)
+    return summary
+
+
+def _summary_of(record: Record, frames: Sequence[Frame], in_all_parts: int, say: _Console) -> Summary:
+    """The counts of what is kept; of inputs that cannot be read now the user is told."""
+    summary = Summary(total=len(frames), in_all_parts=in_all_parts)
+    for entry in record.kept:
+        summary.count(entry)
+    summary.kept, summary.unread = summary.images, len(record.unread)
+    for frame in frames:
+        if frame.name in record.unread:
+            say(f"error: {frame.shown}: {record.unread[frame.name]}; what an earlier run made of it is kept")
+    return summary
+
+
+def _sources(bundle: Bundle) -> list[str]:
+    """The bundle's files that are there."""
+    return [name for name in (BUNDLE_FILE, *bundle.used_files()) if (bundle.folder / name).is_file()]
+
+
+def _check_sources(bundle: Bundle, names: Sequence[str], output: Path) -> None:
+    """Make sure that they still are: a run is not called finished whose bundle nobody can look at."""
+    gone = [name for name in names if not (bundle.folder / name).is_file()]
+    if gone:
+        others = f" and {len(gone) - 1} other files" if len(gone) > 1 else ""
+        raise BundleError(
+            f"{bundle.folder}: {gone[0]}{others} went away during the run; the results in {output} are kept: "
+            "put the bundle back, and give the same command again to finish"
+        )
+
+
+def _choose(bundle: Bundle, options: InferOptions) -> Sequence[Device]:
+    """What is used here; of GPUs elsewhere, in a cluster, only the kind is known."""
+    kind = options.devices[0].kind
+    if options.ray and kind == "gpu":
+        raise VesselError("--ray gives an actor to each GPU of the cluster; name their kind with --device cuda or rtx, not their numbers")
+    if options.ray and kind not in ("auto", "cpu"):
+        return [Device(kind)] * len(options.devices)
+    return choose_devices(bundle, options.devices, apart=options.ray is not None)
+
+
+def _is_finished(options: InferOptions) -> bool:
+    """Whether what tells of all results together is there, and calls frames as this run would."""
+    if not (options.output / REPORT_FILE).exists():
+        return False
+    try:
+        told, naming = read_run(options.output)["options"], options.naming
+    except VesselError:  # it is made of what is known, and made anew
+        return False
+    return (told["show_names"], told["key"]) == (naming.show_names, naming.codes.key_id)
+
+
+def _run(
+    workers: _AnyWorkers, record: Record, left: Sequence[Frame], summary: Summary, stop: Stop, options: InferOptions, say: _Console
+) -> None:
+    shown = {frame.name: frame.shown for frame in left}
+    with tqdm(total=summary.total, initial=summary.kept, unit="frame", disable=True if options.quiet else None, dynamic_ncols=True) as bar:
+        for entry in workers.run(left):
+            record.add(entry)
+            summary.count(entry)
+            bar.update()
+            if entry.error is not None:
+                say(f"error: {shown[entry.name]}: {entry.error}")
+                if options.fail_fast:
+                    stop.set()
+            elif options.verbose:
+                say(_told(shown[entry.name], entry))
+
+
+def _told(shown: str, entry: Entry) -> str:
+    masks, ms = sum(len(line["masks"]) for line in entry.lines), sum(entry.timings[0]["ms"].values())
+    return f"{shown}: {masks} mask{'s' * (masks != 1)}, {ms:.0f} ms"
+
+
+@contextmanager
+def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) -> Iterator[_AnyWorkers]:
+    """One device is worked on here, several by a process each; the bundle is checked here for all of them, but not for other hosts."""
+    if ray:
+        with RayWorkers(jobs, ray, stop) as actors:
+            yield actors
+        return
+    with tqdm(desc="checking the bundle", unit="B", unit_scale=True, disable=say.hidden, delay=2, leave=False) as bar:
+
+        def advance(read: int, total: int) -> None:
+            bar.total = total
+            bar.update(read)
+
+        files = check_bundle(jobs[0].bundle, [job.device for job in jobs], jobs[0].options.batch, advance)
+    jobs = [dataclasses.replace(job, files=files) for job in jobs]
+    with Workers(jobs, stop, say) if len(jobs) > 1 else jobs[0].open(stop, say) as workers:
+        yield workers
+
+
+class _Console:
+    """Standard error: what is said does not tear the progress bar."""
+
+    def __init__(self, options: InferOptions) -> None:
+        self._quiet = options.quiet
+        self.hidden = True if options.quiet else None  # None: a bar on terminals only
+
+    def __call__(self, text: str) -> None:
+        if not self._quiet or text.startswith("error"):
+            tqdm.write(f"vessel-rt: {printable(text)}", file=sys.stderr)
+
+
+def _share(work: WorkOptions, devices: Sequence[Device]) -> WorkOptions:
+    """What one of several workers has of the CPU."""
+    if len(devices) == 1 or devices[0].kind != "cpu":
+        return work
+    return dataclasses.replace(work, threads=max(1, (work.threads or cores()) // len(devices)))
+
+
+def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
+    """A hash of all that decides what the results are; how many run at once, and where, does not."""
+    decisive = {
+        "version": vessel_rt.__version__,
+        "bundle": bundle.sha256,
+        "kind": kind,
+        "questions": options.work.questions,
+        "draft": options.work.draft,
+        "rescale": dataclasses.asdict(options.work.rescale) if options.work.rescale else None,
+        "pseudonymize": options.naming.codes.key_id if options.naming.pseudonymize else None,
+    }
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _announce(options: InferOptions, devices: Sequence[Device], bundle: Bundle) -> None:
+    """Say where the run takes place: `auto` may have chosen what the user did not mean."""
+    device, wanted, note = devices[0], options.devices[0], ""
+    if (device.kind, bundle.precision) == ("cpu", "fp16"):
+        note = ": slow, and twice its size in memory; take a GPU, or export with --precision fp32"
+    elif wanted.kind == "auto" and device.kind != "rtx" and (bundle.folder / ENGINES).is_dir():
+        note = f": the bundle's engines are not used (vessel-rt devices --bundle {bundle.folder} says why)"
+    if not options.quiet:
+        print(f"device {_named(devices)}{note}", file=sys.stderr)
+
+
+def _named(devices: Iterable[Device]) -> str:
+    return ", ".join(map(str, devices))
+
+
+def _finish(bundle: Bundle, options: InferOptions, devices: Sequence[Device], started: datetime.datetime, summary: Summary) -> None:
+    """Write what tells of all results together; run.json, before the report, says that every frame was tried."""
+    write_cines(options.output)
+    with writing(options.output / RUN_FILE), replacing(options.output / RUN_FILE) as temporary:
+        report = _report(bundle, options, devices, started, summary)
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
+    write_report(options.output)
+
+
+def _report(
+    bundle: Bundle, options: InferOptions, devices: Sequence[Device], started: datetime.datetime, summary: Summary
+) -> dict[str, Any]:
+    """The content of run.json."""
+    selection, naming = options.selection, options.naming
+    return {
+        "versions": {
+            "vessel-rt": vessel_rt.__version__,
+            "python": platform.python_version(),
+            "onnxruntime": onnxruntime().__version__,
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+        "bundle": {
+            "name": bundle.folder.resolve().name,
+            "sha256": bundle.sha256,
+            "precision": bundle.precision,
+            "checkpoint": bundle.provenance.checkpoint,
+        },
+        "device": _named(devices),
+        "batch": {"streams": summary.streams, "at_first": summary.batch, "least": summary.least_batch},
+        "options": {
+            **dataclasses.asdict(options.work),
+            "devices": [str(device) for device in options.devices],
+            "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
+            "num_images": selection.num_images,
+            "num_parts": selection.parts,
+            "part_id": selection.part,
+            "pseudonymize": naming.pseudonymize,
+            "show_names": naming.show_names,
+            "key": naming.codes.key_id,
+        },
+        "counts": {
+            "in_all_parts": summary.in_all_parts,
+            "images": summary.images,
+            "ok": summary.images - summary.failed,
+            "failed": summary.failed,
+            "kept": summary.kept,
+            "answers": summary.answers,
+            "with_decode_steps": summary.undrafted,
+            "masks": summary.masks,
+            "without_mask": summary.without_mask,
+        },
+        "skipped": summary.skipped,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": {"load": round(summary.load_seconds, 3), "images": round(summary.seconds, 3)},
+        "images_per_second": round(summary.images_per_second, 4),
+        "peak_memory_bytes": _peak_memory(),
+    }
+
+
+def _peak_memory() -> int | None:
+    """The largest resident set of this process so far, in bytes, from Linux's /proc; None elsewhere.
+
+    Not getrusage: its figure includes the parent's memory at the time of the fork.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024

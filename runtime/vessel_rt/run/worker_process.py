@@ -1,0 +1,215 @@
+"""One worker process, as its parent sees it: a child that gets frames over a pipe and answers with entries, or is killed.
+
+Knows nothing of what a worker does, nor of the other processes of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vessel_rt.errors import VesselError
+from vessel_rt.inputs.frames import Frame
+from vessel_rt.results.writer import Entry
+
+if TYPE_CHECKING:
+    from vessel_rt.run.process_pool import Job
+
+__all__ = ["PATIENCE", "Died", "Patience", "WorkerProcess", "die_with_parent"]
+
+_PROGRAM = "from vessel_rt.run.process_pool import serve; serve()"
+_TICK = 0.2  # seconds between two looks at the clock and at `stop`
+_DEATH = 5.0  # seconds that a killed process may take to end; one that hangs in a driver never does
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long, in seconds, a process is waited for before it is killed.
+
+    `loading` is for all until its first entry: it may read and hash tens of gigabytes, and TensorRT compiles engines then. `stalled` is for
+    one entry, or `stalled_times` the slowest entry so far; `stopping` for what it has in hand when the run is stopped, or `stopping_times`
+    the slowest entry so far.
+    """
+
+    loading: float = 3600.0
+    stalled: float = 600.0
+    stalled_times: float = 20.0
+    stopping: float = 30.0
+    stopping_times: float = 3.0
+
+    def overdue(self, waited: float, slowest: float | None) -> float | None:
+        """The limit that `waited` exceeds, if it does. `slowest` is the time of the slowest entry, None before the first one."""
+        limit = self.loading if slowest is None else max(self.stalled, self.stalled_times * slowest)
+        return limit if waited > limit else None
+
+
+PATIENCE = Patience()
+
+
+class Died(Exception):
+    """A worker process is gone, or was killed. `lasting`: it does not even end when killed, so it still has its device."""
+
+    def __init__(self, message: str, *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+
+
+class WorkerProcess:
+    """A child at work for `job`. Messages go over its standard input and output, from threads of their own, so that none can block a call.
+
+    Args:
+        job: what it works on, and where.
+        stop: once it is set, the process is told to begin nothing more, and killed if it does not end in time.
+        say: told what the process says to the user.
+        patience: when it is killed.
+    """
+
+    def __init__(self, job: Job, stop: threading.Event, say: Callable[[str], object], patience: Patience = PATIENCE) -> None:
+        self._device, self._stop, self._say, self._patience = job.device, stop, say, patience
+        self.streams = self.batch = self.least_batch = 1
+        self._ready = False
+        self._told: float | None = None  # when it was told to stop
+        self._heard = time.monotonic()
+        self._slowest: float | None = None  # seconds between two entries
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        # -P: no module from the folder that the user happens to be in. A session of its own: Ctrl-C is for the parent to deal with.
+        command = [sys.executable, "-P", "-c", _PROGRAM]
+        errors = None if _is_open(2) else subprocess.DEVNULL
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._write, self._read)]
+        for thread in self._threads:
+            thread.start()
+        self._send(job)
+
+    def wait_until_ready(self) -> None:
+        """Raises Died if it ends before, VesselError if it cannot load its bundle."""
+        self.batch, self.streams = self._receive("ready")
+        self.least_batch, self._ready = self.batch, True
+
+    def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
+        """Entries of `frames` as they come. Raises Died, or VesselError for a result that cannot be written."""
+        self._heard = time.monotonic()
+        self._send(list(frames))
+        while (answer := self._receive("entry")) is not None:
+            entry, self.least_batch = answer
+            yield entry
+
+    def close(self) -> None:
+        """End it; by now it has nothing to do, or what it does is not wanted."""
+        self._outbox.put(b"")
+        if self._kill() is None:
+            return  # it keeps its pipes, and the threads with them
+        for thread in self._threads:
+            thread.join()
+        for pipe in (self._child.stdin, self._child.stdout):
+            with contextlib.suppress(OSError):
+                assert pipe
+                pipe.close()
+
+    def _send(self, message: Any) -> None:
+        self._outbox.put(pickle.dumps(message))
+
+    def _receive(self, wanted: str) -> Any:
+        """What comes next of the kind that is wanted; what comes between is dealt with."""
+        while True:
+            if self._stop.is_set() and self._told is None:
+                self._told = time.monotonic()
+                self._send(None)
+            try:
+                kind, content = self._inbox.get(timeout=_TICK)
+            except queue.Empty:
+                self._check_the_clock()
+                continue
+            if kind == wanted:
+                return content
+            if kind == "say":
+                self._say(content)
+            elif kind == "gone":
+                raise self._death()
+            elif kind == "device":
+                self._kill()
+                raise Died(f"device {self._device}: {content}")
+            elif kind == "error":
+                raise VesselError(content)
+            else:
+                raise RuntimeError(f"in the process of device {self._device}:\n{content}")
+
+    def _check_the_clock(self) -> None:
+        """Kill the process, and raise Died, if it has been waited for long enough."""
+        now = time.monotonic()
+        if self._told is not None:
+            grace = max(self._patience.stopping, self._patience.stopping_times * (self._slowest or 0.0)) if self._ready else 0.0
+            if now - self._told > grace:
+                raise self._killed(f"did not stop within {grace:.0f} seconds")
+        elif limit := self._patience.overdue(now - self._heard, self._slowest):
+            raise self._killed(f"made no progress for {limit:.0f} seconds")
+
+    def _killed(self, why: str) -> Died:
+        ended = self._kill() is not None
+        did = "was killed" if ended else "cannot even be killed"
+        return Died(f"the process of device {self._device} {why} and {did}", lasting=not ended)
+
+    def _death(self) -> Died:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=1)
+        code = self._kill()  # where it is there still, and only says nothing any more
+        if code is None:
+            return Died(f"the process of device {self._device} says nothing any more and cannot be killed", lasting=True)
+        return Died(f"the process of device {self._device} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
+
+    def _kill(self) -> int | None:
+        """Its exit code, or None where it does not end."""
+        self._child.kill()
+        try:
+            return self._child.wait(_DEATH)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _write(self) -> None:
+        """A thread's: the messages to the child."""
+        assert self._child.stdin
+        with contextlib.suppress(OSError):  # it is gone, which `_read` notices
+            while message := self._outbox.get():
+                self._child.stdin.write(message)
+                self._child.stdin.flush()
+
+    def _read(self) -> None:
+        """A thread's: the messages from the child, and when they came."""
+        assert self._child.stdout
+        try:
+            while True:
+                kind, content = pickle.load(self._child.stdout)
+                now = time.monotonic()
+                if kind == "entry" and content is not None:
+                    self._slowest = max(self._slowest or 0.0, now - self._heard)
+                self._heard = now
+                self._inbox.put((kind, content))
+        except Exception:  # its end, or bytes that are no message: the pickles of a dying process
+            self._inbox.put(("gone", None))
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when its parent ends, even where it hangs or is stopped (Linux; elsewhere its input ends)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True

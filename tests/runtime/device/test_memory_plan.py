@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vessel_rt.device.memory_plan import OVERHEAD, Plan, make_plan, require_fit
+from vessel_rt.errors import BundleError, RecipeError
+from vessel_rt.formats.bundle import Bundle
+
+CARD = 24 << 30  # bytes: the RTX 3090's
+
+
+@pytest.fixture
+def bundle(fp16_bundle: Path) -> Bundle:
+    return Bundle.load(fp16_bundle)
+
+
+def parts(plan: Plan) -> dict[str, int]:
+    return {part.name: part.bytes for part in plan.parts}
+
+
+def test_weights_are_the_files_that_the_graphs_name(bundle: Bundle) -> None:
+    found = parts(make_plan(bundle, 1, CARD))
+    size = {name.removeprefix("weights/").removesuffix(".safetensors"): record.bytes for name, record in bundle.files.items()}
+    assert found["weights: vision_encoder"] == size["vision_model"] + size["projector"]
+    assert found["weights: language_model"] == size["language_model"]
+    embed_tokens = size["embed_tokens"]
+    total = sum(record.bytes for name, record in bundle.files.items() if name.startswith("weights/"))
+    assert sum(value for name, value in found.items() if name.startswith("weights")) == total - embed_tokens
+
+
+def test_the_cache_is_what_the_graph_says(bundle: Bundle) -> None:
+    values = 0
+    for spec in bundle.stages["language_model"].inputs:
+        if spec.name.startswith("past_"):
+            heads, capacity, head_dim = (int(axis) for axis in spec.shape[1:])
+            values += heads * capacity * head_dim
+    assert parts(make_plan(bundle, 3, CARD))["cache"] == 3 * 2 * values
+
+
+def test_activations_grow_with_the_batch_and_the_precision(bundle: Bundle, fp32_bundle: Path) -> None:
+    one, two = (parts(make_plan(bundle, batch, CARD)) for batch in (1, 2))
+    double = parts(make_plan(Bundle.load(fp32_bundle), 1, CARD))
+    for stage in bundle.stages:
+        name = f"activations: {stage}"
+        assert two[name] == 2 * one[name]
+        assert one[name] < double[name] <= 2 * one[name]
+
+
+def test_the_language_models_activations_by_hand(bundle: Bundle) -> None:
+    hidden, intermediate, capacity, vocabulary = 128, 320, 4096, bundle.language_model.vocabulary  # of examples/tiny
+    assert (bundle.language_model.hidden_size, bundle.language_model.capacity) == (hidden, capacity)
+    mlp = capacity * (4 * 2 * hidden + 2 * (hidden + 3 * intermediate))
+    assert parts(make_plan(bundle, 1, CARD))["activations: language_model"] == (
+        mlp + 2 * capacity * hidden + 2 * capacity * capacity + 2 * 16 * vocabulary
+    )
+
+
+def test_table_and_json_have_every_part(bundle: Bundle) -> None:
+    plan = make_plan(bundle, 1, CARD)
+    lines = plan.table().splitlines()
+    assert len(lines) == len(plan.parts) + 2
+    assert "assumed" in lines[-3]
+    assert lines[-1].split() == ["of", "24.0", "GiB", "25.770", "GB"]
+    document = json.loads(plan.to_json())
+    assert document["total"] == sum(part["bytes"] for part in document["parts"])
+    assert document["fits"] is True
+
+
+def test_what_fits_is_accepted_to_the_byte(bundle: Bundle) -> None:
+    total = make_plan(bundle, 2, CARD).total
+    require_fit(bundle, make_plan(bundle, 2, total))
+    with pytest.raises(RecipeError, match=r"with 2 images at once.*; lower engines\.max_batch \(--batch\) to 1"):
+        require_fit(bundle, make_plan(bundle, 2, total - 1))
+
+
+def test_the_batch_is_lowered_no_more_than_needed(bundle: Bundle) -> None:
+    memory = make_plan(bundle, 5, CARD).total
+    with pytest.raises(RecipeError, match=r"\(--batch\) to 5"):
+        require_fit(bundle, make_plan(bundle, 8, memory))
+
+
+def test_the_capacity_is_named_when_one_image_does_not_fit(bundle: Bundle) -> None:
+    memory = make_plan(bundle, 1, CARD).total - 1
+    with pytest.raises(RecipeError, match=r"lower language_model\.capacity to 3840"):
+        require_fit(bundle, make_plan(bundle, 1, memory))
+
+
+def test_what_no_setting_mends(bundle: Bundle) -> None:
+    with pytest.raises(RecipeError, match="no batch or capacity is small enough"):
+        require_fit(bundle, make_plan(bundle, 2, OVERHEAD))
+
+
+def test_past_24_gb(bundle: Bundle) -> None:
+    """The tiny model with an 8B model's cache for a thousand images."""
+    sizes = dataclasses.replace(bundle.language_model, layers=28, kv_heads=4, head_dim=128)
+    large = dataclasses.replace(bundle, language_model=sizes)
+    with pytest.raises(RecipeError, match=r"takes \d{3,}\.\d GB with 1000 images at once, the card has 25\.8; lower engines\.max_batch"):
+        require_fit(large, make_plan(large, 1000, CARD))
+
+
+def test_graphs_and_weights_that_cannot_be_read(bundle: Bundle, standin: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"not named as the exporter names them"):
+        make_plan(standin, 1, CARD)
+    copy = Bundle.load(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")))
+    (copy.folder / "weights" / "projector.safetensors").write_bytes(b"no header")
+    with pytest.raises(BundleError, match=r"projector\.safetensors: not a \.safetensors file"):
+        make_plan(copy, 1, CARD)
+    (copy.folder / "vision_encoder.onnx").unlink()
+    with pytest.raises(BundleError, match=r"vision_encoder\.onnx: cannot be read"):
+        make_plan(copy, 1, CARD)
