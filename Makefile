@@ -1,4 +1,4 @@
-# Every target in one line; `make setup` needs nothing but Python 3.11 to 3.13 and pip.
+# docs/guide.md lists the targets. `make setup` needs only Python 3.11 to 3.13 and pip.
 PYTHON ?= python3
 BIN := .venv/bin
 RECIPE ?= rtx3090
@@ -10,8 +10,8 @@ TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
 setup: .venv/ready
 
-# torch first: sam2 needs it to build. sam2 without its dependencies: it lists torchvision, which its modelling code does not use
-# and which, where it does not match torch, breaks transformers (docs/dependencies.md).
+# torch comes first because sam2 needs it to build. sam2 is installed without its dependencies: they include torchvision, which
+# sam2's modeling code does not use and which breaks transformers if it does not match torch (docs/dependencies.md).
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0 'setuptools>=70' wheel
@@ -19,7 +19,7 @@ setup: .venv/ready
 	SAM2_BUILD_CUDA=0 $(BIN)/pip install -q --no-deps --no-build-isolation sam2==1.1.0
 	touch $@
 
-# For the tests that use report.html as a person would; without it they are skipped. Debian's Chromium: root installs it.
+# For the tests that operate report.html in a browser; they are skipped without it. Installing Debian's Chromium needs root.
 browser:
 	command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
 	npm install --silent --no-fund --no-audit --prefix .venv/browser 'playwright-core@^1.50'
@@ -33,9 +33,9 @@ export: $(if $(CKPT),setup,which)
 	$(BIN)/vessel-export export --ckpt '$(CKPT)' --recipe $(RECIPE) $(if $(BASE),--base '$(BASE)') $(if $(SAM2),--sam2 '$(SAM2)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 which:
-	@echo 'say which checkpoint: make export CKPT=work_dirs/iter_12192.pth' >&2; exit 2
+	@echo 'no checkpoint given; use: make export CKPT=work_dirs/iter_12192.pth' >&2; exit 2
 
-# The real size with random weights: 19 GB of inputs, a bundle of 16 GB, engines of 15 GB, all under FULL.
+# A model of the full size with random weights, under FULL: 19 GB of inputs, a bundle of 16 GB, engines of 15 GB.
 synth-8b: $(FULL)/model
 
 $(FULL)/model: | setup
@@ -47,7 +47,7 @@ export-8b: synth-8b
 build-8b: setup
 	$(BIN)/python -m benchmarks.build --bundle $(FULL)/bundle --describe sm86 $(ARGS)
 
-# On a machine that does nothing else; the tables of docs/performance.md follow.
+# Run this on an idle machine. It also updates the tables in docs/performance.md.
 bench: | setup engines/tiny-fp32 engines/tiny-fp16
 	$(BIN)/python -m benchmarks.latency $(ARGS)
 	$(BIN)/python -m benchmarks.memory
@@ -63,7 +63,7 @@ engines/tiny-%: | setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Damaged input of every kind, at random; cases that end in anything but a result or one line of error are kept under out/fuzz.
+# Damages every kind of input at random. Cases that do not end in a result or a one-line error are kept under out/fuzz.
 MINUTES ?= 5
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
