@@ -42,8 +42,8 @@ from benchmarks.synth.file_formats import (
     token_id,
     write_tokenizer,
 )
+from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, file_size, write_safetensors
-from vessel_export.io.staging import staging
 from vessel_export.sources.base_config import LanguageConfig, VisionConfig
 from vessel_export.sources.names import (
     LORA_PREFIX,

@@ -215,7 +215,7 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
             columns = slice(start, start + step)
             yield weight[:, columns].float().addmm_(wide, narrow[:, columns], alpha=alpha / rank).T
         del weight
-        base.let_go(key)
+        base.drop_from_cache(key)
 
     return OutputTensor(name, (in_features, out_features), dtype, pieces)
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tests.support.paths import Tiny
 from vessel_export.bundle.bundle_writer import ExportRequest
 from vessel_export.cli import main
-from vessel_export.io.safetensors_writer import link_or_copy
+from vessel_export.io.files import link_or_copy
 from vessel_export.parity.emulate import emulate, scaled_logits, serialized, spell_out_attention, wide_options, widen
 from vessel_export.parity.fp16_ranges import LIMIT, apply, exponents_of, measure, set_exponents
 from vessel_export.parity.reference import Reference
