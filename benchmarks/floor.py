@@ -32,9 +32,8 @@ from tqdm import tqdm
 from benchmarks.costs import Cost, stage_cost
 from benchmarks.measure import RESULTS, machine, publish
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.formats.profiles import MOST_KEPT
+from vessel_rt.formats.profiles import MOST_KEPT, OPT_TEXT_TOKENS
 
-_TEXT_TOKENS = 64  # of the prompt, as in vessel_rt.formats.profiles: the template and a short question
 _RUNS = 30  # short ones, of which the fastest counts: other work on the machine slows most of them
 _COPIED = 1 << 30  # bytes: more than any cache holds
 _SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied
@@ -106,7 +105,7 @@ def main() -> int:
 
 def _runs(bundle: Bundle, tiles: int) -> dict[str, tuple[str, dict[str, int]]]:
     """The runs for one image of so many tiles: name -> stage, and the sizes of its dynamic axes."""
-    prompt = tiles * bundle.tiles.tokens_per_tile + _TEXT_TOKENS
+    prompt = tiles * bundle.tiles.tokens_per_tile + OPT_TEXT_TOKENS
     drafted = prompt + MOST_KEPT
     return {
         "vision_encoder": ("vision_encoder", {"tiles": tiles}),

@@ -16,22 +16,24 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import vessel_rt
-from vessel_export.bundle.merge_lora import NEW_TOKENS, MergePlan, plan_merge
+from vessel_export.bundle.merge_lora import MergePlan, plan_merge
 from vessel_export.bundle.reuse import find_neighbours, link_engines, older_file
 from vessel_export.bundle.sam2_stages import Written, write_sam2_stages
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
 from vessel_export.graphs.vision_encoder import build_vision_encoder
+from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
-from vessel_export.io.staging import staging
-from vessel_export.io.subprocess_call import Beside, beside
+from vessel_export.io.subprocess_call import SubprocessCall, subprocess_call
 from vessel_export.sources.base_model import BaseModel, Sam2, open_base, open_sam2
 from vessel_export.sources.checkpoint import Checkpoint, open_checkpoint
 from vessel_export.sources.hub_cache import hashing
+from vessel_export.sources.names import NEW_TOKENS
 from vessel_export.sources.tokenizer import extend_tokenizer
 from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, EmbeddingTable, LanguageModelSpec, MaskSpec, PromptSpec, Provenance, TileSpec
+from vessel_rt.formats.profiles import MAX_TEXT_TOKENS
 from vessel_rt.formats.recipe import Recipe
 from vessel_rt.io.checked_files import FileRecord, sha256_of
 
@@ -45,7 +47,6 @@ _IMAGE_START, _IMAGE_TOKEN, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _QUESTION = "Please segment vessel in this image."
 _ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
-_TEXT_TOKENS = 256  # room in the cache for the question and the template around it
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
@@ -86,7 +87,7 @@ def export_bundle(request: ExportRequest) -> Export:
     """
     out = request.out.absolute()
     _check_out(out, request.overwrite)
-    with staging(out) as folder, beside(write_sam2_stages) as sam2_stages, ThreadPoolExecutor(1) as thread:
+    with staging(out) as folder, subprocess_call(write_sam2_stages) as sam2_stages, ThreadPoolExecutor(1) as thread:
         checkpoint = open_checkpoint(request.checkpoint, request.skip)
         sha256 = thread.submit(sha256_of, request.checkpoint)
         base, sam2 = open_base(request.base), open_sam2(request.sam2)
@@ -150,7 +151,7 @@ def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
 
 
 def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
-    need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + _TEXT_TOKENS + recipe.language_model.max_new_tokens
+    need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + MAX_TEXT_TOKENS + recipe.language_model.max_new_tokens
     capacity = recipe.language_model.capacity
     if not need <= capacity <= base.language.max_positions:
         raise RecipeError(
@@ -166,7 +167,7 @@ def _write_stages(
     sam2: Sam2,
     recipe: Recipe,
     neighbours: Sequence[Bundle],
-    sam2_stages: Beside[..., Written],
+    sam2_stages: SubprocessCall[..., Written],
 ) -> Written:
     """Weights first, then the graphs that point into them. SAM2's, which take long to trace, are made meanwhile in another process."""
     dtype = DTYPES[recipe.precision]
@@ -180,7 +181,7 @@ def _write_stages(
     _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
     (folder / "weights").mkdir()
     trained = _as_arrays(plan.sam2_updates), _as_arrays(plan.prompt_head)
-    sam2_stages.call(folder, sam2.path, *trained, recipe.precision, neighbours)
+    sam2_stages.start(folder, sam2.path, *trained, recipe.precision, neighbours)
     written: dict[str, WrittenFile] = {}
     total = sum(tensor.bytes for tensors in plan.files.values() for tensor in tensors)
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:

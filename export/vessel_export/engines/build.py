@@ -31,7 +31,7 @@ from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
 from vessel_rt.formats.bundle import STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import BUILDERS, Engine, Target, builder_version
-from vessel_rt.formats.profiles import Profile, Shapes, engine_recipe, shape_text, stage_profile, workload_of
+from vessel_rt.formats.profiles import Profile, Shapes, engine_recipe, stage_profile, workload_of
 from vessel_rt.formats.recipe import DEFAULT_RECIPE, EngineRecipe, Recipe, load_recipe
 from vessel_rt.io.checked_files import FileRecord, check_files, sha256_of
 
@@ -171,10 +171,7 @@ def _job(bundle: Bundle, stage: str, profile: Profile, engines: EngineRecipe, ta
         precision=bundle.precision,
         files={},
         sources={name: bundle.files[name].sha256 if name in bundle.files else "" for name in (file, *weight_files(graph))},
-        profile={
-            name: ", ".join(shape_text(shapes[name]) for shapes in (profile.least, profile.likeliest, profile.greatest))
-            for name in profile.greatest
-        },
+        profile=profile.texts(),
         versions={target.builder: target.version, "onnxruntime": importlib.metadata.version("onnxruntime"), "driver": driver},
     )
     return _Job(graph, tuple(cuts), profile, sidecar)
@@ -312,7 +309,7 @@ def _profile_of(part: onnx.ModelProto, profile: Profile) -> Profile:
     def own(shapes: Shapes) -> Shapes:
         return {value.name: shapes.get(value.name, shapes.get("inputs_embeds", ())) for value in part.graph.input}
 
-    return Profile(own(profile.least), own(profile.likeliest), own(profile.greatest))
+    return Profile(own(profile.min), own(profile.opt), own(profile.max))
 
 
 def _put_in_place(engine: Engine, staging: Path, folder: Path) -> None:

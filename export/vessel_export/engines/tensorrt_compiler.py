@@ -43,8 +43,8 @@ def compile_plan(
     if not ampere_plus and gpu.architecture != architecture:
         raise EngineError(f"--builder tensorrt: this GPU ({gpu.name}) is {gpu.architecture}, the recipe is for {architecture}")
     shapes = Shapes()
-    for name in profile.greatest:
-        shapes.add(name, min=profile.least[name], opt=profile.likeliest[name], max=profile.greatest[name])
+    for name in profile.max:
+        shapes.add(name, min=profile.min[name], opt=profile.opt[name], max=profile.max[name])
     level = tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS if ampere_plus else None
     folder = engine.with_name(f".{engine.name}.compiler")
     for file in weight_files(graph):

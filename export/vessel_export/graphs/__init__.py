@@ -1,1 +1,1 @@
-"""The four graphs, one module each, and what they share. The built ones never see a weight; the traced ones are sam2's own modules."""
+"""The four graphs, one module each. The first two are built and never see a weight; SAM2's two are traced from sam2's modules."""

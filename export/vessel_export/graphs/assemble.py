@@ -1,4 +1,7 @@
-"""From a module to an ONNX model, and from an ONNX model to a file whose external data point into .safetensors files."""
+"""Turns a module into an ONNX model, and writes the model with external data that point into .safetensors files.
+
+Does not know what the four graphs compute.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,14 @@ TO_IR = {
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A stage's model. Initializers without a value are weights, to be bound by name when it is saved."""
+    """A stage's model. Initializers without a value are weights, which `save_graph` binds by name.
+
+    `activation_bytes` is the estimate of `activations.py`.
+    """
 
     name: str
     model: ir.Model
+    activation_bytes: int
 
     @property
     def weights(self) -> list[ir.Value]:
@@ -44,28 +51,30 @@ class Graph:
         return [value for value in self.model.graph.initializers.values() if value.const_value is None]
 
 
-def assemble(name: str, module: nn.Module, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> Graph:
-    """Run `module` over `inputs`; `outputs` give the results their names, types and shapes."""
+def assemble(name: str, module: nn.Module, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, activation_bytes: int) -> Graph:
+    """Run `module` on `inputs`. The results get the names, types and shapes of `outputs`."""
     graph = ir.Graph(list(inputs), [], nodes=[], name=name, opset_imports={"": OPSET})
     results = module(GraphBuilder(graph).op, *inputs)
     for result, declared in zip(results if isinstance(results, list) else [results], outputs, strict=True):
         result.name, result.type, result.shape = declared.name, declared.type, declared.shape
         graph.outputs.append(result)
-    return Graph(name, ir.Model(graph, ir_version=_IR_VERSION, producer_name="vessel-rt"))
+    return Graph(name, ir.Model(graph, ir_version=_IR_VERSION, producer_name="vessel-rt"), activation_bytes)
 
 
 def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocation]) -> StageSpec:
     """Write `folder/<name>.onnx` with its weights bound to `locations`, check it, and describe it.
 
     Raises:
-        ValueError: a weight has no location, or one of another shape or dtype (a fault of this program, not of the input).
+        ValueError: a weight has no location, or one of another shape or dtype (a bug, not a fault of the input).
     """
+    files = set()
     for value in graph.weights:
         place = locations.get(value.name or "")
         if place is None:
-            raise ValueError(f"{graph.name}: no weight for {value.name}")
+            raise ValueError(f"{graph.name}: {value.name} has no location")
         if list(place.shape) != list(value.shape or ()) or TO_IR[place.dtype] != value.dtype:
-            raise ValueError(f"{graph.name}: {value.name} is {value.dtype} {value.shape}, its weight {place.dtype} {place.shape}")
+            raise ValueError(f"{graph.name}: {value.name} is {value.dtype} {value.shape}, its weight is {place.dtype} {place.shape}")
+        files.add(place.file)
         value.const_value = ir.ExternalTensor(
             place.file, place.offset, place.length, TO_IR[place.dtype], shape=ir.Shape(place.shape), name=value.name or "", base_dir=folder
         )
@@ -73,11 +82,12 @@ def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocatio
     file = f"{graph.name}.onnx"
     ir.save(graph.model, folder / file)
     _check(onnx.load(folder / file, load_external_data=False))
-    return StageSpec(file, tuple(map(_describe, graph.model.graph.inputs)), tuple(map(_describe, graph.model.graph.outputs)))
+    inputs, outputs = (tuple(map(_describe, values)) for values in (graph.model.graph.inputs, graph.model.graph.outputs))
+    return StageSpec(file, inputs, outputs, tuple(sorted(files)), graph.activation_bytes)
 
 
 def _widen_the_edge(graph: ir.Graph) -> None:
-    """NumPy has no BF16, so what the host gives and takes is FP32 in a BF16 graph. The cache never leaves the device and stays as it is."""
+    """Make a BF16 graph's inputs and outputs FP32, since NumPy has no BF16. The cache stays BF16: it never leaves the device."""
     bf16, fp32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
     for value in graph.inputs:
         if value.dtype == bf16 and not str(value.name).startswith(_CACHE):
@@ -97,7 +107,7 @@ def _widen_the_edge(graph: ir.Graph) -> None:
 
 
 def _check(model: onnx.ModelProto) -> None:
-    """onnx's checker, with weights for inputs: it refuses external data that are hard links, as files shared by two bundles are."""
+    """Run onnx's checker with the weights as inputs: it refuses external data that are hard links, as between two bundles."""
     weights = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     for tensor in weights:
         model.graph.initializer.remove(tensor)

@@ -1,9 +1,9 @@
-"""language_model: Qwen2 with a KV cache in place, in the form that ONNX Runtime and TensorRT both take whole.
+"""language_model: Qwen2 with a KV cache that is updated in place, in a form that ONNX Runtime and TensorRT both support completely.
 
-Keys and values go into a cache of static length by TensorScatter; the live part is sliced off by the *shape* of `kv_positions`, and an
-explicit mask `kv_position <= position_id` makes it causal: for prefill, for several tokens at once and for one, alike. (TensorRT's
-Attention takes one output and no past, and ignores `nonpad_kv_seqlen`; its `is_causal` is aligned to the upper left, wrong for decoding.)
-Only the asked positions reach the final norm and the head, and only their arg-max leaves the graph.
+TensorScatter writes keys and values to a cache of static length. The live part is sliced off by the *shape* of `kv_positions`. An explicit
+mask `kv_position <= position_id` makes attention causal, whether the call takes a prompt, several tokens or one. (TensorRT's Attention has
+one output and no past, and ignores `nonpad_kv_seqlen`; its `is_causal` is aligned to the upper left, which is wrong for decoding.)
+Only the positions in `gather_positions` reach the final norm and the head, and only the arg-max of their logits leaves the graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from vessel_export.graphs.activations import language_model_bytes
 from vessel_export.graphs.assemble import Graph, assemble
 from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
 from vessel_export.sources.base_config import LanguageConfig
@@ -23,7 +24,7 @@ _INT64 = ir.DataType.INT64
 
 
 def build_language_model(config: LanguageConfig, vocabulary: int, capacity: int, dtype: ir.DataType) -> Graph:
-    """The graph of docs/architecture.md, with a head of `vocabulary` rows and a cache of `capacity` tokens a row."""
+    """The graph of docs/architecture.md, with a head of `vocabulary` rows and a cache of `capacity` tokens per batch row."""
     cache: list[int | str | None] = ["batch", config.kv_heads, capacity, config.head_dim]
     inputs = [
         ir.val("inputs_embeds", dtype, ["batch", "sequence", config.hidden_size]),
@@ -35,12 +36,13 @@ def build_language_model(config: LanguageConfig, vocabulary: int, capacity: int,
     inputs += [ir.val(f"past_{part}.{i}", dtype, cache) for i in range(config.layers) for part in ("key", "value")]
     outputs = [ir.val("hidden_states", dtype, ["batch", "kept", config.hidden_size]), ir.val("next_ids", _INT64, ["batch", "kept"])]
     outputs += [ir.val(f"present_{part}.{i}", dtype, cache) for i in range(config.layers) for part in ("key", "value")]
-    return assemble("language_model", _LanguageModel(config, vocabulary, capacity, dtype), inputs, outputs)
+    size, model = language_model_bytes(config, int(dtype.itemsize)), _LanguageModel(config, vocabulary, capacity, dtype)
+    return assemble("language_model", model, inputs, outputs, activation_bytes=size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What every layer of one call shares: where the new tokens stand, what they may see, and the rotary tables."""
+    """What all layers of one call share: the positions of the new tokens, the mask, and the rotary tables."""
 
     position_ids: ir.Value  # [batch, sequence]
     write_indices: ir.Value  # [batch]
@@ -76,7 +78,7 @@ class _LanguageModel(nn.Module):
         present: list[ir.Value] = []
         for i, layer in enumerate(self.layers):
             x, key, value = layer(op, x, step, past[2 * i], past[2 * i + 1])
-            x.name = f"residual.{i}"  # where engines.py cuts the graph
+            x.name = f"residual.{i}"  # engines/partition.py cuts the graph here
             present += [key, value]
         kept = op.GatherND(x, op.Unsqueeze(gather_positions, [2]), batch_dims=1)
         hidden_states = self.norm(op, kept)
@@ -118,8 +120,8 @@ class _Layer(nn.Module):
 class _Rotated(nn.Module):
     """`x @ weight + bias`, rotated: x F [batch, sequence, in] -> F [batch, heads, sequence, head_dim], with FP32 in between.
 
-    `common`, for keys, is what their bias adds to them on average over all positions. The softmax does not feel that all keys have lost
-    it, but the logits do: Qwen2's biases make them so large that FP16 has no digits left for where keys differ.
+    `common`, for keys, is the average over all positions of what their bias adds. Subtracting it from all keys leaves the softmax unchanged
+    and makes the logits smaller: Qwen2's biases make them so large that FP16 has no digits left for the differences between keys.
     """
 
     def __init__(self, in_features: int, heads: int, head_dim: int, dtype: ir.DataType, *, common: bool) -> None:
@@ -138,7 +140,7 @@ class _Rotated(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Grouped-query attention over the live part of the cache: FP32, and the cache."""
+    """Grouped-query attention over the live part of the cache. Returns the FP32 output and the cache."""
 
     def __init__(self, config: LanguageConfig, dtype: ir.DataType) -> None:
         super().__init__()
@@ -157,7 +159,7 @@ class _Attention(nn.Module):
         v = split_heads(op, self.v_proj(op, x), c.kv_heads, c.head_dim)
         key = op.TensorScatter(past_key, k, step.write_indices, axis=2)
         value = op.TensorScatter(past_value, v, step.write_indices, axis=2)
-        # ONNX defines Attention to scale Q and K by sqrt(scale) each, before their product: FP16 logits stay in range.
+        # ONNX's Attention scales Q and K by sqrt(scale) each before their product, so that FP16 logits stay in range.
         mixed = op.Attention(q, op.Slice(key, [0], step.live, [2]), op.Slice(value, [0], step.live, [2]), step.mask, scale=c.head_dim**-0.5)
         mixed = self.o_proj.shrunk(op, merge_heads(op, mixed, c.heads * c.head_dim))
         return self.o_proj(op, mixed), key, value

@@ -1,7 +1,7 @@
-"""Layers that the two built graphs share, in the manner of torch.nn: `forward(op, x)` appends nodes and returns the output value.
+"""Layers shared by the two built graphs, in the style of torch.nn: `forward(op, x)` appends nodes and returns the output value.
 
-Activations between matrix products are of the graph's type F; residual streams, norms and layer scales are FP32 in every precision
-(docs/numerics.md says why). Matrices are stored [in, out].
+Activations between matrix products have the graph's type F. Residual streams, norms and layer scales are FP32 in every precision; see
+docs/numerics.md for the reasons. Matrices are stored [in, out].
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Linear(nn.Module):
 class ResidualLinear(nn.Module):
     """A product that is added to a residual stream: x F [..., in] -> FP32 [..., out].
 
-    What large language models overflow FP16 with are these products and what enters them. In FP16 they are therefore made of x / 2^s:
-    the caller takes `shrunk` of a factor of x before that factor is multiplied, and the result is multiplied by 2^s in FP32. Powers of
-    two change no digit; they only move the range, from 65504 to 65504 * 2^s (docs/numerics.md).
+    These products and their inputs are where large language models overflow FP16. In FP16 they are therefore computed from x / 2^s: the
+    caller applies `shrunk` to one factor of x before it is multiplied, and the result is multiplied by 2^s in FP32. A power of two changes
+    no digit. It only extends the range from 65504 to 65504 * 2^s (docs/numerics.md).
     """
 
     def __init__(self, in_features: int, out_features: int, dtype: ir.DataType, *, bias: bool) -> None:
@@ -47,7 +47,7 @@ class ResidualLinear(nn.Module):
             self.grow = nn.Parameter([], data=ir.tensor(np.array(2.0**DEFAULT_EXPONENT, np.float32)))
 
     def shrunk(self, op: OpBuilder, factor: ir.Value) -> ir.Value:
-        """`factor` / 2^s, as `forward` expects one factor of its input to be."""
+        """`factor` / 2^s. `forward` expects one factor of its input in this form."""
         return factor if self.shrink is None else op.Mul(factor, self.shrink)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:

@@ -1,4 +1,4 @@
-"""sam2_image_encoder: Hiera and its feature pyramid, traced from sam2's own modules. Only weights that training freezes are in it."""
+"""sam2_image_encoder: Hiera and its feature pyramid, traced from sam2's own modules. It holds only weights that training freezes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vessel_export.graphs.activations import sam2_encoder_bytes
 from vessel_export.graphs.assemble import Graph
 from vessel_export.graphs.torch_export import trace
 from vessel_export.io.safetensors_writer import OutputTensor
@@ -16,7 +17,7 @@ __all__ = ["Sam2ImageEncoder", "trace_sam2_image_encoder"]
 class Sam2ImageEncoder(torch.nn.Module):
     """`pixel_values` [images, 3, S, S] -> fpn_0, fpn_1 (strides 4 and 8) and image_features (stride 16, `no_mem_embed` added).
 
-    sam2's `forward_image` goes on to apply `conv_s0` and `conv_s1`; they belong to the trained mask decoder and are run there.
+    sam2's `forward_image` also applies `conv_s0` and `conv_s1`. They belong to the trained mask decoder, so that graph runs them.
     """
 
     def __init__(self, sam2_model: Any) -> None:
@@ -35,4 +36,7 @@ def trace_sam2_image_encoder(sam2_model: Any, image_size: int, dtype: torch.dtyp
     module = Sam2ImageEncoder(sam2_model).to(dtype)
     pixel_values = torch.zeros(2, 3, image_size, image_size, dtype=dtype)
     names = ("fpn_0", "fpn_1", "image_features")
-    return trace("sam2_image_encoder", module, {"pixel_values": pixel_values}, names, {"pixel_values": "images"}, opset=opset)
+    trunk_channels = len(sam2_model.image_encoder.trunk.patch_embed.proj.weight)
+    size = sam2_encoder_bytes(image_size, trunk_channels, sam2_model.sam_prompt_embed_dim, dtype.itemsize)
+    dynamic = {"pixel_values": "images"}
+    return trace("sam2_image_encoder", module, {"pixel_values": pixel_values}, names, dynamic, opset=opset, activation_bytes=size)

@@ -1,4 +1,4 @@
-"""sam2_mask_decoder: a [SEG] state and an image's features -> a mask's low-res logits. text_hidden_fcs, then SAM2's mask decoder."""
+"""sam2_mask_decoder: [SEG] state and image features -> low-res logits of a mask, by text_hidden_fcs and SAM2's mask decoder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vessel_export.graphs.activations import mask_decoder_bytes
 from vessel_export.graphs.assemble import Graph
 from vessel_export.graphs.torch_export import trace
 from vessel_export.io.safetensors_writer import OutputTensor
@@ -16,8 +17,8 @@ __all__ = ["Sam2MaskDecoder", "trace_sam2_mask_decoder"]
 class Sam2MaskDecoder(torch.nn.Module):
     """SAM2's decoder as Sa2VA prompts it: no points, the projected [SEG] state as one more sparse token, best of three masks.
 
-    What the prompt encoder gives without points (two `not_a_point` tokens), its dense `no_mask_embed` and its position encoding
-    do not depend on the input and are constants. The object score is returned, not applied: Sa2VA does not gate masks by it.
+    The prompt encoder's output without points (two `not_a_point` tokens), its dense `no_mask_embed` and its position encoding do not depend
+    on the input and are constants. The object score is returned but not applied: Sa2VA does not gate masks by it.
     """
 
     mask_decoder: Any
@@ -74,4 +75,5 @@ def trace_sam2_mask_decoder(
         "image_index": torch.zeros(3, dtype=torch.int64),
     }
     dynamic = dict.fromkeys(("fpn_0", "fpn_1", "image_features"), "images") | dict.fromkeys(("seg_states", "image_index"), "masks")
-    return trace("sam2_mask_decoder", module, inputs, ("low_res_logits", "iou", "object_score"), dynamic, opset=opset)
+    outputs, size = ("low_res_logits", "iou", "object_score"), mask_decoder_bytes(side, channels, dtype.itemsize)
+    return trace("sam2_mask_decoder", module, inputs, outputs, dynamic, opset=opset, activation_bytes=size)

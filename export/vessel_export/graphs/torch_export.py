@@ -1,4 +1,4 @@
-"""Tracing sam2's own modules into a graph: torch.onnx's exporter, its weights moved out into a .safetensors file."""
+"""Traces sam2's own modules into a graph with torch.onnx's exporter, and moves the weights out of it. Does not know the modules."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def trace(
     dynamic_axes: Mapping[str, str],
     *,
     opset: int,
+    activation_bytes: int,
 ) -> tuple[Graph, list[OutputTensor]]:
-    """Trace `module` called with `inputs`, in their order; also returns the weights that its file must hold.
+    """Trace `module` called with `inputs`, in order. Also returns the weights to write to the graph's file.
 
-    `dynamic_axes` maps an input's name to the name of its first axis; all other axes are as in `inputs`.
-    Every weight's name is `name` and its parameter's, so that graphs may share one table of locations.
+    `dynamic_axes` maps an input's name to the name of its first axis; all other axes are those of `inputs`.
+    A weight's name is `name` followed by its parameter's name, so that graphs can share one table of locations.
     """
     shapes = tuple({0: torch.export.Dim(dynamic_axes[key], min=1, max=4096)} if key in dynamic_axes else None for key in inputs)
     with warnings.catch_warnings(), _quiet():
@@ -59,11 +60,11 @@ def trace(
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     model.metadata_props.clear()
     parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
-    return Graph(name, model), _move_weights_out(name, model, parameters)
+    return Graph(name, model, activation_bytes), _move_weights_out(name, model, parameters)
 
 
 def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -> list[OutputTensor]:
-    """Take the values of parameters and of large constants away, to be bound by name like any graph's weights."""
+    """Remove the values of parameters and large constants, so that `save_graph` binds them like the weights of built graphs."""
     weights = []
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
@@ -79,15 +80,15 @@ def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -
 
 
 def _pieces(tensor: ir.TensorProtocol) -> Iterator[torch.Tensor]:
-    if tensor.dtype == ir.DataType.BFLOAT16:  # which NumPy has not
+    if tensor.dtype == ir.DataType.BFLOAT16:  # NumPy has no BF16
         return in_pieces(torch.from_numpy(tensor.numpy().view(np.int16)).view(torch.bfloat16))
     return in_pieces(torch.from_numpy(tensor.numpy()))
 
 
 def _simplify(model: ir.Model) -> None:
-    """What torch's own `optimize=True` does, but for its pattern rules: those take longest, and inference engines have better ones.
+    """torch's `optimize=True` without its pattern rules, which take the most time and which inference engines do better.
 
-    The exporter also notes stack traces on every node: paths of this machine, and most of the file's size.
+    Also removes the exporter's stack traces from every node: they contain local paths and make up most of the file.
     """
     passes.InlinePass()(model)
     fold_constants(model, onnx_shape_inference=True)
@@ -105,7 +106,7 @@ def _simplify(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and logs version-conversion notes; neither is for the user."""
+    """Hide the exporter's progress and its notes on version conversion, which are not for users."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from vessel_export.graphs.activations import vision_encoder_bytes
 from vessel_export.graphs.assemble import Graph, assemble
 from vessel_export.graphs.layers import FLOAT, Linear, ResidualLinear, merge_heads, split_heads
 from vessel_export.sources.base_config import VisionConfig
 
 __all__ = ["build_vision_encoder"]
 
-_PROJECTOR_EPS = 1e-5  # torch.nn.LayerNorm's default, which mlp1 uses; InternViT's own norms have theirs in the configuration
+_PROJECTOR_EPS = 1e-5  # torch.nn.LayerNorm's default, as in mlp1; InternViT's norms take theirs from the configuration
 
 
 def build_vision_encoder(config: VisionConfig, hidden_size: int, dtype: ir.DataType) -> Graph:
@@ -20,7 +21,8 @@ def build_vision_encoder(config: VisionConfig, hidden_size: int, dtype: ir.DataT
     side = config.image_size
     pixel_values = ir.val("pixel_values", dtype, ["tiles", 3, side, side])
     image_embeds = ir.val("image_embeds", dtype, ["tiles", config.tokens_per_tile, hidden_size])
-    return assemble("vision_encoder", encoder, [pixel_values], [image_embeds])
+    size = vision_encoder_bytes(config, int(dtype.itemsize))
+    return assemble("vision_encoder", encoder, [pixel_values], [image_embeds], activation_bytes=size)
 
 
 class _VisionEncoder(nn.Module):
@@ -49,7 +51,7 @@ class _VisionModel(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    """A convolution a patch, the class token before them, absolute positions on all."""
+    """One convolution per patch, preceded by the class token; absolute positions are added to all."""
 
     def __init__(self, config: VisionConfig, dtype: ir.DataType) -> None:
         super().__init__()

@@ -1,23 +1,20 @@
-"""Writing a .safetensors file piece by piece, so that no tensor is ever whole in memory (the safetensors library wants all at once).
+"""Writes a .safetensors file piece by piece. No tensor is ever whole in memory, as the safetensors library would need.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data without gaps
-(https://huggingface.co/docs/safetensors). Alignment for memory mapping comes from the order alone: tensors are sorted by the largest
-power of two that divides their size, so each one's offset is a multiple of its own; the header is padded so that the data start on a page.
+(https://huggingface.co/docs/safetensors). Tensors are sorted by the largest power of two that divides their size, so that every tensor is
+aligned to that power. The header is padded so that the data start on a page. Together this makes the file fit for memory mapping.
 
-A file that turns out equal to an older one, byte for byte, is not written but hard-linked to it. Knows nothing of bundles.
+A file that equals an older one, byte for byte, is not written but hard-linked to it. Does not know about bundles.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,22 +26,22 @@ import numpy as np
 import torch
 
 from vessel_export.errors import CheckpointError
-from vessel_export.io.page_cache import let_go
+from vessel_export.io.files import drop_from_cache, link_or_copy
 
-__all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "link_or_copy", "write_safetensors"]
+__all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
 
-PIECE = 1 << 21  # values computed at a time: small enough for malloc to use the same memory again and again
+PIECE = 1 << 21  # values computed at a time: small enough for malloc to reuse the same memory
 
 _PAGE = 4096
-_IN_FLIGHT = 16  # pieces between being computed and being written
-_FLUSH = 1 << 26  # bytes between two of the times at which what was written is let go of
-_STRIP = 64  # columns of a transposed view read at a time: 128 bytes of each of its rows, whole lines of the processor's cache
+_IN_FLIGHT = 16  # pieces that are computed and not yet written
+_FLUSH = 1 << 26  # bytes after which what was written is dropped from the page cache
+_STRIP = 64  # columns of a transposed view read at a time: 128 bytes of each row, whole lines of the processor's cache
 _CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to write: `pieces` yields it in consecutive parts of its first axis (any layout, any dtype that rounds once to `dtype`)."""
+    """A tensor to write. `pieces` yields slices of its first axis in order, of any layout and dtype; each is rounded once to `dtype`."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,7 +55,7 @@ class OutputTensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor lies: `file` relative to the bundle, `offset` and `length` in bytes from the file's start."""
+    """Where a tensor is stored: `file` relative to the bundle, `offset` from the file's start and `length` in bytes."""
 
     file: str
     offset: int
@@ -69,7 +66,7 @@ class TensorLocation:
 
 @dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """What `write_safetensors` made: where the tensors lie, the size and SHA-256, and how many bytes were written (0: hard-linked)."""
+    """The result of `write_safetensors`: tensor locations, size, SHA-256, and the number of bytes written (0 if hard-linked)."""
 
     locations: dict[str, TensorLocation]
     bytes: int
@@ -78,16 +75,16 @@ class WrittenFile:
 
 
 def in_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`tensor` in parts of its first axis of about PIECE values; a view, so that one from a memory-mapped file is read as it is used."""
+    """Slices of `tensor`'s first axis of about PIECE values. They are views: a memory-mapped tensor is read as they are used."""
     if tensor.ndim == 0 or tensor.numel() <= PIECE:
         yield tensor
     else:
-        least = _STRIP if _is_transposed(tensor) else 1
-        yield from torch.split(tensor, max(least, PIECE * len(tensor) // tensor.numel()))
+        smallest = _STRIP if _is_transposed(tensor) else 1
+        yield from torch.split(tensor, max(smallest, PIECE * len(tensor) // tensor.numel()))
 
 
 def file_size(tensors: Iterable[OutputTensor]) -> int:
-    """The size in bytes of the file that `write_safetensors` makes of `tensors`."""
+    """The size in bytes of the file that `write_safetensors` writes for `tensors`."""
     tensors = list(tensors)
     return len(_header(_ordered(tensors))) + sum(tensor.bytes for tensor in tensors)
 
@@ -100,7 +97,7 @@ def write_safetensors(
     older: Path | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> WrittenFile:
-    """Write `folder/file`, or hard-link it to `older` where the two are equal; `progress` is told of each bytes made.
+    """Write `folder/file`, or hard-link it to `older` if the two are equal. `progress` is called with the size of each piece.
 
     Raises:
         CheckpointError: a value does not fit its dtype (above 65504 in float16).
@@ -113,28 +110,16 @@ def write_safetensors(
         sink.put(lambda: memoryview(header))
         for tensor in ordered:
             locations[tensor.name] = TensorLocation(file, position, tensor.bytes, tensor.shape, tensor.dtype)
-            made = 0
+            written = 0
             for piece in tensor.pieces():
                 sink.put(functools.partial(_as_bytes, piece, tensor))
                 size = piece.numel() * tensor.dtype.itemsize
                 progress(size)
-                made += size
-            if made != tensor.bytes:
-                raise ValueError(f"{tensor.name}: made {made} bytes, planned {tensor.bytes}")
-            position += made
+                written += size
+            if written != tensor.bytes:
+                raise ValueError(f"{tensor.name}: {written} bytes were computed, {tensor.bytes} planned")
+            position += written
     return WrittenFile(locations, position, sink.sha256, sink.bytes_written)
-
-
-def link_or_copy(source: Path, target: Path) -> bool:
-    """Hard-link `target` to `source`, or copy it where the disk will not; whether it is a link."""
-    try:
-        os.link(source, target)
-    except OSError as e:  # another disk, or one without hard links
-        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
-            raise
-        shutil.copyfile(source, target)
-        return False
-    return True
 
 
 def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
@@ -142,7 +127,7 @@ def _ordered(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
 
 
 def _header(ordered: Iterable[OutputTensor]) -> bytes:
-    """The file up to its data."""
+    """The bytes before the data."""
     header: dict[str, object] = {}
     position = 0
     for tensor in ordered:
@@ -155,10 +140,12 @@ def _header(ordered: Iterable[OutputTensor]) -> bytes:
 
 
 def _as_bytes(piece: torch.Tensor, tensor: OutputTensor) -> memoryview:
-    # Rounded in the layout that it has, then laid out: torch transposes within one dtype much faster than across two.
+    # Round first, then lay out: torch transposes within one dtype much faster than across two.
     value = (piece.mT.to(tensor.dtype).mT if _is_transposed(piece) else piece.to(tensor.dtype)).contiguous()
     if value.is_floating_point() and value.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(value)):
-        raise CheckpointError(f"{tensor.name} exceeds {str(tensor.dtype).removeprefix('torch.')}'s range; export with --precision bf16")
+        raise CheckpointError(
+            f"{tensor.name} exceeds the range of {str(tensor.dtype).removeprefix('torch.')}; export with --precision bf16"
+        )
     return value.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -168,7 +155,7 @@ def _is_transposed(piece: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Pieces are small: cores are better used by computing, rounding and hashing different ones at once than by sharing each."""
+    """Pieces are small: computing, rounding and hashing different pieces in parallel beats splitting each of them over the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -178,9 +165,9 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 class _Sink:
-    """A file in the making: compared with `older` as long as they agree, written once they do not.
+    """A file being written. Compared with `older` as long as the two agree; written from the first difference on.
 
-    Pieces are computed by the caller, rounded by a second thread, hashed and written by a third, in order.
+    The caller computes pieces, a second thread rounds them, a third hashes and writes them in order.
     """
 
     def __init__(self, path: Path, older: Path | None) -> None:
@@ -198,13 +185,13 @@ class _Sink:
         return self._digest.hexdigest()
 
     def put(self, piece: Callable[[], memoryview]) -> None:
-        """Take the next bytes, once `piece` has made them, and raise what went wrong with earlier ones."""
+        """Queue the bytes that `piece` returns. Raises the error of an earlier piece."""
         rounded = self._rounder.submit(piece)
         self._pending.append(self._writer.submit(lambda: self._take(rounded.result())))
         self._settle(_IN_FLIGHT)
 
     def _settle(self, unfinished: int) -> None:
-        """Wait until at most so many pieces are unfinished."""
+        """Wait until at most `unfinished` pieces are in flight."""
         while len(self._pending) > unfinished:
             self._pending.popleft().result()
 
@@ -217,11 +204,11 @@ class _Sink:
             self._target.write(data)
             self.bytes_written += len(data)
             if self._position // _FLUSH != (self._position + len(data)) // _FLUSH:
-                let_go(self._target)
+                drop_from_cache(self._target)
         self._position += len(data)
 
     def _part_from_older(self) -> None:
-        """Begin the file with what it shares with the older one."""
+        """Start the file with the bytes that it shares with the older one."""
         assert self._source
         self._target = self._path.open("wb")
         self._source.seek(0)
@@ -249,7 +236,7 @@ class _Sink:
     def _finish(self) -> None:
         if not self._source or not self._older:
             return
-        if self._source.read(1):  # the older file goes on
+        if self._source.read(1):  # the older file is longer
             self._part_from_older()
             return
         if not link_or_copy(self._older, self._path):

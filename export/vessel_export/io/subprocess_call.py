@@ -1,4 +1,4 @@
-"""A function run in a process of its own while this one goes on: for Python code that would hold up the threads beside it."""
+"""Runs a function in a child process while this process continues: for Python code that would block the other threads here."""
 
 from __future__ import annotations
 
@@ -17,78 +17,80 @@ from typing import IO, Generic, ParamSpec, TypeVar
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["Beside", "beside"]
+__all__ = ["SubprocessCall", "subprocess_call"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# a plain process: multiprocessing would run the caller's script again
-_ANSWER = "from vessel_export.io.subprocess_call import _answer; _answer()"
+# A plain process: multiprocessing would run the caller's script again.
+_CHILD = "from vessel_export.io.subprocess_call import _run_child; _run_child()"
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside(Generic[P, T]):
-    """The process's two ends: `call` hands the arguments over, once; `result` waits for what came of them, or raises its error."""
+class SubprocessCall(Generic[P, T]):
+    """A function in a child process: `start` sends its arguments, once; `result` waits for its result, or raises its error."""
 
-    call: Callable[P, None]
+    start: Callable[P, None]
     result: Callable[[], T]
 
 
 @contextlib.contextmanager
-def beside(function: Callable[P, T]) -> Iterator[Beside[P, T]]:
-    """Start a process, which imports what `function`, a module's own, needs while this one prepares its arguments.
+def subprocess_call(function: Callable[P, T]) -> Iterator[SubprocessCall[P, T]]:
+    """Start a child process for `function`, which must be importable. It imports while the caller prepares the arguments.
 
-    Arguments and result are pickled. The process ends with the block at the latest, and, on Linux, with this process however that ends.
+    Arguments and result are pickled. The process ends with the block at the latest and, on Linux, with this process, however that ends.
 
     Raises:
-        VesselError: (when the result is asked for) the process was killed, as a system does that is out of memory.
+        VesselError: (by `result`) the process was killed, usually for lack of memory.
     """
-    with subprocess.Popen([sys.executable, "-P", "-c", _ANSWER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-P", "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
         into, out_of = process.stdin, process.stdout
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        def start(*args: P.args, **kwargs: P.kwargs) -> None:
             _send((args, kwargs), into)
 
         def result() -> T:
             try:
                 value, error = pickle.load(out_of)
-            except (EOFError, pickle.UnpicklingError):  # it ended without an answer, or within one
+            except (EOFError, pickle.UnpicklingError):  # no result, or half of one
                 code = process.wait()
-                raise VesselError(f"{function.__name__}: its process ended with code {code}; is there memory enough?") from None
+                raise VesselError(
+                    f"{function.__name__}: its process ended with code {code}, probably for lack of memory; free some"
+                ) from None
             if error is not None:
                 raise error
             return value  # type: ignore[no-any-return]
 
         try:
             _send(function, into)
-            yield Beside(call, result)
+            yield SubprocessCall(start, result)
         finally:
             process.kill()
-            with contextlib.suppress(BrokenPipeError):  # what was left in the buffer when the process ended
+            with contextlib.suppress(BrokenPipeError):  # the buffer was not empty when the process ended
                 into.close()
 
 
 def _send(value: object, into: IO[bytes]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # `result` tells how the process ended
+    with contextlib.suppress(BrokenPipeError):  # `result` reports how the process ended
         pickle.dump(value, into, protocol=pickle.HIGHEST_PROTOCOL)
         into.flush()
 
 
-def _answer() -> None:
-    """In the other process: reads a function, then its arguments; writes (result, None) or (None, error), the traceback as its note."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted too, and ends this one
+def _run_child() -> None:
+    """In the child: read a function, then its arguments; write (result, None) or (None, error) with the traceback as a note."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    gc.disable()  # among the millions of objects that tracing makes, looking for garbage takes time and frees little
+    gc.disable()  # tracing creates millions of objects, and collecting them takes time and frees little
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever is printed goes to stderr
+    os.dup2(2, 1)  # send prints to stderr
     try:
         function = pickle.load(sys.stdin.buffer)
         args, kwargs = pickle.load(sys.stdin.buffer)
-    except (EOFError, pickle.UnpicklingError):  # the first process ended, or needs no answer
+    except (EOFError, pickle.UnpicklingError):  # the parent ended, or needs no result
         return
     try:
         answer: tuple[object, Exception | None] = function(*args, **kwargs), None

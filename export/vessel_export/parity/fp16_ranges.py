@@ -24,8 +24,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from vessel_export.bundle.reuse import link_engines
-from vessel_export.io.safetensors_writer import link_or_copy
-from vessel_export.io.staging import staging
+from vessel_export.io.files import link_or_copy, staging
 from vessel_export.parity.emulate import MOVES, scaled_logits, serialized, wide_options, widen
 from vessel_export.parity.verify import Sample, drawn_samples, one_pass, read_samples
 from vessel_rt.device.session import onnxruntime

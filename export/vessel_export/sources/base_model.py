@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vessel_export.errors import BaseModelError
-from vessel_export.io.page_cache import let_go
+from vessel_export.io.files import drop_from_cache
 from vessel_export.sources.base_config import LanguageConfig, VisionConfig, read_config_json, read_json
 from vessel_export.sources.sam2_files import build_sam2, find_sam2_yaml, read_sam2_config, read_sam2_state
 from vessel_rt.errors import first_line
@@ -92,11 +92,11 @@ class BaseModel:
                 pieces.append(opened.get_tensor(piece.key))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def let_go(self, name: str) -> None:
-        """Tell the system that tensor `name`, of which nobody holds a view, was read and is not needed again."""
+    def drop_from_cache(self, name: str) -> None:
+        """Drop the files of tensor `name` from the page cache. Call it when no view of the tensor is left."""
         for piece in self._pieces(name):
             with piece.file.open("rb") as opened:
-                let_go(opened)
+                drop_from_cache(opened)
 
     def _pieces(self, name: str) -> tuple[_Piece, ...]:
         pieces = self._sources.get(name)

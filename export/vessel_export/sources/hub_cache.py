@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vessel_export.errors import BaseModelError
-from vessel_export.io.page_cache import let_go
+from vessel_export.io.files import drop_from_cache
 
 __all__ = ["hashing", "recorded_sha256"]
 
@@ -53,7 +53,7 @@ def _check(path: Path, sha256: str, stop: threading.Event) -> None:
             digest.update(piece)
             unflushed += len(piece)
             if unflushed >= _FLUSH:
-                let_go(file)
+                drop_from_cache(file)
                 unflushed = 0
     if not stop.is_set() and digest.hexdigest() != sha256:
         raise BaseModelError(f"{path}: damaged: its SHA-256 is not {sha256[:12]}..., the one it was downloaded with; download it again")

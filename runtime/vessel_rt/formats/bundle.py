@@ -47,6 +47,7 @@ STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_d
 _NO_MODEL = "virtual_model.onnx"  # what TensorRT-RTX calls a graph that it compiled from memory: no such file may be there
 
 _Count = Annotated[int, Within(1, 2**20)]
+_Bytes = Annotated[int, Within(0, 2**40)]
 _Side = Annotated[int, Within(1, 8192)]  # pixels
 _TokenId = Annotated[int, Within(0, 2**20)]
 _Deviation = Annotated[float, Within(1e-6, 1e6)]
@@ -64,11 +65,17 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StageSpec:
-    """One graph of the pipeline, its file relative to the bundle."""
+    """One graph of the pipeline. `file` and `weights`, the files of its weights, are relative to the bundle.
+
+    `activation_bytes` estimates the activations of one tile (vision_encoder), one token of the cache (language_model), one image
+    (sam2_image_encoder) or one mask (sam2_mask_decoder). Bundles of older versions have neither it nor `weights`.
+    """
 
     file: FileName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    weights: tuple[FileName, ...] = ()
+    activation_bytes: _Bytes = 0
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name."""

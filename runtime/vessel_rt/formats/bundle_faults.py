@@ -48,6 +48,8 @@ def _stage_faults(bundle: Bundle) -> Iterator[str]:
     """Where the graphs' inputs and outputs are not those of docs/architecture.md, in the sizes of the bundle."""
     for name, (inputs, outputs) in _expected(bundle).items():
         stage = bundle.stages[name]
+        if absent := set(stage.weights) - bundle.files.keys():
+            yield f"stages.{name}: weights name {shown(sorted(absent)[0])}, which is not in files"
         for kind, specs, shapes in (("input", stage.inputs, inputs), ("output", stage.outputs, outputs)):
             yield from (f"stages.{name}: {kind} {fault}" for fault in _spec_faults(specs, shapes))
 

@@ -24,6 +24,7 @@ from typing import Self
 
 from vessel_rt.errors import EngineError
 from vessel_rt.formats.bundle import STAGES, Bundle, named_and_unchecked
+from vessel_rt.formats.profiles import max_shape
 from vessel_rt.formats.schema import FileName, decode, parse_json, read_small
 from vessel_rt.io.checked_files import CheckedFiles, FileRecord, check_files
 
@@ -54,7 +55,7 @@ class Engine:
     """The sidecar of one stage's engine.
 
     `files`: the engine's own, relative to the sidecar's folder. `sources`: SHA-256 of each file of the bundle it was built from (graph and
-    weights), relative to the bundle. `profile`: least, likeliest and greatest shape of each input, as the builder was told.
+    weights), relative to the bundle. `profile`: the min, opt and max shape of each input (`Profile.texts`).
     `versions`: of the builder's library (the key is the builder's name: `rtx`, `tensorrt`), `onnxruntime`, and `driver` (None where it was
     built without one).
     """
@@ -157,12 +158,14 @@ class EngineSet:
 
     @property
     def max_batch(self) -> int:
-        """How many images at once the engines were built for: the greatest first axis of SAM2's pixels."""
-        greatest = self.engines["sam2_image_encoder"].profile.get("pixel_values", "").rpartition(", ")[2]
-        images = re.fullmatch(r"([1-9]\d{0,3})(x\d+){3}", greatest, re.ASCII)
-        if not images:
+        """How many images at once the engines were built for: the first axis of the max shape of SAM2's pixels."""
+        try:
+            images, _, _, _ = max_shape(self.engines["sam2_image_encoder"].profile["pixel_values"])
+        except (KeyError, ValueError):
+            images = 0
+        if not 0 < images < 10000:
             raise EngineError(f"{self.folder / 'sam2_image_encoder.json'}: has no shapes of pixel_values; {self._rebuild}")
-        return int(images[1])
+        return images
 
     def verify(self, progress: Callable[[int], object] | None = None) -> CheckedFiles:
         """Compare the contents of every file with its SHA-256; `progress` is told of each bytes read.

@@ -1,28 +1,43 @@
-"""The shapes that a bundle's graphs are run with: what engines are built for, and what memory is planned for.
+"""The shapes that a bundle's graphs run with: engines are built and memory is planned for them.
 
-Knows the dynamic axes of docs/architecture.md; knows nothing of builders or devices.
+Knows the dynamic axes of docs/architecture.md. Does not know about builders and devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import Bundle, StageSpec
 from vessel_rt.formats.recipe import EngineRecipe, Recipe
 
-__all__ = ["MASKS_AN_IMAGE", "MOST_KEPT", "Profile", "Shapes", "Workload", "engine_recipe", "shape_text", "stage_profile", "workload_of"]
+__all__ = [
+    "MASKS_AN_IMAGE",
+    "MAX_TEXT_TOKENS",
+    "MOST_KEPT",
+    "OPT_TEXT_TOKENS",
+    "Profile",
+    "Shapes",
+    "Workload",
+    "engine_recipe",
+    "max_shape",
+    "stage_profile",
+    "workload_of",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 
-MOST_KEPT = 16  # positions of one call whose states are asked for: decoding takes 1, verification those of an answer
-MASKS_AN_IMAGE = 4  # at most, on a batch's average; an answer of training has one
-_TEXT_TOKENS = 64  # of the likeliest prompt: the template and a short question
+MOST_KEPT = 16  # positions of one call whose states are returned, at most: 1 when decoding, those of the draft when checking one
+MASKS_AN_IMAGE = 4  # at most, averaged over a batch; an answer seen in training has one
+# Tokens of a prompt besides its image: the template and the question.
+OPT_TEXT_TOKENS = 64  # that engines are tuned for: a short question
+MAX_TEXT_TOKENS = 256  # that a bundle's cache always has room for
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """How many images a batch has, at most and likeliest, and how many tiles an image has likeliest; at most, the bundle says."""
+    """The max and opt number of images in a batch, and the opt number of tiles of an image. The bundle has the max."""
 
     max_batch: int = 1
     opt_batch: int = 1
@@ -31,38 +46,49 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """The least, likeliest and greatest shape of each input of one stage, by name."""
+    """The min, opt and max shape of each input of one stage, by name."""
 
-    least: Shapes
-    likeliest: Shapes
-    greatest: Shapes
+    min: Shapes
+    opt: Shapes
+    max: Shapes
 
     def options(self, prefix: str) -> dict[str, str]:
-        """As ONNX Runtime's TensorRT providers are told: `<prefix>_min_shapes`, `_opt_` and `_max_`, each `name:1x3x448x448,...`."""
-        kinds = {"min": self.least, "opt": self.likeliest, "max": self.greatest}
+        """Options of ONNX Runtime's TensorRT providers: `<prefix>_min_shapes`, `_opt_` and `_max_`, each `name:1x3x448x448,...`."""
+        kinds = {"min": self.min, "opt": self.opt, "max": self.max}
         return {
-            f"{prefix}_{kind}_shapes": ",".join(f"{name}:{shape_text(shape)}" for name, shape in shapes.items())
+            f"{prefix}_{kind}_shapes": ",".join(f"{name}:{_shape_text(shape)}" for name, shape in shapes.items())
             for kind, shapes in kinds.items()
         }
 
+    def texts(self) -> dict[str, str]:
+        """As an engine's sidecar records it: each input's min, opt and max shape, `1x3x448x448, 2x3x448x448, 8x3x448x448`."""
+        return {name: ", ".join(_shape_text(shapes[name]) for shapes in (self.min, self.opt, self.max)) for name in self.max}
 
-def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape in words: `1x3x448x448`."""
+
+def max_shape(text: str) -> tuple[int, ...]:
+    """The max shape in one of `Profile.texts`; ValueError if there is none."""
+    shape = text.rpartition(", ")[2]
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", shape, re.ASCII):
+        raise ValueError("not a shape")
+    return tuple(map(int, shape.split("x")))
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
 def engine_recipe(recipe: Recipe) -> EngineRecipe:
-    """What `recipe` says of engines; RecipeError if it makes none."""
+    """The engines that `recipe` describes; RecipeError if it has none."""
     if recipe.engines is None:
         raise RecipeError(f"recipe {recipe.name}: has no [engines]; the recipe rtx3090 shows one")
     return recipe.engines
 
 
 def workload_of(bundle: Bundle, recipe: Recipe) -> Workload:
-    """What `recipe` makes engines for.
+    """The workload that `recipe` builds engines for.
 
     Raises:
-        RecipeError: it makes none, is not what `bundle` was exported with, or asks for more tiles than an image can have.
+        RecipeError: it has no engines, does not match `bundle`, or asks for more tiles than an image can have.
     """
     engines, name = engine_recipe(recipe), f"recipe {recipe.name}"
     asked = {"precision": recipe.precision, "language_model.capacity": recipe.language_model.capacity}
@@ -76,19 +102,20 @@ def workload_of(bundle: Bundle, recipe: Recipe) -> Workload:
 
 
 def stage_profile(bundle: Bundle, stage: StageSpec, workload: Workload) -> Profile:
-    """The shapes of `stage`'s inputs under `workload`; an input without a dynamic axis has one shape."""
+    """The shapes of `stage`'s inputs under `workload`. The three shapes of an input without a dynamic axis are equal."""
     axes = _axes(bundle, workload)
-    least, likeliest, greatest = (
-        {spec.name: tuple(axis if isinstance(axis, int) else axes[axis][i] for axis in spec.shape) for spec in stage.inputs}
-        for i in range(3)
+    return Profile(
+        *(
+            {spec.name: tuple(axis if isinstance(axis, int) else axes[axis][i] for axis in spec.shape) for spec in stage.inputs}
+            for i in range(3)
+        )
     )
-    return Profile(least, likeliest, greatest)
 
 
 def _axes(bundle: Bundle, workload: Workload) -> dict[str, tuple[int, int, int]]:
-    """The least, likeliest and greatest size of each dynamic axis."""
+    """The min, opt and max size of each dynamic axis."""
     capacity, tiles = bundle.language_model.capacity, bundle.tiles
-    prompt = min(workload.opt_tiles * tiles.tokens_per_tile + _TEXT_TOKENS, capacity)
+    prompt = min(workload.opt_tiles * tiles.tokens_per_tile + OPT_TEXT_TOKENS, capacity)
     return {
         "tiles": (1, workload.opt_batch * workload.opt_tiles, workload.max_batch * tiles.most),
         "batch": (1, workload.opt_batch, workload.max_batch),

@@ -26,8 +26,8 @@ from vessel_export.bundle import bundle_writer
 from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.cli import main
 from vessel_export.errors import BaseModelError, CheckpointError
+from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
-from vessel_export.io.staging import staging
 from vessel_export.sources.base_model import open_base
 from vessel_rt.device.deployment import deploy
 from vessel_rt.device.session import Device
@@ -82,16 +82,16 @@ FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safete
 
 
 @pytest.fixture
-def beside(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> ExportRequest:
-    """A request for another checkpoint of the same run, its bundle to lie beside the first one's copy, `iter_12192`."""
+def following(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> ExportRequest:
+    """A request for another checkpoint of the same run, with its bundle next to a copy of the first, `iter_12192`."""
     shutil.copytree(small_fp32, tmp_path / "iter_12192")
     state = {name: tensor * 1.5 for name, tensor in fine_tuned_state().items()}
     return dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "iter_10000.pth", state), out=tmp_path / "iter_10000")
 
 
-def test_what_training_freezes_is_not_written_again(beside: ExportRequest) -> None:
-    export = export_bundle(beside)
-    first, second = Bundle.load(beside.out.with_name("iter_12192")), export.bundle
+def test_what_training_freezes_is_not_written_again(following: ExportRequest) -> None:
+    export = export_bundle(following)
+    first, second = Bundle.load(following.out.with_name("iter_12192")), export.bundle
     assert export.reused_files == FROZEN
     assert all((second.folder / name).samefile(first.folder / name) for name in FROZEN)
     assert first.files["sam2_image_encoder.onnx"] == second.files["sam2_image_encoder.onnx"]
@@ -99,7 +99,7 @@ def test_what_training_freezes_is_not_written_again(beside: ExportRequest) -> No
     assert export.bytes_written == sum(record.bytes for record in second.files.values()) - frozen
     second.verify_files()
     shutil.rmtree(first.folder)
-    with Segmenter(deploy(Bundle.load(beside.out), Device("cpu"))) as segmenter:  # ONNX Runtime takes the links, and outlives the first
+    with Segmenter(deploy(Bundle.load(following.out), Device("cpu"))) as segmenter:  # ONNX Runtime takes the links, and outlives the first
         segmenter.segment(Image.new("RGB", (64, 64)), "Please segment vessel in this image.")
 
 
@@ -113,13 +113,13 @@ def test_the_whole_bundle_again_writes_no_weights(small: ExportRequest, small_fp
 
 
 @pytest.mark.parametrize("position", [9, -1], ids=["first bytes", "last byte"])
-def test_a_damaged_neighbour_is_not_taken_for_equal(beside: ExportRequest, small_fp32: Path, position: int) -> None:
+def test_a_damaged_neighbour_is_not_taken_for_equal(following: ExportRequest, small_fp32: Path, position: int) -> None:
     """Its bundle.json still promises the hash: only the bytes tell."""
-    damaged = beside.out.with_name("iter_12192") / FROZEN[0]
+    damaged = following.out.with_name("iter_12192") / FROZEN[0]
     content = bytearray(damaged.read_bytes())
     content[position] ^= 1
     damaged.write_bytes(content)
-    export = export_bundle(beside)
+    export = export_bundle(following)
     assert export.reused_files == FROZEN[1:]
     assert export.bundle.files[FROZEN[0]] == Bundle.load(small_fp32).files[FROZEN[0]]
     export.bundle.verify_files()
@@ -137,11 +137,11 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
 
 
-def test_killed_at_any_moment(beside: ExportRequest) -> None:
+def test_killed_at_any_moment(following: ExportRequest) -> None:
     """Killed early, midway and late: the older bundle stays whole, no half-written one appears, the next run completes."""
-    folder = beside.out.parent
-    command = [Path(sys.executable).with_name("vessel-export"), "export", "--recipe", "engines/cpu.toml", "--out", str(beside.out)]
-    command += ["--ckpt", str(beside.checkpoint), "--base", beside.base, "--sam2", beside.sam2]
+    folder = following.out.parent
+    command = [Path(sys.executable).with_name("vessel-export"), "export", "--recipe", "engines/cpu.toml", "--out", str(following.out)]
+    command += ["--ckpt", str(following.checkpoint), "--base", following.base, "--sam2", following.sam2]
     for appearing in (
         ".iter_10000.partial/weights",
         ".iter_10000.partial/weights/projector.safetensors",
@@ -153,9 +153,9 @@ def test_killed_at_any_moment(beside: ExportRequest) -> None:
             time.sleep(0.002)
         process.kill()
         process.wait()
-        assert not beside.out.exists()
+        assert not following.out.exists()
         Bundle.load(folder / "iter_12192").verify_files()
-    export_bundle(beside).bundle.verify_files()
+    export_bundle(following).bundle.verify_files()
     assert sorted(path.name for path in folder.iterdir()) == ["iter_10000", "iter_10000.pth", "iter_12192"]
 
 

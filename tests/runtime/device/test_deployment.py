@@ -160,7 +160,7 @@ def test_tensorrts_engines_are_kept_for_this_user_and_this_bundle(
     caches = [cache for deployment in deployments if (cache := deployment._cache("vision_encoder"))]
     assert caches[0].folder != caches[1].folder
     assert caches[0].folder.is_relative_to(tmp_path / ".cache")
-    assert caches[0].profile.greatest["pixel_values"] == (13, 3, 448, 448)
+    assert caches[0].profile.max["pixel_values"] == (13, 3, 448, 448)
     assert caches[0].folder.stat().st_mode & 0o077 == 0
     caches[0].folder.chmod(0o777)
     with pytest.raises(EngineError, match="may be written by anyone"):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from vessel_rt.device.memory_plan import OVERHEAD, Plan, make_plan, require_fit
 from vessel_rt.errors import BundleError, RecipeError
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.graph_files import named_files
 
 CARD = 24 << 30  # bytes: the RTX 3090's
 
@@ -19,12 +19,12 @@ def bundle(fp16_bundle: Path) -> Bundle:
     return Bundle.load(fp16_bundle)
 
 
-def parts(plan: Plan) -> dict[str, int]:
-    return {part.name: part.bytes for part in plan.parts}
+def sizes(plan: Plan) -> dict[str, int]:
+    return {item.name: item.bytes for item in plan.items}
 
 
 def test_weights_are_the_files_that_the_graphs_name(bundle: Bundle) -> None:
-    found = parts(make_plan(bundle, 1, CARD))
+    found = sizes(make_plan(bundle, 1, CARD))
     size = {name.removeprefix("weights/").removesuffix(".safetensors"): record.bytes for name, record in bundle.files.items()}
     assert found["weights: vision_encoder"] == size["vision_model"] + size["projector"]
     assert found["weights: language_model"] == size["language_model"]
@@ -39,12 +39,12 @@ def test_the_cache_is_what_the_graph_says(bundle: Bundle) -> None:
         if spec.name.startswith("past_"):
             heads, capacity, head_dim = (int(axis) for axis in spec.shape[1:])
             values += heads * capacity * head_dim
-    assert parts(make_plan(bundle, 3, CARD))["cache"] == 3 * 2 * values
+    assert sizes(make_plan(bundle, 3, CARD))["cache"] == 3 * 2 * values
 
 
 def test_activations_grow_with_the_batch_and_the_precision(bundle: Bundle, fp32_bundle: Path) -> None:
-    one, two = (parts(make_plan(bundle, batch, CARD)) for batch in (1, 2))
-    double = parts(make_plan(Bundle.load(fp32_bundle), 1, CARD))
+    one, two = (sizes(make_plan(bundle, batch, CARD)) for batch in (1, 2))
+    double = sizes(make_plan(Bundle.load(fp32_bundle), 1, CARD))
     for stage in bundle.stages:
         name = f"activations: {stage}"
         assert two[name] == 2 * one[name]
@@ -55,19 +55,19 @@ def test_the_language_models_activations_by_hand(bundle: Bundle) -> None:
     hidden, intermediate, capacity, vocabulary = 128, 320, 4096, bundle.language_model.vocabulary  # of examples/tiny
     assert (bundle.language_model.hidden_size, bundle.language_model.capacity) == (hidden, capacity)
     mlp = capacity * (4 * 2 * hidden + 2 * (hidden + 3 * intermediate))
-    assert parts(make_plan(bundle, 1, CARD))["activations: language_model"] == (
+    assert sizes(make_plan(bundle, 1, CARD))["activations: language_model"] == (
         mlp + 2 * capacity * hidden + 2 * capacity * capacity + 2 * 16 * vocabulary
     )
 
 
-def test_table_and_json_have_every_part(bundle: Bundle) -> None:
+def test_table_and_json_have_every_item(bundle: Bundle) -> None:
     plan = make_plan(bundle, 1, CARD)
     lines = plan.table().splitlines()
-    assert len(lines) == len(plan.parts) + 2
+    assert len(lines) == len(plan.items) + 2
     assert "assumed" in lines[-3]
     assert lines[-1].split() == ["of", "24.0", "GiB", "25.770", "GB"]
     document = json.loads(plan.to_json())
-    assert document["total"] == sum(part["bytes"] for part in document["parts"])
+    assert document["total"] == sum(item["bytes"] for item in document["items"])
     assert document["fits"] is True
 
 
@@ -97,19 +97,25 @@ def test_what_no_setting_mends(bundle: Bundle) -> None:
 
 def test_past_24_gb(bundle: Bundle) -> None:
     """The tiny model with an 8B model's cache for a thousand images."""
-    sizes = dataclasses.replace(bundle.language_model, layers=28, kv_heads=4, head_dim=128)
-    large = dataclasses.replace(bundle, language_model=sizes)
+    language_model = dataclasses.replace(bundle.language_model, layers=28, kv_heads=4, head_dim=128)
+    large = dataclasses.replace(bundle, language_model=language_model)
     with pytest.raises(RecipeError, match=r"takes \d{3,}\.\d GB with 1000 images at once, the card has 25\.8; lower engines\.max_batch"):
         require_fit(large, make_plan(large, 1000, CARD))
 
 
-def test_graphs_and_weights_that_cannot_be_read(bundle: Bundle, standin: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"not named as the exporter names them"):
+def test_bundles_without_sizes(bundle: Bundle, standin: Bundle) -> None:
+    """As older versions exported them: they load, but there is nothing to plan with."""
+    with pytest.raises(BundleError) as e:
         make_plan(standin, 1, CARD)
-    copy = Bundle.load(Path(shutil.copytree(bundle.folder, tmp_path / "bundle")))
-    (copy.folder / "weights" / "projector.safetensors").write_bytes(b"no header")
-    with pytest.raises(BundleError, match=r"projector\.safetensors: not a \.safetensors file"):
-        make_plan(copy, 1, CARD)
-    (copy.folder / "vision_encoder.onnx").unlink()
-    with pytest.raises(BundleError, match=r"vision_encoder\.onnx: cannot be read"):
-        make_plan(copy, 1, CARD)
+    assert str(standin.folder / "bundle.json") in str(e.value)
+    assert "export the bundle again" in str(e.value)
+
+
+def test_a_plan_reads_no_graph_and_no_weights(bundle: Bundle, tmp_path: Path) -> None:
+    moved = dataclasses.replace(bundle, folder=tmp_path)
+    assert make_plan(moved, 1, CARD).items == make_plan(bundle, 1, CARD).items
+
+
+def test_the_exporter_names_the_files_of_each_graphs_weights(bundle: Bundle) -> None:
+    for stage in bundle.stages.values():
+        assert set(stage.weights) == named_files(bundle.folder / stage.file)

@@ -251,9 +251,14 @@ def test_a_graph_that_is_none(copy: Path) -> None:
 
 def test_a_record_that_is_taken_out_of_bundle_json_takes_its_file_out_of_use(fp32_bundle: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fp32_bundle, tmp_path / "bundle"))
-    files = json.loads((folder / BUNDLE_FILE).read_text())["files"]
+    document = json.loads((folder / BUNDLE_FILE).read_text())
+    files, stages = document["files"], document["stages"]
     del files["weights/vision_model.safetensors"]
     _rewrite(folder, files=files)
+    with pytest.raises(BundleError, match=r"bundle\.json.*stages\.vision_encoder.*'weights/vision_model\.safetensors'"):
+        Bundle.load(folder)
+    stages["vision_encoder"]["weights"] = []
+    _rewrite(folder, stages=stages)
     with pytest.raises(BundleError, match=r"vision_encoder\.onnx names 'weights/vision_model\.safetensors', which has no recorded SHA-256"):
         Bundle.load(folder).verify_files()
 

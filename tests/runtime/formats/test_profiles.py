@@ -29,19 +29,19 @@ def test_every_dynamic_axis_of_every_stage_has_its_sizes(fp16_bundle: Path, reci
     profiles = {name: stage_profile(bundle, stage, workload) for name, stage in bundle.stages.items()}
     vision = profiles["vision_encoder"]
     side = bundle.tiles.size
-    assert [shapes["pixel_values"] for shapes in (vision.least, vision.likeliest, vision.greatest)] == [
+    assert [shapes["pixel_values"] for shapes in (vision.min, vision.opt, vision.max)] == [
         (1, 3, side, side),
         (6, 3, side, side),
         (26, 3, side, side),  # 12 tiles and a thumbnail, twice
     ]
     language = profiles["language_model"]
     capacity, tokens = bundle.language_model.capacity, 3 * bundle.tiles.tokens_per_tile + 64
-    assert (language.least["inputs_embeds"][1], language.likeliest["position_ids"]) == (1, (2, tokens))
-    assert language.greatest["kv_positions"] == (capacity,)
+    assert (language.min["inputs_embeds"][1], language.opt["position_ids"]) == (1, (2, tokens))
+    assert language.max["kv_positions"] == (capacity,)
     sizes = bundle.language_model
-    assert language.least["past_key.0"] == (1, sizes.kv_heads, capacity, sizes.head_dim)
-    assert language.greatest["past_key.0"] == (2, sizes.kv_heads, capacity, sizes.head_dim)
-    assert profiles["sam2_mask_decoder"].greatest["image_index"] == (8,)
+    assert language.min["past_key.0"] == (1, sizes.kv_heads, capacity, sizes.head_dim)
+    assert language.max["past_key.0"] == (2, sizes.kv_heads, capacity, sizes.head_dim)
+    assert profiles["sam2_mask_decoder"].max["image_index"] == (8,)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_recipe_that_is_not_the_bundles(fp16_bundle: Path, recipe: Recipe, cha
 
 def test_the_likeliest_prompt_is_not_longer_than_the_cache(standin: Bundle) -> None:
     profile = stage_profile(standin, standin.stages["language_model"], Workload(opt_tiles=60))
-    assert profile.likeliest["kv_positions"] == profile.greatest["kv_positions"] == (standin.language_model.capacity,)
+    assert profile.opt["kv_positions"] == profile.max["kv_positions"] == (standin.language_model.capacity,)
 
 
 def test_recipes_fields_are_those_of_a_workload() -> None:
