@@ -47,7 +47,8 @@ _INFER = """examples:
   vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
   vessel-rt infer cine.dcm --frames 10:60:5               frames 10, 15, ... 55 of each cine; the first is 0
   vessel-rt infer frames/ --devices 0,1,2,3               four GPUs; cpu:2 is two processes on the CPU
-  vessel-rt infer frames/ --num-parts 4 --part-id 0       the first of four hosts; then: vessel-rt merge part0 part1 part2 part3 -o all
+  vessel-rt infer frames/ --num-shards 4 --shard-id 0     the first of four hosts
+  vessel-rt merge-shards shard0 shard1 shard2 shard3 -o all   then combine their results
   vessel-rt infer frames/ --pseudonymize --json | tail -1 study codes for names, and a line for programs
 
 A run that was stopped goes on where it was when the same command is given again. Exit codes: 0 done, 1 bad input or frames that failed,
@@ -185,8 +186,8 @@ def _add_infer(commands: Any) -> None:
         help="take gray images of more than 8 bits, too, and scale LOW to black, HIGH to white (without a value: each file's own range)",
     )
     which.add_argument("--num-images", type=_positive, metavar="N", help="only the first N frames")
-    which.add_argument("--num-parts", type=_positive, metavar="K", help="deal the files out to K runs (see vessel-rt merge)")
-    which.add_argument("--part-id", type=_natural, metavar="I", help="which of them this run takes, from 0")
+    which.add_argument("--num-shards", type=_positive, metavar="K", help="split the files between K runs (see vessel-rt merge-shards)")
+    which.add_argument("--shard-id", type=_natural, metavar="I", help="the shard that this run takes, from 0 to K-1")
 
     where = infer.add_argument_group("where it runs")
     devices = where.add_mutually_exclusive_group()
@@ -260,10 +261,10 @@ def _add_results_commands(commands: Any) -> None:
     report.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
     report.set_defaults(run=_report)
 
-    merge = commands.add_parser("merge", help="put the parts of a run together")
-    merge.add_argument("parts", type=Path, nargs="+", metavar="PART", help="output folders of runs with --num-parts and --part-id")
+    merge = commands.add_parser("merge-shards", help="combine the shards of a run")
+    merge.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="output folders of runs with --num-shards and --shard-id")
     merge.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    merge.set_defaults(run=_merge)
+    merge.set_defaults(run=_merge_shards)
 
 
 def _infer(arguments: argparse.Namespace) -> int:
@@ -273,7 +274,7 @@ def _infer(arguments: argparse.Namespace) -> int:
     from vessel_rt.run.worker import WorkOptions
 
     _check_bounds(arguments)
-    part, parts = _part(arguments)
+    shard, shards = _shard(arguments)
     bundle = _find_bundle(arguments.bundle, arguments.quiet)
     output = arguments.output or Path("out") / bundle.folder.resolve().name
     options = InferOptions(
@@ -288,7 +289,7 @@ def _infer(arguments: argparse.Namespace) -> int:
             draft=not arguments.no_draft,
             rescale=arguments.rescale,
         ),
-        selection=Selection(arguments.frames, arguments.num_images, parts, part),
+        selection=Selection(arguments.frames, arguments.num_images, shards, shard),
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,
         overwrite=arguments.overwrite,
@@ -311,16 +312,16 @@ def _infer(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _part(arguments: argparse.Namespace) -> tuple[int, int]:
-    """Which part of how many to run; leaves by argparse's usage error where the options do not agree."""
-    part, parts = arguments.part_id, arguments.num_parts
-    if parts is None and part is not None:
-        arguments.usage_error("--part-id needs --num-parts: how many parts there are")
-    if part is None and (parts or 1) > 1:
-        arguments.usage_error(f"--num-parts {parts} needs --part-id: which part this run takes, from 0 to {parts - 1}")
-    if part is not None and part >= parts:
-        arguments.usage_error(f"--part-id {part} is out of range: with --num-parts {parts} it is from 0 to {parts - 1}")
-    return part or 0, parts or 1
+def _shard(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Which shard of how many to run; leaves by argparse's usage error where the options do not agree."""
+    shard, shards = arguments.shard_id, arguments.num_shards
+    if shards is None and shard is not None:
+        arguments.usage_error("--shard-id needs --num-shards: how many shards there are")
+    if shard is None and (shards or 1) > 1:
+        arguments.usage_error(f"--num-shards {shards} needs --shard-id: the shard that this run takes, from 0 to {shards - 1}")
+    if shard is not None and shard >= shards:
+        arguments.usage_error(f"--shard-id {shard} is out of range: with --num-shards {shards} it is from 0 to {shards - 1}")
+    return shard or 0, shards or 1
 
 
 def _check_bounds(arguments: argparse.Namespace) -> None:
@@ -395,10 +396,10 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(arguments: argparse.Namespace) -> int:
-    from vessel_rt.results.merge_shards import merge
+def _merge_shards(arguments: argparse.Namespace) -> int:
+    from vessel_rt.results.merge_shards import merge_shards
 
-    print(f"images: {merge(arguments.parts, arguments.output)}")
+    print(f"images: {merge_shards(arguments.shards, arguments.output)}")
     print(f"results: {arguments.output}")
     return 0
 

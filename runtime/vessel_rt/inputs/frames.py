@@ -48,22 +48,22 @@ class Naming:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then part `part` of `parts`.
+    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then shard `shard` of `shards`.
 
     Without `frames`, all of a DICOM cine are taken, and a TIFF with several pages is an error: its pages need not be frames.
     """
 
     frames: slice | None = None
     num_images: int | None = None
-    parts: int = 1
-    part: int = 0
+    shards: int = 1
+    shard: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """One picture to segment: a file, or frame `number` (from 0) of a multi-frame DICOM file or of a TIFF with several pages.
 
-    `index` is its place among all frames that the inputs name, whichever part of them this run takes. Its outputs are called `name`,
+    `index` is its place among all frames that the inputs name, whichever shard of them this run takes. Its outputs are called `name`,
     without a suffix; results.jsonl calls its file `image`; `shown` is for the screen.
     """
 
@@ -77,7 +77,7 @@ class Frame:
 
 
 class Found(NamedTuple):
-    """The frames of this part, the names of those of all parts, and, by input, how many files of each kind were not taken."""
+    """The frames of this shard, the names of those of all shards, and, by input, how many files of each kind were not taken."""
 
     frames: list[Frame]
     names: list[str]
@@ -90,7 +90,7 @@ def find_frames(
     """The frames that `inputs` name, each once, in order.
 
     A file is taken as it is; of a folder (not of those in it) and of a glob, sorted, what has the suffix of an image, or is DICOM, and is
-    not hidden; besides, what has no suffix and cannot be read. Parts are of whole files, dealt out in turn.
+    not hidden; besides, what has no suffix and cannot be read. A file is never split between shards: they take whole files in turn.
     Where a file cannot be read, its frames are those that an `earlier` run did, by the name of the file's outputs; without any, the file
     is one frame.
 
@@ -115,7 +115,7 @@ def find_frames(
     frames = [_frame(path, number, index, len(places), naming) for index, (path, number) in enumerate(places)]
     _check_distinct(frames)
     order = {path: place for place, path in enumerate(dict.fromkeys(path for path, _ in places))}
-    chosen = [frame for frame in frames if order[frame.path] % selection.parts == selection.part]
+    chosen = [frame for frame in frames if order[frame.path] % selection.shards == selection.shard]
     return Found(chosen, [frame.name for frame in frames], skipped)
 
 

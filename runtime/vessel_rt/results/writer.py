@@ -64,7 +64,7 @@ class FrameWriter:
 
     Args:
         folder: with masks/, overlays/ and previews/ in it.
-        names: of all frames of the run, those of other parts, too.
+        names: of all frames of the run, those of other shards, too.
         settings: what a line says of the settings that it was made with.
     """
 

@@ -74,7 +74,7 @@ class InferOptions:
 class Summary:
     """What became of the frames of a run, and the seconds that loading the bundle and running them took.
 
-    `images` have been tried, of `total` (`in_all_parts` of the run); of them `kept` were done by an earlier run, `unread` of these though
+    `images` have been tried, of `total` (`in_all_shards` of the run); of them `kept` were done by an earlier run, `unread` of these though
     their inputs cannot be read now.
     `masks`, `without_mask`, `undrafted` (runs of
     language_model after the first were needed) and `answers` count results: a frame has one for each question. In each of `streams` `batch`
@@ -83,7 +83,7 @@ class Summary:
     """
 
     total: int = 0
-    in_all_parts: int = 0
+    in_all_shards: int = 0
     images: int = 0
     kept: int = 0
     unread: int = 0
@@ -166,7 +166,9 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     for place, kinds in skipped.items():
         say(f"skipped in {place}: {told_kinds(kinds)}")
     if not frames:
-        raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
+        raise VesselError(
+            f"shard {options.selection.shard} of {options.selection.shards}: there are fewer files than shards; lower --num-shards"
+        )
     record = Record(lock, earlier, frames, options.overwrite, options.prune)
     devices = _choose(bundle, options)
     settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
@@ -199,9 +201,9 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     return summary
 
 
-def _summary_of(record: Record, frames: Sequence[Frame], in_all_parts: int, say: _Console) -> Summary:
+def _summary_of(record: Record, frames: Sequence[Frame], in_all_shards: int, say: _Console) -> Summary:
     """The counts of what is kept; of inputs that cannot be read now the user is told."""
-    summary = Summary(total=len(frames), in_all_parts=in_all_parts)
+    summary = Summary(total=len(frames), in_all_shards=in_all_shards)
     for entry in record.kept:
         summary.count(entry)
     summary.kept, summary.unread = summary.images, len(record.unread)
@@ -371,14 +373,14 @@ def _report(
             "devices": [str(device) for device in options.devices],
             "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
             "num_images": selection.num_images,
-            "num_parts": selection.parts,
-            "part_id": selection.part,
+            "num_shards": selection.shards,
+            "shard_id": selection.shard,
             "pseudonymize": naming.pseudonymize,
             "show_names": naming.show_names,
             "key": naming.codes.key_id,
         },
         "counts": {
-            "in_all_parts": summary.in_all_parts,
+            "in_all_shards": summary.in_all_shards,
             "images": summary.images,
             "ok": summary.images - summary.failed,
             "failed": summary.failed,

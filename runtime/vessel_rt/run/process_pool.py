@@ -41,7 +41,7 @@ _ORPHAN = 1  # exit code of a process whose parent is gone
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker needs to know. `names` are of the run's frames, those of other parts, too; `files` of the bundle are checked."""
+    """What a worker needs to know. `names` are of the run's frames, those of other shards, too; `files` of the bundle are checked."""
 
     bundle: Bundle
     device: Device

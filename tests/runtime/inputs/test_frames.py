@@ -97,10 +97,10 @@ def test_two_images_of_one_stem_stop_the_run_before_it_begins(tmp_path: Path, ot
 def test_parts_are_dealt_out_and_keep_their_places(frames: Path) -> None:
     for number in range(4):
         shutil.copy(frames / "b.png", frames / f"d{number}.png")
-    parts = [found([str(frames)], parts=3, part=part) for part in range(3)]
-    assert [names(part) for part in parts] == [["a.jpg", "d0.png", "d3.png"], ["b.png", "d1.png"], ["c.tif", "d2.png"]]
-    assert sorted(frame.index for part in parts for frame in part) == list(range(7))
-    assert find_frames([str(frames)], Naming(CODES), Selection(parts=3))[1] == ["a", "b", "c", "d0", "d1", "d2", "d3"]
+    shards = [found([str(frames)], shards=3, shard=shard) for shard in range(3)]
+    assert [names(shard) for shard in shards] == [["a.jpg", "d0.png", "d3.png"], ["b.png", "d1.png"], ["c.tif", "d2.png"]]
+    assert sorted(frame.index for shard in shards for frame in shard) == list(range(7))
+    assert find_frames([str(frames)], Naming(CODES), Selection(shards=3))[1] == ["a", "b", "c", "d0", "d1", "d2", "d3"]
 
 
 def make_pages(path: Path, count: int = 5) -> Path:

@@ -31,7 +31,7 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     assert (summary.images, summary.failed, summary.masks, summary.without_mask) == (3, 0, 3, 0)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["counts"] == {
-        "in_all_parts": 3,
+        "in_all_shards": 3,
         "images": 3,
         "ok": 3,
         "failed": 0,
