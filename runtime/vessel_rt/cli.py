@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vessel_rt.formats.bundle import Bundle
     from vessel_rt.inputs.frames import Naming
     from vessel_rt.inputs.images import Rescale
-    from vessel_rt.run.infer import Summary
+    from vessel_rt.run.summary import Summary
 
 __all__ = ["main"]
 

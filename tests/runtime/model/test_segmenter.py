@@ -76,9 +76,9 @@ def test_a_prompt_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_questions_are_checked(standin: Bundle) -> None:
     with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
-        segmenter.check_question("Where?")
+        segmenter.prepare_question("Where?")
         with pytest.raises(VesselError, match="empty"):
-            segmenter.check_question("")
+            segmenter.prepare_question("")
 
 
 def test_the_trained_model(fp32_bundle: Path, tiny_frames: list[Path]) -> None:

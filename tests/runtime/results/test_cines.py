@@ -22,7 +22,8 @@ from vessel_rt.inputs.frames import Naming, Selection
 from vessel_rt.model.segmenter import Mask, Result
 from vessel_rt.results.cines import write_cines
 from vessel_rt.results.writer import FrameWriter, failure
-from vessel_rt.run.infer import InferOptions, Summary, infer
+from vessel_rt.run.infer import InferOptions, infer
+from vessel_rt.run.summary import Summary
 from vessel_rt.run.worker import WorkOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")  # of files that are cut short

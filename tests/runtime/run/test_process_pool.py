@@ -28,7 +28,7 @@ from vessel_rt.inputs.frames import Frame
 from vessel_rt.results.writer import Entry
 from vessel_rt.run import worker_process
 from vessel_rt.run.infer import infer
-from vessel_rt.run.process_pool import RESTARTS, Workers
+from vessel_rt.run.process_pool import RESTARTS, ProcessPool
 from vessel_rt.run.worker_process import Patience, WorkerProcess
 
 TWO = (Device("cpu"), Device("cpu"))
@@ -74,10 +74,10 @@ def test_a_frame_that_kills_is_tried_twice_and_no_other_fails(standin: Bundle, t
     frames = many(tmp_path / "frames", 12)
     make_frame(1344, 1344).save(frames / "005_deadly.png")
     deadly = (
-        "import os; from vessel_rt.model import segmenter; from vessel_rt.run import process_pool as workers\n"
+        "import os; from vessel_rt.model import segmenter; from vessel_rt.run.worker_process import serve\n"
         "prepare = segmenter.Segmenter.prepare\n"
         "segmenter.Segmenter.prepare = lambda self, image: os.abort() if image.width == 1344 else prepare(self, image)\n"
-        "workers.serve()"
+        "serve()"
     )
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", deadly)
     summary = infer(standin, options(frames, tmp_path / "out", devices=TWO))
@@ -98,9 +98,9 @@ def test_a_bug_in_a_process_shows_its_traceback_without_names(standin: Bundle, t
     (tmp_path / "in").mkdir()
     make_frame().save(tmp_path / "in" / "Study-4711-B.png")
     broken = (
-        "from vessel_rt.run import worker, process_pool as workers\n"
+        "from vessel_rt.run import worker, worker_process\n"
         "def read(frame, rescale): raise RuntimeError(f'no way with {frame.path}')\n"
-        "worker.read_frame = read; workers.serve()"
+        "worker.read_frame = read; worker_process.serve()"
     )
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", broken)
     with pytest.raises(RuntimeError, match="no way with") as caught:
@@ -112,7 +112,7 @@ STICKY = """
 import itertools
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from vessel_rt.device import session
-from vessel_rt.run import process_pool as workers
+from vessel_rt.run.worker_process import serve
 run, calls = session.Session.run, itertools.count(1)
 def run_or_fail(self, feeds, **more):
     with self._faults():
@@ -120,7 +120,7 @@ def run_or_fail(self, feeds, **more):
             raise Fail("CUDA failure 700")
     return run(self, feeds, **more)
 session.Session.run = run_or_fail
-workers.serve()
+serve()
 """
 
 
@@ -155,11 +155,11 @@ def test_a_device_that_is_given_up_leaves_its_frames_to_the_others(
     frames = many(tmp_path / "frames", 30)
     infer(standin, options(frames, tmp_path / "one"))
     marked = (
-        "import dataclasses, os; from vessel_rt.run import worker, process_pool as workers\n"
-        "def start(self, stop, say, *more, opened=workers.Job.open):\n"
+        "import dataclasses, os; from vessel_rt.run import worker, worker_process\n"
+        "def start(self, stop, say, *more, opened=worker.Job.open):\n"
         "    if self.device.index: worker.read_frame = lambda *_: os.abort()\n"
-        "    return opened(dataclasses.replace(self, device=workers.Device('cpu')), stop, say, *more)\n"
-        "workers.Job.open = start; workers.serve()"
+        "    return opened(dataclasses.replace(self, device=worker.Device('cpu')), stop, say, *more)\n"
+        "worker.Job.open = start; worker_process.serve()"
     )
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", marked)
     summary = infer(standin, options(frames, tmp_path / "two", devices=(Device("cpu"), Device("cpu", 1))))
@@ -184,7 +184,7 @@ def test_a_process_that_makes_no_progress_is_killed_and_its_frames_come_back(
         yield from entries
 
     monkeypatch.setattr(WorkerProcess, "run", run_and_stop)
-    monkeypatch.setattr("vessel_rt.run.infer.Workers", functools.partial(Workers, patience=Patience(stalled=10)))
+    monkeypatch.setattr("vessel_rt.run.infer.ProcessPool", functools.partial(ProcessPool, patience=Patience(stalled=10)))
     summary = infer(standin, options(frames, tmp_path / "two", devices=TWO))
     assert (summary.images, summary.failed) == (41, 1)
     same_results(tmp_path / "two", tmp_path / "one")
@@ -208,8 +208,8 @@ def test_a_process_whose_parent_is_gone_ends_in_silence(sent: bytes) -> None:
 
 
 IMPATIENT = (
-    "import functools; from vessel_rt.run import infer as folder, worker_process, process_pool as workers\n"
-    "folder.Workers = functools.partial(workers.Workers, patience=worker_process.Patience(stopping=2))\n"
+    "import functools; from vessel_rt.run import infer, process_pool, worker_process\n"
+    "infer.ProcessPool = functools.partial(process_pool.ProcessPool, patience=worker_process.Patience(stopping=2))\n"
 )
 
 
