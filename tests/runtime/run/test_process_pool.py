@@ -48,7 +48,7 @@ def test_two_processes_do_what_one_does(standin: Bundle, tmp_path: Path) -> None
 def test_a_process_that_is_killed_is_started_again(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Three times, in the middle of several frames: not one is lost, and the record is that of a run in peace."""
+    """Three times, in the middle of several frames: not one is lost, and the record is that of an uninterrupted run."""
     frames = many(tmp_path / "frames", 40)
     infer(standin, options(frames, tmp_path / "one"))
     run, turns, killed = WorkerProcess.run, itertools.count(), []
@@ -302,7 +302,7 @@ def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
         out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
-    assert "The same command goes on from there." in err
+    assert "Give the same command again to continue." in err
     done = json.loads(out.splitlines()[-1])
     assert (done["stopped"], done["exit_code"], done["total"]) == (number.name, 128 + number, 300)
     finished = lines(bitmaps / "out")
@@ -314,7 +314,7 @@ def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
 
 
 @pytest.mark.parametrize("devices", [(), ("--devices", "cpu:2")])
-def test_killed_again_and_again_a_run_ends_as_if_in_peace(standin: Bundle, bitmaps: Path, devices: tuple[str, ...]) -> None:
+def test_killed_again_and_again_a_run_ends_as_an_uninterrupted_one(standin: Bundle, bitmaps: Path, devices: tuple[str, ...]) -> None:
     for delay in (0.0, 0.05, 0.15):
         with begin(standin, bitmaps, *devices) as process:
             time.sleep(delay)
