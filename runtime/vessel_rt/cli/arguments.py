@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vessel_rt.errors import VesselError
 
 if TYPE_CHECKING:
-    from vessel_rt.device.session import Device
+    from vessel_rt.device.providers import Device
     from vessel_rt.formats.bundle import Bundle
     from vessel_rt.inputs.frames import Naming
     from vessel_rt.inputs.images import Rescale
@@ -131,13 +131,13 @@ def ray_address(text: str) -> str:
 
 
 def device(text: str) -> Device:
-    from vessel_rt.device.session import Device
+    from vessel_rt.device.providers import Device
 
     return _parsed(Device.parse, text)
 
 
 def several_devices(text: str) -> tuple[Device, ...]:
-    from vessel_rt.device.session import Device
+    from vessel_rt.device.providers import Device
 
     return _parsed(Device.parse_several, text)
 

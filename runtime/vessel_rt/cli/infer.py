@@ -119,7 +119,7 @@ def add_infer(commands: Any) -> None:
 
 
 def run_infer(arguments: argparse.Namespace) -> int:
-    from vessel_rt.device.session import Device
+    from vessel_rt.device.providers import Device
     from vessel_rt.inputs.frames import Selection
     from vessel_rt.run.infer import InferOptions, infer  # here, so that --help does not wait for the libraries
     from vessel_rt.run.worker import WorkOptions

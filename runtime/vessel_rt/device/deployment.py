@@ -18,7 +18,8 @@ from pathlib import Path
 
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.device.memory_plan import make_plan
-from vessel_rt.device.session import Device, EngineCache, Session, device_fault, open_device
+from vessel_rt.device.providers import Device, EngineCache, device_fault, open_device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.formats.bundle import Bundle, TensorSpec
 from vessel_rt.formats.engine_sidecar import EngineSet, Target, builder_version, writable_by_anyone

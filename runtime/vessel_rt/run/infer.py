@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import vessel_rt
 from vessel_rt.device.deployment import check_bundle, choose_devices
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES

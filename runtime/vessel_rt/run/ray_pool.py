@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from vessel_rt.device.deployment import MOST_IMAGES
-from vessel_rt.device.session import open_device
+from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError, first_line
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.inputs.pseudonyms import conceal, remember

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import vessel_rt
-from vessel_rt.device.session import Device, onnxruntime
+from vessel_rt.device.providers import Device, onnxruntime
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.results.writer import Entry
 

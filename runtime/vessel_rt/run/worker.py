@@ -22,7 +22,7 @@ from typing import Self, TypeVar
 from PIL import Image
 
 from vessel_rt.device.deployment import Deployment, deploy_on
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError, OutOfMemory
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.frames import Frame, input_sha256, read_frame

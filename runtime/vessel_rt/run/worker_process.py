@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from vessel_rt.device.session import open_device
+from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.inputs.pseudonyms import conceal, remember

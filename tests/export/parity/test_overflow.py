@@ -31,7 +31,7 @@ from vessel_export.parity.reference import Reference
 from vessel_export.parity.verify import TOLERANCES, Sample, drawn_samples, one_pass, read_samples, verify
 from vessel_export.sources.checkpoint import LORA_PREFIX, open_checkpoint
 from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.model.prompt import EmbedTokens, PromptTokenizer

@@ -15,7 +15,8 @@ from PIL import Image
 from tests.support.frames import make_frame
 from tests.support.standin import build_standin
 from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device, Session
+from vessel_rt.device.providers import Device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.model.preprocess import mask_pixels

@@ -15,7 +15,8 @@ from PIL import Image
 from tests.support.engine_files import write_engines
 from tests.support.frames import CODES, make_frame
 from tests.support.runs import files, lines, many, options
-from vessel_rt.device.session import Device, Session
+from vessel_rt.device.providers import PROVIDERS, Device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, DeviceError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import Target
@@ -47,6 +48,24 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     assert run["peak_memory_bytes"] is None or run["peak_memory_bytes"] > 1 << 24
     assert [line["image"] for line in lines(tmp_path / "out")] == ["a.jpg", "b.png", "c.tif"]
     assert "read" in lines(tmp_path / "out", "timings.jsonl")[0]["ms"]
+
+
+def test_a_device_is_probed_once_and_the_bundle_hashed_once(
+    standin: Bundle, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[Device] = []
+    checked: list[Path] = []
+    monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], probe=probed.append))
+    verify_files = Bundle.verify_files
+
+    def noted(self: Bundle, *args: Any, **more: Any) -> Any:
+        checked.append(self.folder)
+        return verify_files(self, *args, **more)
+
+    monkeypatch.setattr(Bundle, "verify_files", noted)
+    infer(standin, options(frames, tmp_path / "out", devices=(Device("cpu"),)))
+    assert probed == [Device("cpu")]
+    assert checked == [standin.folder]
 
 
 def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Path, tmp_path: Path) -> None:
