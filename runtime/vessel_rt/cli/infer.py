@@ -40,7 +40,7 @@ def add_infer(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     infer.set_defaults(run=run_infer, usage_error=infer.error)
-    infer.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders or globs (JPG, PNG, TIFF, BMP, DICOM)")
+    infer.add_argument("inputs", nargs="+", metavar="IMAGES", help="files, folders or globs (JPG, PNG, TIFF, BMP, WebP, DICOM)")
     infer.add_argument("-o", "--output", type=Path, metavar="DIR", help="the output folder (default: out/<bundle name>)")
     infer.add_argument("--bundle", type=Path, metavar="DIR", help="what to run (default: $VESSEL_BUNDLE, else the newest under ./engines)")
     infer.add_argument(
@@ -69,6 +69,7 @@ def add_infer(commands: Any) -> None:
         metavar="LOW:HIGH",
         help="also take gray images of more than 8 bits: LOW becomes black, HIGH white (without a value: each file's own range)",
     )
+    which.add_argument("--recursive", action="store_true", help="also search the subfolders of folders; a/b/x.png gives masks/a__b__x.png")
     which.add_argument("--num-images", type=types.positive, metavar="N", help="only the first N frames")
     which.add_argument("--num-shards", type=types.positive, metavar="K", help="split the files between K runs (see vessel-rt merge-shards)")
     which.add_argument("--shard-id", type=types.natural, metavar="I", help="the shard that this run takes, from 0 to K-1")
@@ -140,7 +141,7 @@ def run_infer(arguments: argparse.Namespace) -> int:
             draft=not arguments.no_draft,
             rescale=arguments.rescale,
         ),
-        selection=Selection(arguments.frames, arguments.num_images, shards, shard),
+        selection=Selection(arguments.frames, arguments.num_images, shards, shard, arguments.recursive),
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,
         overwrite=arguments.overwrite,

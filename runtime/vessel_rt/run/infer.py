@@ -74,6 +74,7 @@ class InferOptions:
             "devices": [str(device) for device in self.devices],
             "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
             "num_images": selection.num_images,
+            "recursive": selection.recursive,
             "num_shards": selection.shards,
             "shard_id": selection.shard,
             "pseudonymize": naming.pseudonymize,
@@ -127,7 +128,7 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
 def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float) -> Summary:
     started, stop, say = datetime.datetime.now(datetime.UTC), Stop(), _Console(options)
     earlier = read_earlier(options.output)
-    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines())
+    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines(), options.output)
     for place, kinds in skipped.items():
         say(f"skipped in {place}: {told_kinds(kinds)}")
     if not frames:

@@ -20,7 +20,7 @@ from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, DeviceError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import Target
-from vessel_rt.inputs.frames import Naming
+from vessel_rt.inputs.frames import Naming, Selection
 from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.checked_files import sha256_of
 from vessel_rt.model.segmenter import Segmenter
@@ -66,6 +66,18 @@ def test_a_device_is_probed_once_and_the_bundle_hashed_once(
     infer(standin, options(frames, tmp_path / "out", devices=(Device("cpu"),)))
     assert probed == [Device("cpu")]
     assert checked == [standin.folder]
+
+
+def test_subfolders_are_run_and_resumed_with_the_output_folder_among_them(standin: Bundle, frames: Path) -> None:
+    for folder in ("one", "two"):
+        (frames / folder).mkdir()
+        shutil.copy(frames / "b.png", frames / folder / "b.png")
+    asked = options(frames, frames / "out", selection=Selection(recursive=True))
+    assert infer(standin, asked).images == 5
+    assert infer(standin, asked).kept == 5
+    assert {path.stem for path in (frames / "out" / "masks").iterdir()} == {"a", "b", "c", "one__b", "two__b"}
+    assert [line["image"] for line in lines(frames / "out")] == ["a.jpg", "b.png", "c.tif", "one/b.png", "two/b.png"]
+    assert json.loads((frames / "out" / "run.json").read_text())["options"]["recursive"] is True
 
 
 def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Path, tmp_path: Path) -> None:
