@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.measure import infer_options, publish
 from vessel_export.parity.verify import mask_iou
 from vessel_rt.device.device_report import list_devices
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.evaluation.evaluate import evaluate
 from vessel_rt.formats.bundle import Bundle

@@ -168,7 +168,7 @@ def _ask(arguments: argparse.Namespace, worker: str, frames: Path) -> dict[str, 
 
 def _segmenter(arguments: argparse.Namespace, *, draft: bool) -> Any:
     from vessel_rt.device.deployment import deploy
-    from vessel_rt.device.session import Device
+    from vessel_rt.device.providers import Device
     from vessel_rt.formats.bundle import Bundle
     from vessel_rt.model.segmenter import Segmenter
 
@@ -227,7 +227,7 @@ def _save(mask: Any, path: Path) -> None:
 def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     """Each stage's milliseconds for single images, milliseconds an image in batches, and what of a run no graph runs in."""
     from vessel_rt.device import session
-    from vessel_rt.device.session import Device
+    from vessel_rt.device.providers import Device
     from vessel_rt.formats.bundle import Bundle
     from vessel_rt.inputs.images import read_image
     from vessel_rt.run.infer import infer

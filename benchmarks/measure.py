@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.inputs.frames import Naming
 from vessel_rt.inputs.images import SUFFIXES
 from vessel_rt.inputs.pseudonyms import StudyCodes

@@ -97,7 +97,7 @@ def _median(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, 
 def _runtime(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields the name of each phase when it is over, and goes on when its memory has been read."""
     from vessel_rt.device.deployment import deploy
-    from vessel_rt.device.session import Device, onnxruntime
+    from vessel_rt.device.providers import Device, onnxruntime
     from vessel_rt.formats.bundle import Bundle
     from vessel_rt.inputs.images import read_image
     from vessel_rt.model.segmenter import Segmenter

@@ -104,13 +104,13 @@ def test_runtime_commands(observe: Observe, fp32_bundle: Path, tiny: Tiny, devic
         ("check-data", tiny.annotations, "--images", tiny.frames),
         ("devices", "--bundle", fp32_bundle),
         ("plan", "--bundle", fp32_bundle, "--memory", "24"),
-        (*infer, "-o", "parts/0", "--num-parts", "2", "--part-id", "0"),
-        (*infer, "-o", "parts/1", "--num-parts", "2", "--part-id", "1"),
-        ("merge", "parts/0", "parts/1", "-o", "merged"),
+        (*infer, "-o", "shards/0", "--num-shards", "2", "--shard-id", "0"),
+        (*infer, "-o", "shards/1", "--num-shards", "2", "--shard-id", "1"),
+        ("merge-shards", "shards/0", "shards/1", "-o", "merged"),
     ):
         calls, files = observe("vessel_rt.cli", arguments)
         assert calls == [], arguments
-        assert outside(files, KEY, "work/out/", "work/parts/", "work/merged/") == [], arguments
+        assert outside(files, KEY, "work/out/", "work/shards/", "work/merged/") == [], arguments
 
 
 def test_exporter_commands(observe: Observe, tiny: Tiny) -> None:

@@ -1,4 +1,4 @@
-"""Damaged and lying JPG, PNG, TIFF and BMP files, made of small ones of every kind that is accepted, and of some that are not."""
+"""Damaged and lying JPG, PNG, TIFF, BMP and WebP files, made of small ones of every kind that is accepted, and of some that are not."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _COMPRESSIONS = ("tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "
 def mutate(rng: random.Random) -> tuple[str, bytes]:
     """The name of a file, with a suffix that need not be right, and its content."""
     name, content = rng.choice(seeds())
-    structural = {"png": _lying_png, "tif": _lying_tiff, "jpg": _lying_jpeg, "bmp": _lying_bmp}[name.rpartition(".")[2]]
+    kinds = {"png": _lying_png, "tif": _lying_tiff, "jpg": _lying_jpeg, "bmp": _lying_bmp, "webp": _lying_webp}
+    structural = kinds[name.rpartition(".")[2]]
     how: list[Callable[[random.Random, bytes], bytes]] = [damaged, structural]
     for change in rng.choice((how[:1], how[1:], how[1:], how[::-1])):
         content = change(rng, content)
-    return (name if rng.random() < 0.9 else rng.choice(("a.jpg", "a.png", "a.tif", "a.bmp", "a"))), content
+    return (name if rng.random() < 0.9 else rng.choice(("a.jpg", "a.png", "a.tif", "a.bmp", "a.webp", "a"))), content
 
 
 @functools.cache
@@ -44,6 +45,9 @@ def seeds() -> tuple[tuple[str, bytes], ...]:
     found |= {f"deep-{channels}.png": png(np.repeat(deep[..., None], channels, axis=2)) for channels in (1, 2, 3, 4)}
     found["animated.png"] = _saved(picture, "PNG", save_all=True, append_images=[gray.convert("RGB")])
     found |= {f"{mode}.bmp": _saved(picture.convert(mode), "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")}
+    found |= {f"{kind}.webp": _saved(picture, "WEBP", lossless=kind == "lossless") for kind in ("lossy", "lossless")}
+    found["alpha.webp"] = _saved(picture.convert("RGBA"), "WEBP", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
+    found["animated.webp"] = _saved(picture, "WEBP", save_all=True, append_images=[gray.convert("RGB")])
     found |= {f"{mode}.tif": _saved(picture.convert(mode), "TIFF") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB")}
     for compression in _COMPRESSIONS if features.check("libtiff") else ():
         image = picture.convert("1") if compression.startswith(("group", "tiff_ccitt")) else picture
@@ -139,3 +143,8 @@ def _lying_jpeg(rng: random.Random, content: bytes) -> bytes:
 def _lying_bmp(rng: random.Random, content: bytes) -> bytes:
     """A number in the header."""
     return replaced(rng, content, rng.choice((2, 10, 14, 18, 22, 26, 28, 30, 34, 46, 50, rng.randrange(54))), rng.choice((2, 4)))
+
+
+def _lying_webp(rng: random.Random, content: bytes) -> bytes:
+    """A number in the RIFF header, or at the beginning of its first chunk."""
+    return replaced(rng, content, rng.choice((4, 16, 20, 21, 23, 24, 26, 27, rng.randrange(12, 40))), rng.choice((1, 2, 4)))

@@ -146,7 +146,7 @@ def _results(prepared: Path) -> Case:
         mask = output / "masks" / "good_a.png"
         edited, in_work = mask.read_bytes() + b"edited", _was_in_work(output, "good_a")
         mask.write_bytes(edited)
-        command = rng.choice(("infer", "infer --overwrite", "evaluate", "report", "merge"))
+        command = rng.choice(("infer", "infer --overwrite", "evaluate", "report", "merge-shards"))
         if command.startswith("infer"):
             code = run.infer(run.frames, output, *command.split()[1:])
             if code == 0:
@@ -156,7 +156,7 @@ def _results(prepared: Path) -> Case:
         elif command == "report":
             code = _vessel_rt("report", output)
         else:
-            code = _vessel_rt("merge", output, "-o", folder / "merged")
+            code = _vessel_rt("merge-shards", output, "-o", folder / "merged")
         if not in_work and edited not in [path.read_bytes() for path in output.rglob("good_a*")]:
             raise Unacceptable(f"{command}: a mask that was changed by hand is gone")
         return _verdict(code)

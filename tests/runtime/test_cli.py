@@ -158,11 +158,11 @@ def _lines_so_far(output: Path) -> list[Any]:
         ["infer", "x", "--devices", "0,0"],
         ["infer", "x", "--device", "cpu", "--devices", "cpu:2"],
         ["infer", "x", "--frames", "1:2:0"],
-        ["infer", "x", "--num-parts", "2"],
-        ["infer", "x", "--num-parts", "2", "--part-id", "2"],
-        ["infer", "x", "--part-id", "1"],
-        ["infer", "x", "--part-id", "0"],
-        ["infer", "x", "--num-parts", "2", "--part-id", "-1"],
+        ["infer", "x", "--num-shards", "2"],
+        ["infer", "x", "--num-shards", "2", "--shard-id", "2"],
+        ["infer", "x", "--shard-id", "1"],
+        ["infer", "x", "--shard-id", "0"],
+        ["infer", "x", "--num-shards", "2", "--shard-id", "-1"],
         ["infer", "x", "--prompt", "caf\udce9"],
         ["--print-completion", "cmd.exe"],
         ["plan", "--memory", "none"],
@@ -179,10 +179,10 @@ def test_bad_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--num-parts", "4", "--part-id", "4"], "from 0 to 3"),
-        (["--num-parts", "4"], "from 0 to 3"),
-        (["--num-parts", "1", "--part-id", "7"], "from 0 to 0"),
-        (["--part-id", "0"], "needs --num-parts"),
+        (["--num-shards", "4", "--shard-id", "4"], "from 0 to 3"),
+        (["--num-shards", "4"], "from 0 to 3"),
+        (["--num-shards", "1", "--shard-id", "7"], "from 0 to 0"),
+        (["--shard-id", "0"], "needs --num-shards"),
     ],
 )
 def test_parts_out_of_range_name_the_range(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +210,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "examples:" in out
 
 
-@pytest.mark.parametrize("command", ["infer", "evaluate", "check-data", "report", "merge", "devices", "plan"])
+@pytest.mark.parametrize("command", ["infer", "evaluate", "check-data", "report", "merge-shards", "devices", "plan"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -260,11 +260,11 @@ def test_json_is_the_last_line(engines: Path, frames: Path, capsys: pytest.Captu
     assert found["exit_code"] == 1
 
 
-def test_parts_of_a_run_merge_into_what_one_run_leaves(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for part in ("0", "1"):
-        assert infer(frames, "-o", f"part{part}", "--num-parts", "2", "--part-id", part) == 0
+def test_shards_of_a_run_merge_into_what_one_run_leaves(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in ("0", "1"):
+        assert infer(frames, "-o", f"shard{shard}", "--num-shards", "2", "--shard-id", shard) == 0
     assert infer(frames, "-o", "whole") == 0
-    assert main(["merge", "part1", "part0", "-o", "merged"]) == 0
+    assert main(["merge-shards", "shard1", "shard0", "-o", "merged"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "results: merged"
     whole = {path.relative_to("whole"): path.read_bytes() for path in Path("whole").rglob("*.*") if path.name not in TOLD}
     assert whole == {path.relative_to("merged"): path.read_bytes() for path in Path("merged").rglob("*.*") if path.name not in TOLD}
@@ -353,7 +353,7 @@ def test_plan_prints_and_refuses_what_does_not_fit(fp16_bundle: Path, tmp_path: 
         ["check-data", "deep.json", "--images", "frames"],
         ["check-data", "long.json", "--images", "frames"],
         ["report", "frames"],
-        ["merge", "frames", "-o", "merged"],
+        ["merge-shards", "frames", "-o", "merged"],
     ],
 )
 def test_whatever_is_given_an_error_is_one_line(

@@ -80,9 +80,9 @@ def _commands(ward: Path) -> Iterator[tuple[int, list[str]]]:
     yield 1, ["infer", f"{ward}/{STEM}_0001.jpg", "-o", "two"]
     yield 1, ["infer", f"{ward}/{STEM}_none.jpg", "-o", "none"]
     yield 1, ["infer", f"{ward}/{STEM}*.xyz", "-o", "none"]
-    for part in "01":
-        yield 1, [*infer, "-o", f"part{part}", "--num-parts", "2", "--part-id", part]
-    yield 0, ["merge", "part0", "part1", "-o", "merged"]
+    for shard in "01":
+        yield 1, [*infer, "-o", f"shard{shard}", "--num-shards", "2", "--shard-id", shard]
+    yield 0, ["merge-shards", "shard0", "shard1", "-o", "merged"]
     Path("merged/masks").joinpath(f"{STEM}_0003.png").write_bytes(b"drawn by hand")
     yield 1, [*infer, "-o", "merged"]
     yield 1, ["evaluate", "two", "--gt", "annotations.json"]
@@ -105,7 +105,7 @@ def test_nothing_but_what_the_masks_are_called_has_the_name(ward: Path, tmp_path
         out, err = capfd.readouterr()
         assert not _found((out + err).encode()), command
         assert "Traceback" not in err, command
-    outputs = [path for name in ("out", "two", "merged", "part0", "part1") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    outputs = [path for name in ("out", "two", "merged", "shard0", "shard1") for path in (tmp_path / name).rglob("*") if path.is_file()]
     named = {path.relative_to(tmp_path).as_posix() for path in outputs if _found(path.read_bytes())}
     assert {Path(name).name for name in named} == {"results.jsonl"}  # the record, by which masks are matched
     assert _found(Path("two/masks").joinpath(f"{STEM}_0001.png").name.encode())

@@ -34,6 +34,7 @@ from vessel_rt.formats.engine_sidecar import BUILDERS, Engine, Target, builder_v
 from vessel_rt.formats.profiles import Profile, Shapes, engine_recipe, stage_profile, workload_of
 from vessel_rt.formats.recipe import DEFAULT_RECIPE, EngineRecipe, Recipe, load_recipe
 from vessel_rt.io.checked_files import FileRecord, check_files, sha256_of
+from vessel_rt.io.folder_lock import locked
 
 __all__ = ["Build", "BuildRequest", "Compiler", "add_arguments", "build_after_export", "build_engines", "run"]
 
@@ -259,32 +260,13 @@ def _staging(folder: Path) -> Iterator[Path]:
     for place in (folder.parent, folder):
         place.mkdir(exist_ok=True)
         _close_to_others(place)
-    with _alone(folder):
+    with locked(folder):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
         try:
             yield path
         finally:
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, which ends with the process. Windows has none on folders, and does without."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EngineError(f"{folder}: another build is at work here; wait until it ends") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def _build(job: _Job, compiler: Compiler, staging: Path, bar: tqdm[Never]) -> Engine:

@@ -22,7 +22,7 @@ import onnx
 
 from vessel_export.engines.partition import EP_CONTEXT, Context
 from vessel_export.engines.stub_gpu import Provider
-from vessel_rt.device.session import onnxruntime
+from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import EngineError, first_line
 from vessel_rt.formats.profiles import Profile
 

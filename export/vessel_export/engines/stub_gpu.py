@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vessel_rt.device.session import onnxruntime
+from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import EngineError, first_line
 from vessel_rt.formats.engine_sidecar import packed_cuda_runtime
 

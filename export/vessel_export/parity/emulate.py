@@ -18,7 +18,8 @@ from typing import Any
 import onnx_ir as ir
 
 from vessel_rt.device.deployment import Deployment
-from vessel_rt.device.session import Device, Session, onnxruntime
+from vessel_rt.device.providers import Device, onnxruntime
+from vessel_rt.device.session import Session
 from vessel_rt.formats.bundle import Bundle, StageSpec, TensorSpec
 
 __all__ = [

@@ -27,7 +27,7 @@ from vessel_export.bundle.reuse import link_engines
 from vessel_export.io.files import link_or_copy, staging
 from vessel_export.parity.emulate import MOVES, scaled_logits, serialized, wide_options, widen
 from vessel_export.parity.verify import Sample, drawn_samples, one_pass, read_samples
-from vessel_rt.device.session import onnxruntime
+from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES

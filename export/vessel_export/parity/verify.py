@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 from vessel_export.parity.emulate import emulate
 from vessel_export.sources.mmengine_config import positive_number
 from vessel_rt.device.deployment import Deployment, deploy
-from vessel_rt.device.session import Device, Session
+from vessel_rt.device.providers import Device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, ImageError, VesselError
 from vessel_rt.formats.bundle import Bundle, LanguageModelSpec
 from vessel_rt.inputs.images import SUFFIXES, read_image

@@ -18,14 +18,15 @@ from pathlib import Path
 
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.device.memory_plan import make_plan
-from vessel_rt.device.session import Device, EngineCache, Session, device_fault, open_device
+from vessel_rt.device.providers import Device, EngineCache, device_fault, open_device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.formats.bundle import Bundle, TensorSpec
 from vessel_rt.formats.engine_sidecar import EngineSet, Target, builder_version, writable_by_anyone
 from vessel_rt.formats.profiles import Workload, stage_profile
 from vessel_rt.io.checked_files import CheckedFiles, changes, leases
 
-__all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "choose_devices", "deploy", "deployment_fault"]
+__all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "choose_devices", "deploy", "deploy_on", "deployment_fault"]
 
 _NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
@@ -137,7 +138,18 @@ def deploy(
         BundleError: a file of the bundle is missing or was changed, or a graph names one that has no hash.
         EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX, or for batches so large.
     """
-    device = choose_device(bundle, wanted)
+    return deploy_on(bundle, choose_device(bundle, wanted), progress, batch=batch, files=files)
+
+
+def deploy_on(
+    bundle: Bundle,
+    device: Device,
+    progress: Callable[[int, int], object] | None = None,
+    *,
+    batch: int | None = None,
+    files: CheckedFiles | None = None,
+) -> Deployment:
+    """As `deploy`, on a device that `choose_device` or `open_device` has returned in this process: it is not probed again."""
     engines = _engines_for(bundle, device, batch)
     if files is None:
         files = _check(bundle, [engines], progress)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from vessel_rt.device.cuda_driver import Gpu, list_gpus
 from vessel_rt.device.deployment import deployment_fault
-from vessel_rt.device.session import PROVIDERS, Device, device_fault
+from vessel_rt.device.providers import PROVIDERS, Device, device_fault
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import Bundle
 

@@ -1,18 +1,13 @@
-"""The one seam between the pipeline and ONNX Runtime: named arrays in, named arrays out, on any provider.
+"""One graph, loaded by ONNX Runtime: named arrays in, named arrays out, on any kind of device.
 
-Knows nothing of images, tokens or bundles. A new kind of device is a new row of PROVIDERS.
+Does not know about images, tokens or bundles.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
-import importlib.util
-import io
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -20,15 +15,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, onnxruntime
 from vessel_rt.errors import GraphError, OutOfMemory, VesselError, first_line
-from vessel_rt.formats.engine_sidecar import packed_cuda_runtime
-from vessel_rt.formats.profiles import Profile
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-__all__ = ["PROVIDERS", "Device", "EngineCache", "Provider", "Session", "Value", "device_fault", "onnxruntime", "open_device"]
+__all__ = ["Session", "Value"]
 
 Value: TypeAlias = "npt.NDArray[Any] | OrtValue"
 
@@ -46,226 +39,6 @@ _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAIL
 
 # What a plain RuntimeError of ONNX Runtime's bindings says when it is the device's; other ones are bugs.
 _OF_THE_DEVICE = re.compile(r"CUDA|CUDNN|CUBLAS|TensorRT", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineCache:
-    """Where ONNX Runtime keeps what it compiles at run time, and the shapes to compile for.
-
-    For `tensorrt` that is engines, for `rtx` the kernels that its engines leave to be compiled for the GPU at hand. The folder must be
-    there, and of one bundle: an engine is found in it by its graph's nodes, which two bundles share, and not by weights.
-    """
-
-    folder: Path
-    profile: Profile
-
-
-@dataclasses.dataclass(frozen=True)
-class Provider:
-    """What runs on a kind of device.
-
-    `name` is ONNX Runtime's, `package` what installs it (None: ONNX Runtime was built with it), `install` how to come by it. `memory` is
-    ONNX Runtime's name for the memory there. `probe` proves a device usable, by an error that says why it is not. `choose` sets the options
-    of a session for a device, and returns what to pass as its `providers`.
-    """
-
-    name: str
-    package: str | None
-    install: str
-    memory: str
-    probe: Callable[[Device], None]
-    choose: Callable[[Any, Device, EngineCache | None], Sequence[tuple[str, dict[str, str]]] | None]
-
-    @property
-    def installed(self) -> bool:
-        """Whether it is there; it may lack a driver or a library all the same."""
-        return bool(importlib.util.find_spec(self.package)) if self.package else self.name in onnxruntime().get_available_providers()
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """Where graphs run: a key of PROVIDERS, or `auto` or `gpu` until one is chosen, and which of several alike."""
-
-    kind: str
-    index: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> Device:
-        """`auto`, `cpu`, or `cuda`, `rtx` or `tensorrt`, perhaps with `:N`, as a Device; ValueError says what would do."""
-        match = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
-        if not match or match[1] not in ("auto", *PROVIDERS) or (match[2] and match[1] in ("auto", "cpu")):
-            raise ValueError(f"{text!r} is not a device: take auto, cpu, or one of cuda, rtx, tensorrt, with :N for the GPU of that number")
-        return cls(match[1], int(match[2] or 0))
-
-    @classmethod
-    def parse_several(cls, text: str) -> tuple[Device, ...]:
-        """`0,1,2,3` as those GPUs, `cpu:2` as the CPU for two processes, `cuda:0,cuda:1` as Devices; ValueError says what would do."""
-        devices: list[Device] = []
-        for part in text.split(","):
-            if part.isdecimal():
-                devices.append(cls("gpu", int(part)))
-            elif match := re.fullmatch(r"cpu:([1-9]\d{0,2})", part):
-                devices.extend([cls("cpu")] * int(match[1]))
-            else:
-                devices.append(cls.parse(part))
-        if len({device.kind for device in devices}) > 1 or (devices[0].kind != "cpu" and len(set(devices)) < len(devices)):
-            raise ValueError(f"{text!r}: one kind of device, and each GPU once; such as 0,1,2,3 or cuda:0,cuda:1 or cpu:2")
-        return tuple(devices)
-
-    def __str__(self) -> str:
-        return self.kind if self.kind in ("auto", "cpu") else f"{self.kind}:{self.index}"
-
-
-def onnxruntime() -> Any:
-    """The onnxruntime module, imported on first use, with its telemetry off. Nothing else imports it.
-
-    Which of its packages is installed is the user's choice. A program that imports onnxruntime before vessel_rt has to set
-    ORT_DISABLE_TELEMETRY=1 itself: the library reads it once, when it is loaded.
-
-    Raises:
-        VesselError: none is installed.
-    """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # disable_telemetry_events() comes too late: the library has begun by then
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as e:
-        raise VesselError(
-            "onnxruntime is not installed: choose one of pip install 'vessel-rt[cpu]', 'vessel-rt[gpu]', 'vessel-rt[rtx]'"
-        ) from e
-    return onnxruntime
-
-
-def _probe_cpu(device: Device) -> None:
-    """Always there."""
-
-
-def _probe_cuda(device: Device) -> None:
-    """Finds CUDA's and cuDNN's libraries where pip puts them, then has CUDA hold a value. ONNX Runtime prints what it does not find."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        onnxruntime().preload_dlls()
-    try:
-        _hold_a_value(device)
-    except Exception as e:  # ONNX Runtime's errors share no base class
-        missing = [line for line in said.getvalue().splitlines() if line.startswith("Failed")]
-        raise VesselError(missing[0] if missing else first_line(e)) from e
-
-
-def _probe_tensorrt(device: Device) -> None:
-    """As for CUDA; then has ONNX Runtime load TensorRT, as it does before it makes a session."""
-    _probe_cuda(device)
-    with contextlib.suppress(ImportError):
-        import tensorrt  # noqa: F401  # loads its libraries from where pip puts them
-    ort = onnxruntime()
-    ort.capi.onnxruntime_pybind11_state.register_tensorrt_plugins_as_custom_ops(ort.SessionOptions(), {})
-
-
-def _probe_rtx(device: Device) -> None:
-    """TensorRT-RTX is a library of its own, which is registered with ONNX Runtime once a process."""
-    ort = onnxruntime()  # before the provider's package, which would import it with its telemetry on
-    import onnxruntime_ep_nv_tensorrt_rtx as rtx
-
-    if rtx.get_ep_name() not in ort.get_available_providers():
-        try:
-            for library in packed_cuda_runtime(Path(rtx.get_library_path())):
-                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-            ort.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
-        except Exception as e:  # ONNX Runtime's errors share no base class
-            raise VesselError(first_line(e).rpartition("with error: ")[2]) from e
-    _rtx_device(device.index)
-    _hold_a_value(device)
-
-
-def _hold_a_value(device: Device) -> None:
-    onnxruntime().OrtValue.ortvalue_from_shape_and_type((1,), np.float32, PROVIDERS[device.kind].memory, device.index)
-
-
-def _choose_cpu(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
-    return [(PROVIDERS["cpu"].name, {})]
-
-
-def _choose_cuda(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
-    return [(PROVIDERS["cuda"].name, {"device_id": str(device.index)})]
-
-
-def _choose_tensorrt(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
-    """Strongly typed, since no precision is enabled: the graph's own types decide. CUDA runs what TensorRT leaves."""
-    settings = {"device_id": str(device.index)}
-    if cache:
-        for key in ("trt_engine_cache", "trt_timing_cache"):
-            settings |= {f"{key}_enable": "1", f"{key}_path": str(cache.folder)}
-        settings |= cache.profile.options("trt_profile")
-    return [(PROVIDERS["tensorrt"].name, settings), *_choose_cuda(options, device, cache)]
-
-
-def _choose_rtx(options: Any, device: Device, cache: EngineCache | None) -> None:
-    """Engines that were built beforehand, and nothing else: none is built here, and no node is left to the CPU."""
-    options.add_provider_for_devices([_rtx_device(device.index)], {"nv_runtime_cache_path": str(cache.folder)} if cache else {})
-    options.add_session_config_entry("session.disable_model_compile", "1")
-    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-
-
-def _rtx_device(index: int) -> Any:
-    """The provider's device whose memory is that of GPU `index`; VesselError if it lists none."""
-    ort = onnxruntime()
-    for found in ort.get_ep_devices():
-        if found.ep_name == PROVIDERS["rtx"].name and found.memory_info(ort.OrtDeviceMemoryType.DEFAULT).device_id == index:
-            return found
-    raise VesselError("TensorRT-RTX does not run on this GPU")
-
-
-PROVIDERS = {
-    "rtx": Provider(
-        "NvTensorRTRTXExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx", "pip install 'vessel-rt[rtx]'", "cuda", _probe_rtx, _choose_rtx
-    ),
-    "tensorrt": Provider(
-        "TensorrtExecutionProvider",
-        None,
-        "pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]', and NVIDIA's TensorRT 10",
-        "cuda",
-        _probe_tensorrt,
-        _choose_tensorrt,
-    ),
-    "cuda": Provider(
-        "CUDAExecutionProvider", None, "pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]'", "cuda", _probe_cuda, _choose_cuda
-    ),
-    "cpu": Provider("CPUExecutionProvider", None, "pip install 'vessel-rt[cpu]'", "cpu", _probe_cpu, _choose_cpu),
-}
-
-
-def open_device(wanted: Device) -> Device:
-    """`wanted` itself, proven to work.
-
-    Raises:
-        VesselError: it cannot be used; nothing else is taken in its place.
-    """
-    fault = device_fault(wanted)
-    if fault:
-        raise VesselError(f"--device {wanted}: {fault}")
-    return wanted
-
-
-def device_fault(device: Device) -> str | None:
-    """Why graphs cannot run on `device`, and what would mend it; None if they can."""
-    ort, provider = onnxruntime(), PROVIDERS[device.kind]
-    faults = []
-    if device.kind != "cpu":
-        try:
-            if device.index >= len(list_gpus()):
-                faults.append(f"there is no GPU {device.index} here")
-        except VesselError as e:
-            faults.append(str(e))
-    if not provider.installed:
-        faults.append(f"{provider.name} is not installed: {provider.install}")
-    if faults:
-        return "; ".join(faults)
-    ort.set_default_logger_severity(4)  # of what is found out here, ONNX Runtime would print pages
-    try:
-        provider.probe(device)
-    except Exception as e:  # ONNX Runtime's errors share no base class
-        return f"{first_line(e)}: {provider.install}, or a newer driver"
-    finally:
-        ort.set_default_logger_severity(2)
-    return None
 
 
 class Session:

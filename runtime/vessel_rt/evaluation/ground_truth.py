@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import SAME_MASKS, Item, Mask, Polygon, concept_of, polygon_fault, rasterized, read_annotations
-from vessel_rt.inputs.frames import stem_of
+from vessel_rt.inputs.frames import flat_stem, stem_of
 from vessel_rt.inputs.images import SUFFIXES, read_levels
 from vessel_rt.inputs.pseudonyms import StudyCodes
 
@@ -48,19 +48,34 @@ class _Annotations:
         _require_sound(path, items)
         for item in items:
             image = item.image or ""
-            stem = stem_of(Path(image))
+            stem = flat_stem(Path(image))
             if images.setdefault(stem, image) != image:
-                raise VesselError(f"{path}: item {item.number} is of another image of the same stem; frames are found by their stems")
+                raise VesselError(
+                    f"{path}: item {item.number} is of another image of the same stem; frames are found by their stems: rename one"
+                )
             drawn = self._drawn.setdefault(stem, {})
             for thing in item.objects:
                 drawn.setdefault(concept_of(thing.text), []).extend((item.number, polygon) for polygon in thing.polygons)
         self._places = _by_stem_and_code(self._drawn, codes)
+        self._ambiguous: set[str] = set()
+        bare: dict[str, str] = {}  # a run of one subfolder calls its frames by their names alone
+        for stem, image in images.items():
+            name = stem_of(Path(image))
+            if bare.setdefault(name, stem) != stem:
+                self._ambiguous |= _by_stem_and_code([name], codes).keys()
+        for name, place in _by_stem_and_code(bare, codes).items():
+            self._places.setdefault(name, bare[place])
         self._known = {concept for drawn in self._drawn.values() for concept in drawn}
 
     def concepts(self, question: str) -> list[str | None]:
         return [*concepts_in(question, self._known)]
 
     def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
+        if line["name"] in self._ambiguous:
+            raise VesselError(
+                f"{self._path}: several images in different folders have the name of frame {line['index'] + 1} ({line['code']}); "
+                "run the folder above them with --recursive, so that frames are called by folder and name"
+            )
         polygons = self._drawn.get(self._places.get(line["name"], ""), {}).get(concept or "")
         if polygons is None:
             return None

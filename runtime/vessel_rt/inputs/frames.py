@@ -23,18 +23,23 @@ from vessel_rt.io.checked_files import sha256_of
 from vessel_rt.io.files import missing_part
 
 __all__ = [
+    "FOLDER_MARK",
     "Found",
     "Frame",
     "Naming",
     "Selection",
     "cine_of",
     "find_frames",
+    "flat_stem",
     "frame_suffix",
     "input_sha256",
     "read_frame",
     "stem_of",
     "told_kinds",
 ]
+
+
+FOLDER_MARK = "__"  # between the folders and the name of a file, in the names of its outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +53,24 @@ class Naming:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then part `part` of `parts`.
+    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then shard `shard` of `shards`.
 
-    Without `frames`, all of a DICOM cine are taken, and a TIFF with several pages is an error: its pages need not be frames.
+    Without `frames`, all of a DICOM cine are taken, and a TIFF with several pages is an error: its pages need not be frames. `recursive`
+    also takes the files in the subfolders of folders.
     """
 
     frames: slice | None = None
     num_images: int | None = None
-    parts: int = 1
-    part: int = 0
+    shards: int = 1
+    shard: int = 0
+    recursive: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """One picture to segment: a file, or frame `number` (from 0) of a multi-frame DICOM file or of a TIFF with several pages.
 
-    `index` is its place among all frames that the inputs name, whichever part of them this run takes. Its outputs are called `name`,
+    `index` is its place among all frames that the inputs name, whichever shard of them this run takes. Its outputs are called `name`,
     without a suffix; results.jsonl calls its file `image`; `shown` is for the screen.
     """
 
@@ -76,8 +83,17 @@ class Frame:
     shown: str
 
 
+class _File(NamedTuple):
+    """A file that an input names: what its outputs are called, what results.jsonl calls it, and its place among the inputs."""
+
+    path: Path
+    stem: str
+    image: str
+    place: str
+
+
 class Found(NamedTuple):
-    """The frames of this part, the names of those of all parts, and, by input, how many files of each kind were not taken."""
+    """The frames of this shard, the names of those of all shards, and, by input, how many files of each kind were not taken."""
 
     frames: list[Frame]
     names: list[str]
@@ -85,37 +101,42 @@ class Found(NamedTuple):
 
 
 def find_frames(
-    inputs: Sequence[str], naming: Naming, selection: Selection | None = None, earlier: Mapping[str, Sequence[int]] | None = None
+    inputs: Sequence[str],
+    naming: Naming,
+    selection: Selection | None = None,
+    earlier: Mapping[str, Sequence[int]] | None = None,
+    output: Path | None = None,
 ) -> Found:
     """The frames that `inputs` name, each once, in order.
 
-    A file is taken as it is; of a folder (not of those in it) and of a glob, sorted, what has the suffix of an image, or is DICOM, and is
-    not hidden; besides, what has no suffix and cannot be read. Parts are of whole files, dealt out in turn.
-    Where a file cannot be read, its frames are those that an `earlier` run did, by the name of the file's outputs; without any, the file
-    is one frame.
+    A file is taken as it is. From a folder and a glob, sorted, every file is taken that has the suffix of an image or is DICOM and is not
+    hidden, and every file that has no suffix and cannot be read. The subfolders of a folder are searched only if `selection` is recursive,
+    and then without `output`, links to folders, and hidden folders. A file is never split between shards: they take whole files in turn.
+    If a file cannot be read, its frames are those that an `earlier` run did, by the name of the file's outputs; without any, the file is
+    one frame.
 
     Raises:
-        VesselError: an input that is not there or is no file, in which there is no image, or of which `selection` leaves no frame; two
-            images whose outputs would have one name.
+        VesselError: an input does not exist or is not a file, holds no image, or `selection` leaves no frame of it; two images have the
+            same name for their outputs.
     """
     selection = selection or Selection()
     _remember(inputs, naming)
-    files: dict[str, Path] = {}
+    files: dict[str, _File] = {}
     skipped: dict[str, Mapping[str, int]] = {}
     for position, text in enumerate(inputs, start=1):
         place = f"input {position} of {len(inputs)}"
-        images, others = _images_of(text, printable(text) if naming.show_names else place, naming.show_names)
+        found, others = _files_of(text, place, naming, selection.recursive, output)
         if others:
             skipped[place] = others
-        for path in images:
-            files.setdefault(os.path.realpath(path) if os.path.isfile(path) else os.path.abspath(path), path)
+        for file in found:
+            files.setdefault(os.path.realpath(file.path) if os.path.isfile(file.path) else os.path.abspath(file.path), file)
     places = list(itertools.islice(_places(list(files.values()), selection.frames, naming, earlier or {}), selection.num_images))
     if not places:
         raise VesselError("--frames leaves no frame of the inputs; frames count from 0, and the end is not included")
-    frames = [_frame(path, number, index, len(places), naming) for index, (path, number) in enumerate(places)]
-    _check_distinct(frames)
-    order = {path: place for place, path in enumerate(dict.fromkeys(path for path, _ in places))}
-    chosen = [frame for frame in frames if order[frame.path] % selection.parts == selection.part]
+    _check_distinct([file for file, _ in places], naming)
+    frames = [_frame(file, number, index, len(places), naming) for index, (file, number) in enumerate(places)]
+    order = {path: place for place, path in enumerate(dict.fromkeys(file.path for file, _ in places))}
+    chosen = [frame for frame in frames if order[frame.path] % selection.shards == selection.shard]
     return Found(chosen, [frame.name for frame in frames], skipped)
 
 
@@ -134,8 +155,13 @@ def input_sha256(path: Path) -> str:
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without its suffix; all of `XA.1.2.840.5`, of which the last number is none."""
+    """A file's name without its suffix; all of `XA.1.2.840.5`, where the last number is not a suffix."""
     return path.name if path.suffix[1:].isdecimal() else path.stem
+
+
+def flat_stem(path: Path) -> str:
+    """What the outputs of a file in subfolders are called, from its path relative to the input folder: `a__b__x` for `a/b/x.png`."""
+    return FOLDER_MARK.join((*path.parent.parts, stem_of(path)))
 
 
 def frame_suffix(number: int | None) -> str:
@@ -154,29 +180,57 @@ def _remember(inputs: Sequence[str], naming: Naming) -> None:
             remember(text, naming.codes.code(stem_of(Path(text))))
 
 
-def _images_of(text: str, shown: str, show_names: bool) -> tuple[list[Path], Mapping[str, int]]:
+def _files_of(text: str, place: str, naming: Naming, recursive: bool, output: Path | None) -> tuple[list[_File], Mapping[str, int]]:
     """The files that an input names, sorted, and how many of each kind are not taken."""
-    path = Path(text)
+    path, shown = Path(text), printable(text) if naming.show_names else place
     if os.path.isfile(path):
-        return [path], {}
+        return [_File(path, stem_of(path), path.name, place)], {}
     if os.path.isdir(path):
-        try:
-            candidates, place = list(path.iterdir()), f"{shown}: this folder"
-        except OSError as e:
-            raise VesselError(f"{shown}: this folder cannot be read ({e.strerror})") from e
+        candidates, what, base = _in_folder(path, shown, recursive, output), "this folder", path
     elif not os.path.lexists(path) and glob.has_magic(text):
-        matched = (Path(name) for name in glob.glob(text, recursive=True))
-        candidates, place = [candidate for candidate in matched if not os.path.isdir(candidate)], f"{shown}: this pattern"
+        candidates, what, base = [Path(name) for name in glob.glob(text, recursive=True) if not os.path.isdir(name)], "this pattern", None
+    elif os.path.exists(path):
+        raise VesselError(f"{shown}: not a regular file")
     else:
-        raise VesselError(f"{shown}: {'not a regular file' if os.path.exists(path) else f'no such file or folder: {missing_part(path)}'}")
+        hint = "" if naming.show_names else "; --show-names shows the path"
+        raise VesselError(f"{shown}: no such file or folder: {missing_part(path)}{hint}")
     visible = [candidate for candidate in sorted(candidates) if not candidate.name.startswith(".")]
     taken = [_is_image(candidate) for candidate in visible]
+    others = _kinds((candidate for candidate, is_taken in zip(visible, taken, strict=True) if not is_taken), naming.show_names)
     images = list(itertools.compress(visible, taken))
-    others = _kinds((candidate for candidate, is_taken in zip(visible, taken, strict=True) if not is_taken), show_names)
     if not images:
         found = f", but {told_kinds(others)}" if others else ""
-        raise VesselError(f"{place} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))}){found}")
-    return images, others
+        mend = "; --recursive searches subfolders" if "subfolder" in others and not recursive else ""
+        raise VesselError(f"{shown}: {what} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))}){found}{mend}")
+    return [_file(image, base, f"{place}, file {number} of {len(images)}") for number, image in enumerate(images, start=1)], others
+
+
+def _file(path: Path, base: Path | None, place: str) -> _File:
+    """`base` is the input folder, None for a glob, whose files are called by their names alone."""
+    relative = Path(path.name) if base is None else path.relative_to(base)
+    return _File(path, flat_stem(relative), relative.as_posix(), place)
+
+
+def _in_folder(folder: Path, shown: str, recursive: bool, output: Path | None) -> list[Path]:
+    """What is in a folder, without the content of `output`. Raises VesselError."""
+
+    def refuse(error: OSError) -> None:
+        what = "this folder" if error.filename in (None, str(folder)) else "a subfolder"
+        raise VesselError(f"{shown}: {what} cannot be read ({error.strerror})") from error
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        here = [Path(place, name) for name in folders]
+        enter = recursive and not _is_same(Path(place), output)
+        entered = [path for path in here if enter and not (path.name.startswith(".") or path.is_symlink() or _is_same(path, output))]
+        found += [path for path in here if path not in entered]
+        found += [Path(place, name) for name in files]
+        folders[:] = [path.name for path in entered]
+    return found
+
+
+def _is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and other.exists() and path.samefile(other)
 
 
 def _is_image(path: Path) -> bool:
@@ -223,19 +277,19 @@ def told_kinds(kinds: Mapping[str, int]) -> str:
 
 
 def _places(
-    files: Sequence[Path], chosen: slice | None, naming: Naming, earlier: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[Path, int | None]]:
-    """The files, and of a multi-frame one the frames chosen. One whose header cannot be read is told of when its turn comes."""
-    for path in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
-        name = naming.codes.code(stem_of(path)) if naming.pseudonymize else stem_of(path)
-        for number in _numbers(path, chosen, earlier.get(name, ())):
-            yield path, number
+    files: Sequence[_File], chosen: slice | None, naming: Naming, earlier: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[_File, int | None]]:
+    """The files, and the chosen frames of each multi-frame file. A header that cannot be read is reported when its frame is read."""
+    for file in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
+        name = naming.codes.code(file.stem) if naming.pseudonymize else file.stem
+        for number in _numbers(file.path, chosen, earlier.get(name, ())):
+            yield file, number
 
 
 def _numbers(path: Path, chosen: slice | None, earlier: Sequence[int]) -> Sequence[int | None]:
     """The numbers of a file's frames; None for the only one."""
     try:
-        if earlier:  # it was a multi-frame file: is it none any more, or can it only not be read?
+        if earlier:  # it was a multi-frame file: has it become another one, or can it only not be read now?
             path.open("rb").close()
         count = frame_count(path) if is_dicom(path) else None if chosen is None else page_count(path)
     except (ImageError, OSError):
@@ -243,30 +297,46 @@ def _numbers(path: Path, chosen: slice | None, earlier: Sequence[int]) -> Sequen
     return [None] if count is None else range(count)[chosen or slice(None)]
 
 
-def _frame(path: Path, number: int | None, index: int, total: int, naming: Naming) -> Frame:
-    suffix, stem = frame_suffix(number), stem_of(path)
-    code = naming.codes.code(stem) + suffix
+def _frame(file: _File, number: int | None, index: int, total: int, naming: Naming) -> Frame:
+    suffix = frame_suffix(number)
+    code = naming.codes.code(file.stem) + suffix
     if not naming.show_names:
-        remember(path, code)
+        _remember_file(file, code, naming)
     place = f"frame {index + 1} of {total}"
     return Frame(
-        path=path,
+        path=file.path,
         number=number,
         index=index,
-        name=code if naming.pseudonymize else stem + suffix,
+        name=code if naming.pseudonymize else file.stem + suffix,
         code=code,
-        image=code.removesuffix(suffix) if naming.pseudonymize else path.name,
-        shown=printable(f"{path}{suffix}") if naming.show_names else f"{place} ({code})",
+        image=code.removesuffix(suffix) if naming.pseudonymize else file.image,
+        shown=printable(f"{file.path}{suffix}") if naming.show_names else f"{place} ({code})",
     )
 
 
-def _check_distinct(frames: Sequence[Frame]) -> None:
-    """Names are compared caseless, since a folder that is copied to Windows or macOS loses one of `A.png` and `a.png`."""
-    seen: dict[str, Frame] = {}
-    for frame in frames:
-        other = seen.setdefault(frame.name.casefold(), frame)
-        if other is not frame:
+def _remember_file(file: _File, code: str, naming: Naming) -> None:
+    remember(file.path, code)
+    folders = Path(file.image).parts[:-1]
+    if folders:  # they may be called after patients, too
+        remember(file.image, code)
+        remember(file.stem, code)
+        for folder in folders:
+            remember(folder, naming.codes.code(folder))
+
+
+def _check_distinct(files: Sequence[_File], naming: Naming) -> None:
+    """Refuse two files whose outputs would have the same name.
+
+    Names are compared without case: a folder that is copied to Windows or macOS loses one of `A.png` and `a.png`.
+    """
+    seen: dict[str, _File] = {}
+    for file in files:
+        name = naming.codes.code(file.stem) if naming.pseudonymize else file.stem
+        other = seen.setdefault(name.casefold(), file)
+        if other is not file:
+            one, two = (printable(str(found.path)) if naming.show_names else found.place for found in (other, file))
+            code = "" if naming.show_names else f" (study code {naming.codes.code(file.stem)})"
             raise VesselError(
-                f"{frame.shown}: its results would overwrite those of {other.shown}, a file of the same name; "
-                "run them into two output folders, or rename one"
+                f"{one} and {two}: two files of the same name{code}, whose results would overwrite each other; "
+                "rename one, or run the two into separate output folders with -o"
             )

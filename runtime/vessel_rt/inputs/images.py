@@ -35,10 +35,10 @@ __all__ = [
     "require_regular",
 ]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MAX_SIDE = 8192  # pixels; a square of it stays under the size at which Pillow warns of a decompression bomb
 
-_FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits a channel, or fewer
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED, _FLOAT = 2, 3  # sample formats
@@ -75,7 +75,7 @@ def read_image(path: Path, page: int | None = None, rescale: Rescale | None = No
     is taken from the file: Pillow would write a JPEG's comment into whatever is made of it.
 
     Args:
-        path: a JPG, PNG, TIFF or BMP file.
+        path: a JPG, PNG, TIFF, BMP or WebP file.
         page: of a TIFF with several pages, from 0; None for a file with one picture.
         rescale: what to make of gray of more than 8 bits (16 or 32, or floating point), which is refused otherwise. Deeper colours, whose
             low bits Pillow drops, are always refused.
@@ -164,7 +164,7 @@ def _telling(path: Path) -> Iterator[None]:
     except UnidentifiedImageError as e:
         if page_offsets(path):
             raise ImageError("a TIFF file whose pixels are damaged, or of a kind that is not read; convert it to 8 bits") from e
-        raise ImageError("an empty file" if path.stat().st_size == 0 else "not a JPG, PNG, TIFF or BMP image") from e
+        raise ImageError("an empty file" if path.stat().st_size == 0 else "not a JPG, PNG, TIFF, BMP or WebP image") from e
     except Exception as e:  # a decoder given a broken file may raise anything
         said = e.strerror if isinstance(e, OSError) and e.strerror else e  # its whole text would name the file
         raise ImageError(f"cannot be decoded ({said})") from e

@@ -90,7 +90,7 @@ def _lock(folder: Path, descriptor: int, kind: int) -> None:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise VesselError(f"{folder}: another vessel-rt is at work in this folder; wait for it, or choose another output folder") from None
+        raise VesselError(f"{folder}: another command is at work in this folder; wait until it ends, or choose another folder") from None
     except OSError:  # no locks on this file system
         pass
 

@@ -131,8 +131,12 @@ class Segmenter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()
 
-    def check_question(self, question: str) -> None:
-        """Raise the VesselError that `segment` would raise for `question`, and get its draft ready."""
+    def prepare_question(self, question: str) -> None:
+        """Get `question` ready: make its embeddings, and run the language model once, on a gray image, for its draft.
+
+        Raises:
+            VesselError: as `segment`.
+        """
         self._around(question)
         self._draft(question)
 

@@ -64,12 +64,16 @@ class FrameWriter:
 
     Args:
         folder: with masks/, overlays/ and previews/ in it.
-        names: of all frames of the run, those of other parts, too.
+        names: of all frames of the run, those of other shards, too.
         settings: what a line says of the settings that it was made with.
     """
 
     def __init__(self, folder: Path, names: Collection[str], settings: str) -> None:
         self._folder, self._names, self._settings = folder, frozenset(name.casefold() for name in names), settings
+
+    def absolute(self) -> FrameWriter:
+        """The same, for a process with another current folder."""
+        return FrameWriter(self._folder.absolute(), self._names, self._settings)
 
     def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result]) -> Entry:
         """Write one frame's files, whose input has this hash; if that is cut short, none of them stays.
@@ -102,6 +106,10 @@ class FrameWriter:
             for result, of_result in zip(results, records, strict=True)
         ]
         return Entry(frame.name, lines, [_timing(line, result) for line, result in zip(lines, results, strict=True)])
+
+    def failure(self, frame: Frame, questions: Sequence[str], error: str) -> Entry:
+        """The entry of a frame that could not be segmented; no file is written."""
+        return failure(frame, questions, error, self._settings)
 
     def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> dict[str, Any]:
         self._save(name, _stencil(mask.pixels), written, format="PNG")

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 
 from vessel_rt.inputs.frames import Frame
 
-__all__ = ["Shares"]
+__all__ = ["FrameQueue"]
 
 _MOST = 16  # rounds at once, at most: a worker reads ahead only within what it has taken
 _TICK = 0.2  # seconds between two looks at `stop`
 
 
-class Shares:
+class FrameQueue:
     """Hands out `frames` to `workers`. Every method may be called from several threads.
 
     A share is a whole number of rounds (what a worker has in work at one time: its batch times its streams), many while many frames are
@@ -30,7 +30,7 @@ class Shares:
         self._changed = threading.Condition()
 
     def take(self, round_size: int) -> list[Frame]:
-        """The next share of a worker with rounds of `round_size` frames, until `give_back` in its hand; empty when all is done.
+        """The next share of a worker with rounds of `round_size` frames, until `done` in its hand; empty when all is done.
 
         Waits where nothing is left but what others have in hand, which may come back.
         """
@@ -59,7 +59,7 @@ class Shares:
             self._alone.extend(frames)
             self._changed.notify_all()
 
-    def give_back(self) -> None:
+    def done(self) -> None:
         """A share is no longer in hand."""
         with self._changed:
             self._working -= 1

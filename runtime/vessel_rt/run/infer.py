@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
-import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,29 +19,28 @@ from tqdm import tqdm
 
 import vessel_rt
 from vessel_rt.device.deployment import check_bundle, choose_devices
-from vessel_rt.device.session import Device, onnxruntime
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES
 from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, told_kinds
 from vessel_rt.inputs.pseudonyms import printable
-from vessel_rt.io.files import replacing, writing
 from vessel_rt.io.folder_lock import FolderLock, locked
 from vessel_rt.results.cines import write_cines
-from vessel_rt.results.reader import REPORT_FILE, RUN_FILE, read_run
+from vessel_rt.results.reader import REPORT_FILE, read_run
 from vessel_rt.results.report import write_report
-from vessel_rt.results.writer import Entry
+from vessel_rt.results.run_file import write_run
+from vessel_rt.results.writer import Entry, FrameWriter
 from vessel_rt.run.earlier import read_earlier
 from vessel_rt.run.journal import Record
-from vessel_rt.run.process_pool import Job, Workers
-from vessel_rt.run.ray_pool import RayWorkers
-from vessel_rt.run.worker import Worker, WorkOptions, cores
+from vessel_rt.run.process_pool import ProcessPool
+from vessel_rt.run.ray_pool import RayPool
+from vessel_rt.run.summary import Summary, run_content
+from vessel_rt.run.worker import Job, Worker, WorkOptions, cores
 
-__all__ = ["InferOptions", "Stop", "Summary", "infer"]
+__all__ = ["InferOptions", "Stop", "infer"]
 
-_AnyWorkers: TypeAlias = Worker | Workers | RayWorkers
-
-_LIBRARIES = ("numpy", "pillow", "tokenizers", "safetensors", "pycocotools")
+_Workers: TypeAlias = Worker | ProcessPool | RayPool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,52 +66,21 @@ class InferOptions:
     quiet: bool = False
     verbose: bool = False
 
-
-@dataclasses.dataclass
-class Summary:
-    """What became of the frames of a run, and the seconds that loading the bundle and running them took.
-
-    `images` have been tried, of `total` (`in_all_parts` of the run); of them `kept` were done by an earlier run, `unread` of these though
-    their inputs cannot be read now.
-    `masks`, `without_mask`, `undrafted` (runs of
-    language_model after the first were needed) and `answers` count results: a frame has one for each question. In each of `streams` `batch`
-    images ran at once at first, `least_batch` after the device had run out of memory. `skipped` counts the files that were not taken, by
-    input and kind. `stopped` by this signal, the run may go on.
-    """
-
-    total: int = 0
-    in_all_parts: int = 0
-    images: int = 0
-    kept: int = 0
-    unread: int = 0
-    failed: int = 0
-    answers: int = 0
-    undrafted: int = 0
-    masks: int = 0
-    without_mask: int = 0
-    streams: int = 1
-    batch: int = 1
-    least_batch: int = 1
-    load_seconds: float = 0.0
-    seconds: float = 0.0
-    skipped: dict[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
-    stopped: signal.Signals | None = None
-
-    @property
-    def images_per_second(self) -> float:
-        return (self.images - self.kept) / self.seconds if self.seconds else 0.0
-
-    def count(self, entry: Entry) -> None:
-        """Take one more frame into the counts."""
-        self.images += 1
-        if entry.error is not None:
-            self.failed += 1
-            return
-        for line, timing in zip(entry.lines, entry.timings, strict=True):
-            self.answers += 1
-            self.undrafted += (timing["decode_steps"] or 0) > 0  # None where timings.jsonl was lost
-            self.masks += len(line["masks"])
-            self.without_mask += not line["masks"]
+    def content(self) -> dict[str, Any]:
+        """What run.json has of the options: no names of inputs or folders."""
+        selection, naming = self.selection, self.naming
+        return {
+            **dataclasses.asdict(self.work),
+            "devices": [str(device) for device in self.devices],
+            "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
+            "num_images": selection.num_images,
+            "recursive": selection.recursive,
+            "num_shards": selection.shards,
+            "shard_id": selection.shard,
+            "pseudonymize": naming.pseudonymize,
+            "show_names": naming.show_names,
+            "key": naming.codes.key_id,
+        }
 
 
 class Stop(threading.Event):
@@ -162,11 +128,13 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
 def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float) -> Summary:
     started, stop, say = datetime.datetime.now(datetime.UTC), Stop(), _Console(options)
     earlier = read_earlier(options.output)
-    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines())
+    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines(), options.output)
     for place, kinds in skipped.items():
         say(f"skipped in {place}: {told_kinds(kinds)}")
     if not frames:
-        raise VesselError(f"part {options.selection.part} of {options.selection.parts}: there are fewer files than parts; take fewer")
+        raise VesselError(
+            f"shard {options.selection.shard} of {options.selection.shards}: there are fewer files than shards; lower --num-shards"
+        )
     record = Record(lock, earlier, frames, options.overwrite, options.prune)
     devices = _choose(bundle, options)
     settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
@@ -180,8 +148,8 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     for warning in earlier.warnings:
         say(f"warning: {warning}")
     if left:
-        work, shown = _share(options.work, devices), options.naming.show_names
-        jobs = [Job(bundle, device, work, options.output, names, settings, shown) for device in devices]
+        work, writer = _share(options.work, devices), FrameWriter(options.output, names, settings)
+        jobs = [Job(bundle, device, work, writer, len(names), options.naming.show_names) for device in devices]
         with _workers(jobs, options.ray, stop, say) as workers:
             _announce(options, devices, bundle)
             summary.load_seconds = time.perf_counter() - began
@@ -199,9 +167,9 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     return summary
 
 
-def _summary_of(record: Record, frames: Sequence[Frame], in_all_parts: int, say: _Console) -> Summary:
+def _summary_of(record: Record, frames: Sequence[Frame], in_all_shards: int, say: _Console) -> Summary:
     """The counts of what is kept; of inputs that cannot be read now the user is told."""
-    summary = Summary(total=len(frames), in_all_parts=in_all_parts)
+    summary = Summary(total=len(frames), in_all_shards=in_all_shards)
     for entry in record.kept:
         summary.count(entry)
     summary.kept, summary.unread = summary.images, len(record.unread)
@@ -249,7 +217,7 @@ def _is_finished(options: InferOptions) -> bool:
 
 
 def _run(
-    workers: _AnyWorkers, record: Record, left: Sequence[Frame], summary: Summary, stop: Stop, options: InferOptions, say: _Console
+    workers: _Workers, record: Record, left: Sequence[Frame], summary: Summary, stop: Stop, options: InferOptions, say: _Console
 ) -> None:
     shown = {frame.name: frame.shown for frame in left}
     with tqdm(total=summary.total, initial=summary.kept, unit="frame", disable=True if options.quiet else None, dynamic_ncols=True) as bar:
@@ -271,10 +239,10 @@ def _told(shown: str, entry: Entry) -> str:
 
 
 @contextmanager
-def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) -> Iterator[_AnyWorkers]:
+def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) -> Iterator[_Workers]:
     """One device is worked on here, several by a process each; the bundle is checked here for all of them, but not for other hosts."""
     if ray:
-        with RayWorkers(jobs, ray, stop) as actors:
+        with RayPool(jobs, ray, stop) as actors:
             yield actors
         return
     with tqdm(desc="checking the bundle", unit="B", unit_scale=True, disable=say.hidden, delay=2, leave=False) as bar:
@@ -283,9 +251,13 @@ def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) ->
             bar.total = total
             bar.update(read)
 
-        files = check_bundle(jobs[0].bundle, [job.device for job in jobs], jobs[0].options.batch, advance)
-    jobs = [dataclasses.replace(job, files=files) for job in jobs]
-    with Workers(jobs, stop, say) if len(jobs) > 1 else jobs[0].open(stop, say) as workers:
+        workers: Worker | ProcessPool
+        if len(jobs) == 1:
+            workers = jobs[0].open(stop, say, advance)
+        else:
+            files = check_bundle(jobs[0].bundle, [job.device for job in jobs], jobs[0].options.batch, advance)
+            workers = ProcessPool([dataclasses.replace(job, files=files) for job in jobs], stop, say)
+    with workers:
         yield workers
 
 
@@ -330,79 +302,11 @@ def _announce(options: InferOptions, devices: Sequence[Device], bundle: Bundle) 
     elif wanted.kind == "auto" and device.kind != "rtx" and (bundle.folder / ENGINES).is_dir():
         note = f": the bundle's engines are not used (vessel-rt devices --bundle {bundle.folder} says why)"
     if not options.quiet:
-        print(f"device {_named(devices)}{note}", file=sys.stderr)
-
-
-def _named(devices: Iterable[Device]) -> str:
-    return ", ".join(map(str, devices))
+        print(f"device {', '.join(map(str, devices))}{note}", file=sys.stderr)
 
 
 def _finish(bundle: Bundle, options: InferOptions, devices: Sequence[Device], started: datetime.datetime, summary: Summary) -> None:
     """Write what tells of all results together; run.json, before the report, says that every frame was tried."""
     write_cines(options.output)
-    with writing(options.output / RUN_FILE), replacing(options.output / RUN_FILE) as temporary:
-        report = _report(bundle, options, devices, started, summary)
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="ascii")
+    write_run(options.output, run_content(bundle, devices, options.content(), started, summary))
     write_report(options.output)
-
-
-def _report(
-    bundle: Bundle, options: InferOptions, devices: Sequence[Device], started: datetime.datetime, summary: Summary
-) -> dict[str, Any]:
-    """The content of run.json."""
-    selection, naming = options.selection, options.naming
-    return {
-        "versions": {
-            "vessel-rt": vessel_rt.__version__,
-            "python": platform.python_version(),
-            "onnxruntime": onnxruntime().__version__,
-            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-        },
-        "bundle": {
-            "name": bundle.folder.resolve().name,
-            "sha256": bundle.sha256,
-            "precision": bundle.precision,
-            "checkpoint": bundle.provenance.checkpoint,
-        },
-        "device": _named(devices),
-        "batch": {"streams": summary.streams, "at_first": summary.batch, "least": summary.least_batch},
-        "options": {
-            **dataclasses.asdict(options.work),
-            "devices": [str(device) for device in options.devices],
-            "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
-            "num_images": selection.num_images,
-            "num_parts": selection.parts,
-            "part_id": selection.part,
-            "pseudonymize": naming.pseudonymize,
-            "show_names": naming.show_names,
-            "key": naming.codes.key_id,
-        },
-        "counts": {
-            "in_all_parts": summary.in_all_parts,
-            "images": summary.images,
-            "ok": summary.images - summary.failed,
-            "failed": summary.failed,
-            "kept": summary.kept,
-            "answers": summary.answers,
-            "with_decode_steps": summary.undrafted,
-            "masks": summary.masks,
-            "without_mask": summary.without_mask,
-        },
-        "skipped": summary.skipped,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": {"load": round(summary.load_seconds, 3), "images": round(summary.seconds, 3)},
-        "images_per_second": round(summary.images_per_second, 4),
-        "peak_memory_bytes": _peak_memory(),
-    }
-
-
-def _peak_memory() -> int | None:
-    """The largest resident set of this process so far, in bytes, from Linux's /proc; None elsewhere.
-
-    Not getrusage: its figure includes the parent's memory at the time of the fork.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    peak = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024

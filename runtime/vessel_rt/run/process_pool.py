@@ -8,58 +8,25 @@ a user's script reaches it; when its parent is gone, its input ends, and so does
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
-import pickle
 import queue
-import signal
-import sys
 import threading
-import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Self
 
-from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device
 from vessel_rt.errors import DeviceError, VesselError
-from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.frames import Frame
-from vessel_rt.inputs.pseudonyms import conceal, remember
-from vessel_rt.io.checked_files import CheckedFiles
-from vessel_rt.results.writer import Entry, FrameWriter, failure
-from vessel_rt.run.frame_queue import Shares
-from vessel_rt.run.worker import Worker, WorkOptions
-from vessel_rt.run.worker_process import PATIENCE, Died, Patience, WorkerProcess, die_with_parent
+from vessel_rt.results.writer import Entry
+from vessel_rt.run.frame_queue import FrameQueue
+from vessel_rt.run.worker import Job
+from vessel_rt.run.worker_process import PATIENCE, Died, Patience, WorkerProcess
 
-__all__ = ["Job", "Workers", "serve"]
+__all__ = ["ProcessPool"]
 
 RESTARTS = 3  # of a device's process without a finished frame in between; then the device is given up
-_ORPHAN = 1  # exit code of a process whose parent is gone
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a worker needs to know. `names` are of the run's frames, those of other parts, too; `files` of the bundle are checked."""
-
-    bundle: Bundle
-    device: Device
-    options: WorkOptions
-    output: Path
-    names: Collection[str]
-    settings: str
-    show_names: bool = False
-    files: CheckedFiles | None = None
-
-    def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
-        """Load the bundle on the device. Raises VesselError."""
-        deployment = deploy(self.bundle, self.device, progress, batch=self.options.batch, files=self.files)
-        writer = FrameWriter(self.output, self.names, self.settings)
-        return Worker(deployment, self.options, len(self.names), writer, self.settings, stop, say)
-
-
-class Workers:
+class ProcessPool:
     """A process for each of `jobs`; in all else like a Worker. Entering loads them all, leaving ends them.
 
     A process that dies, makes no progress (see Patience) or finds its device faulty is started again. The frames that it had in hand are
@@ -106,9 +73,9 @@ class Workers:
 
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
         """Take every frame through, in no order. See Worker.run."""
-        shares = Shares(frames, len(self._devices), self._stop)
+        queued = FrameQueue(frames, len(self._devices), self._stop)
         done: queue.SimpleQueue[Entry | BaseException | None] = queue.SimpleQueue()
-        threads = [threading.Thread(target=device.drive, args=(shares, done)) for device in self._devices]
+        threads = [threading.Thread(target=device.drive, args=(queued, done)) for device in self._devices]
         for thread in threads:
             thread.start()
         try:
@@ -127,7 +94,7 @@ class Workers:
         finally:
             for thread in threads:
                 thread.join()
-        if not (shares.empty or self._stop.is_set()):
+        if not (queued.empty or self._stop.is_set()):
             raise DeviceError(f"no device is left to work on ({self._devices[-1].fault}); what is done is kept")
 
     def _close(self) -> None:
@@ -157,14 +124,14 @@ class _Device:
             raise VesselError(f"{e}, before it was ready") from e
         self.least_batch = self.process.least_batch
 
-    def drive(self, shares: Shares, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
+    def drive(self, queued: FrameQueue, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
         """Keep a process busy, from a thread of its own; None says that it is done, or the device given up."""
         try:
-            while frames := shares.take(self.process.streams * self.process.least_batch):
+            while frames := queued.take(self.process.streams * self.process.least_batch):
                 try:
-                    alive = self._work(frames, shares, done)
+                    alive = self._work(frames, queued, done)
                 finally:
-                    shares.give_back()
+                    queued.done()
                 if not alive:
                     return
             if not self._stop.is_set():
@@ -177,7 +144,7 @@ class _Device:
     def close(self) -> None:
         self.process.close()
 
-    def _work(self, frames: Sequence[Frame], shares: Shares, done: queue.SimpleQueue[Entry | BaseException | None]) -> bool:
+    def _work(self, frames: Sequence[Frame], queued: FrameQueue, done: queue.SimpleQueue[Entry | BaseException | None]) -> bool:
         """Have the process work on `frames`; whether there is a process afterwards."""
         waiting = {frame.name: frame for frame in frames}
         try:
@@ -193,9 +160,9 @@ class _Device:
             if self._stop.is_set():
                 self._say(f"warning: {e}")
                 return False
-            self._suspects += shares.lose(waiting.values())
+            self._suspects += queued.lose(waiting.values())
             if not self._start_again(e):
-                shares.try_alone(self._suspects)
+                queued.try_alone(self._suspects)
                 return False
             return True
 
@@ -220,60 +187,5 @@ class _Device:
 
     def _blame_suspects(self, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
         for frame in self._suspects:
-            done.put(failure(frame, self._job.options.questions, "the process that worked on it died, twice", self._job.settings))
+            done.put(self._job.writer.failure(frame, self._job.options.questions, "the process that worked on it died, twice"))
         self._suspects.clear()
-
-
-def serve() -> None:
-    """The child's side: a Job comes first, then lists of frames; None means to begin no more. It ends, silently, with its parent."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
-    commands, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(2, sys.stdout.fileno())  # what a library prints is not for the parent
-    sending = threading.Lock()
-
-    def reply(kind: str, content: Any) -> None:
-        try:
-            with sending:
-                pickle.dump((kind, content), replies)
-                replies.flush()
-        except OSError:
-            os._exit(_ORPHAN)
-
-    try:
-        job: Job = pickle.load(commands)
-    except (EOFError, pickle.UnpicklingError):
-        os._exit(_ORPHAN)
-    stop, chunks = threading.Event(), queue.SimpleQueue[list[Frame]]()
-    threading.Thread(target=_listen, args=(commands, chunks, stop), daemon=True).start()
-    try:
-        with job.open(stop, lambda text: reply("say", text)) as worker:
-            reply("ready", (worker.batch, worker.streams))
-            while True:
-                frames = chunks.get()
-                if not job.show_names:
-                    for frame in frames:
-                        remember(frame.path, frame.code)
-                for entry in worker.run(frames):
-                    reply("entry", (entry, worker.least_batch))
-                reply("entry", None)
-    except DeviceError as e:
-        reply("device", str(e))
-        os._exit(1)  # a broken device may hang in its library's cleanup
-    except VesselError as e:
-        reply("error", str(e))
-    except Exception:
-        reply("bug", conceal(traceback.format_exc()))
-
-
-def _listen(commands: IO[bytes], chunks: queue.SimpleQueue[list[Frame]], stop: threading.Event) -> None:
-    """Take the parent's messages as they come; when it is gone, be gone too: another run may begin in the same folder."""
-    try:
-        while True:
-            message = pickle.load(commands)
-            if message is None:
-                stop.set()
-            else:
-                chunks.put(message)
-    finally:
-        os._exit(_ORPHAN)

@@ -25,14 +25,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from vessel_rt.device.deployment import MOST_IMAGES
+from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError, first_line
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.inputs.pseudonyms import conceal, remember
 from vessel_rt.results.writer import Entry
-from vessel_rt.run.process_pool import Job
+from vessel_rt.run.worker import Job
 from vessel_rt.run.worker_process import PATIENCE, Patience, die_with_parent
 
-__all__ = ["RayWorkers", "check_address"]
+__all__ = ["RayPool", "check_address"]
 
 # Two actors of a whole CPU each leave none for what feeds them, and the run hangs (ray issue 44687).
 _CPUS = 0.5
@@ -49,7 +50,7 @@ def check_address(address: str) -> str:
     return address
 
 
-class RayWorkers:
+class RayPool:
     """An actor for each of `jobs`, or, where these are for GPUs, for each GPU of the cluster; in all else like a Worker.
 
     Args:
@@ -100,7 +101,7 @@ class RayWorkers:
             warnings.simplefilter("ignore")  # max_restarts, without which an actor that dies is started for ever, has no other way in yet
             entries = rows.map_batches(
                 _Actor,
-                fn_constructor_args=(dataclasses.replace(job, bundle=bundle, output=job.output.absolute()), absolute),
+                fn_constructor_args=(dataclasses.replace(job, bundle=bundle, writer=job.writer.absolute()), absolute),
                 compute=self._ray.data.ActorPoolStrategy(size=actors),
                 batch_size=share,
                 max_restarts=_RESTARTS,
@@ -189,6 +190,7 @@ class _Actor:
         if not job.show_names:
             for frame in frames:
                 remember(frame.path, frame.code)
+        open_device(job.device)
         self._worker = job.open(threading.Event(), lambda text: None)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[str]]:

@@ -21,14 +21,17 @@ from typing import Self, TypeVar
 
 from PIL import Image
 
-from vessel_rt.device.deployment import Deployment
+from vessel_rt.device.deployment import Deployment, deploy_on
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError, OutOfMemory
+from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.frames import Frame, input_sha256, read_frame
 from vessel_rt.inputs.images import Rescale
+from vessel_rt.io.checked_files import CheckedFiles
 from vessel_rt.model.segmenter import Answer, Pixels, Segmenter
-from vessel_rt.results.writer import Entry, FrameWriter, failure
+from vessel_rt.results.writer import Entry, FrameWriter
 
-__all__ = ["WorkOptions", "Worker", "cores"]
+__all__ = ["Job", "WorkOptions", "Worker", "cores"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -75,7 +78,6 @@ class Worker:
         options: see WorkOptions.
         total: frames of the whole run, whoever takes them: how one is computed may not depend on how many are left.
         writer: where results go.
-        settings: for the entries of frames that fail.
         stop: once it is set, no further frame is begun.
         say: told of what a user should know, a line at a time.
 
@@ -89,11 +91,10 @@ class Worker:
         options: WorkOptions,
         total: int,
         writer: FrameWriter,
-        settings: str,
         stop: threading.Event,
         say: Callable[[str], object],
     ) -> None:
-        self._options, self._writer, self._settings, self._stop, self._say = options, writer, settings, stop, say
+        self._options, self._writer, self._stop, self._say = options, writer, stop, say
         self.streams = options.streams_on(deployment.device.kind, total)
         self.batch = self.least_batch = deployment.batch
         self._lock = threading.Lock()
@@ -101,7 +102,7 @@ class Worker:
         with ExitStack() as stack:
             self._segmenter = stack.enter_context(Segmenter(deployment, options.threads_of(self.streams), draft=options.draft))
             for question in options.questions:
-                self._segmenter.check_question(question)
+                self._segmenter.prepare_question(question)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -168,13 +169,35 @@ class Worker:
 
     def _write_one(self, read: _Read, answers: Sequence[Answer]) -> Entry:
         if read.error or not read.pixels or not read.image or not read.sha256:
-            return failure(read.frame, self._options.questions, str(read.error), self._settings)
+            return self._writer.failure(read.frame, self._options.questions, str(read.error))
         results = [self._segmenter.finish(read.pixels, answer) for answer in answers]
         results = [dataclasses.replace(result, ms=read.ms | result.ms) for result in results]
         try:
             return self._writer.write(read.frame, read.sha256, read.image, results)
         except ImageError as e:
-            return failure(read.frame, self._options.questions, str(e), self._settings)
+            return self._writer.failure(read.frame, self._options.questions, str(e))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker has to do, as it goes to a process or an actor.
+
+    `total` counts the frames of the whole run, those of other shards and workers included. `files` of the bundle were hashed by
+    `check_bundle`; None: they are hashed when the worker is opened.
+    """
+
+    bundle: Bundle
+    device: Device
+    options: WorkOptions
+    writer: FrameWriter
+    total: int
+    show_names: bool = False
+    files: CheckedFiles | None = None
+
+    def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
+        """Load the bundle on the device, which `choose_devices` or `open_device` returned in this process. Raises VesselError."""
+        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, files=self.files)
+        return Worker(deployment, self.options, self.total, self.writer, stop, say)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,22 +16,24 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
-from vessel_rt.errors import VesselError
+from vessel_rt.device.providers import open_device
+from vessel_rt.errors import DeviceError, VesselError
 from vessel_rt.inputs.frames import Frame
+from vessel_rt.inputs.pseudonyms import conceal, remember
 from vessel_rt.results.writer import Entry
+from vessel_rt.run.worker import Job
 
-if TYPE_CHECKING:
-    from vessel_rt.run.process_pool import Job
+__all__ = ["PATIENCE", "Died", "Patience", "WorkerProcess", "die_with_parent", "serve"]
 
-__all__ = ["PATIENCE", "Died", "Patience", "WorkerProcess", "die_with_parent"]
-
-_PROGRAM = "from vessel_rt.run.process_pool import serve; serve()"
+_PROGRAM = "from vessel_rt.run.worker_process import serve; serve()"
 _TICK = 0.2  # seconds between two looks at the clock and at `stop`
 _DEATH = 5.0  # seconds that a killed process may take to end; one that hangs in a driver never does
 _PR_SET_PDEATHSIG = 1
+_ORPHAN = 1  # exit code of a process whose parent is gone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +201,62 @@ class WorkerProcess:
                 self._inbox.put((kind, content))
         except Exception:  # its end, or bytes that are no message: the pickles of a dying process
             self._inbox.put(("gone", None))
+
+
+def serve() -> None:
+    """The child's side: a Job comes first, then lists of frames; None means to begin no more. It ends, silently, with its parent."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
+    commands, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(2, sys.stdout.fileno())  # what a library prints is not for the parent
+    sending = threading.Lock()
+
+    def reply(kind: str, content: Any) -> None:
+        try:
+            with sending:
+                pickle.dump((kind, content), replies)
+                replies.flush()
+        except OSError:
+            os._exit(_ORPHAN)
+
+    try:
+        job: Job = pickle.load(commands)
+    except (EOFError, pickle.UnpicklingError):
+        os._exit(_ORPHAN)
+    stop, chunks = threading.Event(), queue.SimpleQueue[list[Frame]]()
+    threading.Thread(target=_listen, args=(commands, chunks, stop), daemon=True).start()
+    try:
+        open_device(job.device)
+        with job.open(stop, lambda text: reply("say", text)) as worker:
+            reply("ready", (worker.batch, worker.streams))
+            while True:
+                frames = chunks.get()
+                if not job.show_names:
+                    for frame in frames:
+                        remember(frame.path, frame.code)
+                for entry in worker.run(frames):
+                    reply("entry", (entry, worker.least_batch))
+                reply("entry", None)
+    except DeviceError as e:
+        reply("device", str(e))
+        os._exit(1)  # a broken device may hang in its library's cleanup
+    except VesselError as e:
+        reply("error", str(e))
+    except Exception:
+        reply("bug", conceal(traceback.format_exc()))
+
+
+def _listen(commands: IO[bytes], chunks: queue.SimpleQueue[list[Frame]], stop: threading.Event) -> None:
+    """Take the parent's messages as they come; when it is gone, be gone too: another run may begin in the same folder."""
+    try:
+        while True:
+            message = pickle.load(commands)
+            if message is None:
+                stop.set()
+            else:
+                chunks.put(message)
+    finally:
+        os._exit(_ORPHAN)
 
 
 def die_with_parent() -> None:

@@ -30,7 +30,7 @@ from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
 from vessel_export.sources.base_model import open_base
 from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.recipe import LanguageModelRecipe

@@ -180,7 +180,7 @@ def test_two_builds_at_once(bundle: Path, recipe: Recipe) -> None:
     (_engines(bundle) / "sam2_mask_decoder.json").unlink()
     handle = os.open(_engines(bundle), os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(EngineError, match="another build is at work here"):
+    with pytest.raises(VesselError, match="another command is at work"):
         build_engines(_request(bundle, recipe))
     os.close(handle)
     build_engines(_request(bundle, recipe))

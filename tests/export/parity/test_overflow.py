@@ -32,7 +32,7 @@ from vessel_export.parity.verify import TOLERANCES, Sample, drawn_samples, one_p
 from vessel_export.sources.checkpoint import open_checkpoint
 from vessel_export.sources.names import LORA_PREFIX
 from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.model.prompt import EmbedTokens, PromptTokenizer

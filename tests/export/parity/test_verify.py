@@ -17,7 +17,7 @@ from tests.support.paths import Tiny
 from vessel_export.parity.reference import Reference
 from vessel_export.parity.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, undecided_pixels, verify
 from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.io.checked_files import sha256_of

@@ -13,7 +13,7 @@ import pytest
 from tests.support.engine_files import write_engines
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.device.deployment import AUTO, Deployment, check_bundle, deploy, deployment_fault
-from vessel_rt.device.session import PROVIDERS, Device
+from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.io import checked_files

@@ -4,7 +4,7 @@ import json
 
 from vessel_rt.device.cuda_driver import Gpu
 from vessel_rt.device.device_report import DeviceReport, devices_json, devices_table, list_devices
-from vessel_rt.device.session import PROVIDERS, Device
+from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.formats.bundle import Bundle
 
 

@@ -108,9 +108,20 @@ def test_polygons_that_change_nothing_in_the_image_are_refused_too(tmp_path: Pat
 
 def test_two_images_of_one_stem_are_not_joined(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"image": f"{folder}/a.png", "mask": [[SQUARE]], "text": ["vessel"]} for folder in ("one", "two")]))
-    with pytest.raises(VesselError, match="item 1 is of another image of the same stem"):
+    path.write_text(json.dumps([{"image": name, "mask": [[SQUARE]], "text": ["vessel"]} for name in ("a.png", "a.jpg")]))
+    with pytest.raises(VesselError, match=r"a\.json: item 1 .* stem"):
         read_truth(path)
+
+
+def test_images_in_subfolders_are_found_by_folder_and_name(tmp_path: Path) -> None:
+    images = ("one/a.png", "two/a.png", "two/b.png", "c.png", "two/c.png")
+    path = written(tmp_path / "a.json", [{"image": name, "mask": [[SQUARE]], "text": ["vessel"]} for name in images])
+    truth = read_truth(path, CODES)
+    for name in ("one__a", "two__a", "two__b", "b", "two__c", CODES.code("one__a"), CODES.code("b")):
+        assert truth.mask(line(name), "vessel") is not None, name
+    for name in ("a", "c", CODES.code("a")):  # of either folder
+        with pytest.raises(VesselError, match=r"a\.json: .*frame 1 \(c0de\).*--recursive"):
+            truth.mask(line(name), "vessel")
 
 
 def test_masks_of_any_depth(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_number_of_frames_of_no_known_type(tmp_path: Path) -> None:
 def test_frames_that_a_file_cannot_hold_are_not_listed(tmp_path: Path, claim: int) -> None:
     path = make_dicom(tmp_path / "a.dcm", GRAY, NumberOfFrames=claim)
     assert frame_count(path) is None
-    with pytest.raises(ImageError, match="its header claims more frames than it can hold"):
+    with pytest.raises(ImageError, match="its header claims more frames than the file can hold"):
         read_dicom(path, None)
 
 
@@ -206,7 +206,7 @@ def test_a_header_of_millions_of_parts_is_refused(tmp_path: Path, kind: str, def
         packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
         data = packer.compress(data) + packer.flush()
     (tmp_path / "a.dcm").write_bytes(content[:begins] + data)
-    with pytest.raises(ImageError, match=r"more than \d+ parts|header cannot be read|out of proportion"):
+    with pytest.raises(ImageError, match=r"more than \d+ elements|header cannot be read|out of proportion"):
         read_dicom(tmp_path / "a.dcm", None)
 
 
@@ -568,15 +568,15 @@ CINE_OF_THREE = np.stack([np.asarray(make_frame(48, 40, seed).convert("L")) for 
 CODES_OF_THREE = [jpeg(Image.fromarray(picture)) for picture in CINE_OF_THREE]
 ENCRYPTED = {"EncryptedAttributesSequence": item(EncryptedContentTransferSyntaxUID=EXPLICIT, EncryptedContent=ID.encode())}
 NO_PIXELS = "a DICOM file without pixel data"
-DAMAGED = r"its pixels cannot be read \(\w+\): cut short, damaged, or described as nothing here understands"
-TOO_MANY = "its header claims more frames than it can hold"
+DAMAGED = r"its pixels cannot be read \(\w+\)"
+TOO_MANY = "its header claims more frames than the file can hold"
 OTHER_SIZE = "damaged: the compressed data of this frame are of another size than the header says"
 
 BAD: dict[str, tuple[Callable[[Path], Path], int | None, str]] = {
     "empty": (_written(b""), None, "an empty file"),
     "text": (_written(f"{NAME} {ID}\n".encode() * 20), None, "not a DICOM file, or an encrypted one"),
     "encrypted as a whole": (_written(np.random.default_rng(0).bytes(5000)), None, "not a DICOM file, or an encrypted one"),
-    "encrypted attributes": (_made(None, **ENCRYPTED), None, "its attributes are encrypted, and its pixels with them"),
+    "encrypted attributes": (_made(None, **ENCRYPTED), None, "its attributes are encrypted"),
     "magic only": (_cut(132, GRAY), None, NO_PIXELS),
     "cut in the meta": (_cut(180, GRAY), None, "its header cannot be read|without pixel data"),
     "cut in the header": (_cut(520, GRAY), None, "its header cannot be read|without pixel data|cut short"),
@@ -585,16 +585,16 @@ BAD: dict[str, tuple[Callable[[Path], Path], int | None, str]] = {
     "cut in a JPEG": (_cut(-100, CINE_OF_THREE, JPEG, PixelData=CODES_OF_THREE), 0, "cut short: its pixel data end before they should"),
     "cut in RLE": (_cut(-100, CINE_OF_THREE, RLE), 0, "cut short: its pixel data end before they should"),
     "report": (_made(None, SOPClassUID=REPORT), None, NO_PIXELS),
-    "no size": (_made(GRAY, Rows=0), None, "its header says nothing of Rows"),
-    "no interpretation": (_made(GRAY, PhotometricInterpretation=None), None, "its header says nothing of PhotometricInterpretation"),
+    "no size": (_made(GRAY, Rows=0), None, "its header has no Rows"),
+    "no interpretation": (_made(GRAY, PhotometricInterpretation=None), None, "its header has no PhotometricInterpretation"),
     "unknown syntax": (
         _patched(f"{EXPLICIT}\0", f"1.2.{ID}.12345"),
         None,
         "compressed as something unknown, which no installed decoder reads",
     ),
     "syntax without a decoder": (_made(GRAY, pydicom.uid.MPEG2MPML, PixelData=[b"\0\1"]), None, "compressed as MPEG2 Main Profile"),
-    "frame beyond the end": (_made(CINE_OF_THREE), 3, "it has 3 frames, and no frame 3"),
-    "frame of a picture": (_made(GRAY), 1, "it has 1 frames, and no frame 1"),
+    "frame beyond the end": (_made(CINE_OF_THREE), 3, "it has 3 frames and no frame 3"),
+    "frame of a picture": (_made(GRAY), 1, "it has 1 frames and no frame 1"),
     "frames too many": (_made(GRAY, NumberOfFrames=10**6), None, TOO_MANY),
     "one frame too many": (_made(CINE_OF_THREE, NumberOfFrames=4), 3, TOO_MANY),
     "one JPEG too many": (_made(CINE_OF_THREE, JPEG, NumberOfFrames=4, PixelData=CODES_OF_THREE), 3, TOO_MANY),
@@ -695,7 +695,7 @@ def test_a_cine_of_a_catheter_laboratory(tmp_path: Path) -> None:
     for number in (0, 95):
         np.testing.assert_array_equal(gray(CINE, number), pydicom.pixels.pixel_array(CINE, index=number))
         assert read_dicom(CINE, number).size == (512, 512)
-    with pytest.raises(ImageError, match="it has 96 frames, and no frame 96"):
+    with pytest.raises(ImageError, match="it has 96 frames and no frame 96"):
         read_dicom(CINE, 96)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from tests.support.frames import CODES, make_frame
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, input_sha256, read_frame, told_kinds
+from vessel_rt.inputs.pseudonyms import conceal
 
 
 def found(inputs: list[str], **selection: int) -> list[Frame]:
@@ -78,7 +79,7 @@ def test_a_mistyped_path_is_told_by_its_missing_part(frames: Path, monkeypatch: 
         ("frames/a.jpg/b.png", "part 3 of 3 of its path does not exist"),
         ("fraems", "it is not in the current folder"),
     ):
-        with pytest.raises(VesselError, match=rf"^input 2 of 2: no such file or folder: {says}") as caught:
+        with pytest.raises(VesselError, match=rf"^input 2 of 2: no such file or folder: {says}; --show-names") as caught:
             found(["frames", text])
         assert text not in str(caught.value)
 
@@ -90,17 +91,69 @@ def test_two_images_of_one_stem_stop_the_run_before_it_begins(tmp_path: Path, ot
         make_frame().save(tmp_path / "in" / name)
     if len({path.resolve() for path in (tmp_path / "in").rglob("[aA].*")}) < 2:
         pytest.skip("this file system does not tell a from A")
-    with pytest.raises(VesselError, match=r"frame 2 of 2 \(.*\): its results would overwrite those of frame 1 of 2"):
-        found([str(tmp_path / "in" / "a.jpg"), str(tmp_path / "in" / other)])
+    inputs = [str(tmp_path / "in" / "a.jpg"), str(tmp_path / "in" / other)]
+    with pytest.raises(VesselError, match=rf"^input 1 of 2 and input 2 of 2: .*{CODES.code('a') if other[0] == 'a' else ''}.*-o$"):
+        found(inputs)
+    with pytest.raises(VesselError) as caught:
+        find_frames(inputs, Naming(CODES, show_names=True))
+    assert all(path in str(caught.value) for path in inputs)
 
 
-def test_parts_are_dealt_out_and_keep_their_places(frames: Path) -> None:
+def test_two_files_of_one_stem_in_a_folder_are_told_by_place(frames: Path) -> None:
+    shutil.copy(frames / "b.png", frames / "B.bmp")
+    with pytest.raises(VesselError, match=r"^input 1 of 1, file 1 of 4 and input 1 of 1, file 3 of 4: two files of the same name"):
+        found([str(frames)])
+
+
+@pytest.fixture
+def nested(frames: Path) -> Path:
+    """Files of one name in several folders."""
+    for folder in ("one", "two/deep", ".hidden", "out/masks"):
+        (frames / folder).mkdir(parents=True)
+        shutil.copy(frames / "b.png", frames / folder / "b.png")
+    (frames / "two" / "loop").symlink_to(frames)
+    (frames / "two" / "notes.txt").write_text("")
+    return frames
+
+
+def test_subfolders_are_searched_on_request(nested: Path) -> None:
+    assert names(found([str(nested)])) == ["a.jpg", "b.png", "c.tif"]
+    assert find_frames([str(nested)], Naming(CODES)).skipped == {"input 1 of 1": {"subfolder": 3}}
+    taken = find_frames([str(nested)], Naming(CODES), Selection(recursive=True), output=nested / "out")
+    assert [frame.image for frame in taken.frames] == ["a.jpg", "b.png", "c.tif", "one/b.png", "two/deep/b.png"]
+    assert taken.names == ["a", "b", "c", "one__b", "two__deep__b"]
+    assert [frame.code for frame in taken.frames] == [CODES.code(name) for name in taken.names]
+    assert taken.skipped == {"input 1 of 1": {".txt": 1, "subfolder": 2}}, "the output folder, and a link that leads round in a circle"
+    coded = find_frames([str(nested)], Naming(CODES, pseudonymize=True), Selection(recursive=True), output=nested)
+    assert coded.names == [CODES.code(name) for name in ("a", "b", "c")], "nothing in the output folder itself is searched"
+
+
+def test_names_that_folders_make_alike_are_refused(nested: Path) -> None:
+    shutil.copy(nested / "b.png", nested / "one__b.png")
+    with pytest.raises(VesselError, match=r"^input 1 of 1, file \d of \d and input 1 of 1, file \d of \d: two files of the same name"):
+        find_frames([str(nested)], Naming(CODES), Selection(recursive=True))
+
+
+def test_folders_are_concealed_like_files(nested: Path) -> None:
+    (nested / "one").rename(nested / "Quokka")
+    find_frames([str(nested)], Naming(CODES), Selection(recursive=True))
+    text = f"{nested}/Quokka/b.png, Quokka/b.png, Quokka__b: in Quokka"
+    assert "Quokka" not in conceal(text)
+
+
+def test_a_folder_with_subfolders_alone_points_to_the_option(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(VesselError, match=r"1 subfolder; --recursive"):
+        found([str(tmp_path)])
+
+
+def test_shards_take_whole_files_in_turn_and_keep_their_places(frames: Path) -> None:
     for number in range(4):
         shutil.copy(frames / "b.png", frames / f"d{number}.png")
-    parts = [found([str(frames)], parts=3, part=part) for part in range(3)]
-    assert [names(part) for part in parts] == [["a.jpg", "d0.png", "d3.png"], ["b.png", "d1.png"], ["c.tif", "d2.png"]]
-    assert sorted(frame.index for part in parts for frame in part) == list(range(7))
-    assert find_frames([str(frames)], Naming(CODES), Selection(parts=3))[1] == ["a", "b", "c", "d0", "d1", "d2", "d3"]
+    shards = [found([str(frames)], shards=3, shard=shard) for shard in range(3)]
+    assert [names(shard) for shard in shards] == [["a.jpg", "d0.png", "d3.png"], ["b.png", "d1.png"], ["c.tif", "d2.png"]]
+    assert sorted(frame.index for shard in shards for frame in shard) == list(range(7))
+    assert find_frames([str(frames)], Naming(CODES), Selection(shards=3))[1] == ["a", "b", "c", "d0", "d1", "d2", "d3"]
 
 
 def make_pages(path: Path, count: int = 5) -> Path:
@@ -185,7 +238,7 @@ def test_an_input_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe.png", Path("/dev/zero")):
         with pytest.raises(VesselError, match=r"^input 1 of 1: not a regular file$"):
             found([str(path)])
-    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder: .* is a link to what is not there$"):
+    with pytest.raises(VesselError, match=r"^input 1 of 1: no such file or folder: .* is a link to what is not there"):
         found([str(tmp_path / "gone[1].png")])
 
 

@@ -110,7 +110,7 @@ def saved(tmp_path: Path, image: Image.Image, name: str, **options: Any) -> Path
 GRAY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "a.JPG"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp", "a.JPG", "a.webp"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1"])
 def test_reads_as_pillow_converts(tmp_path: Path, name: str, mode: str) -> None:
     path = saved(tmp_path, Image.fromarray(GRAY).convert(mode), name)
@@ -272,7 +272,7 @@ def test_pages_are_read_by_their_numbers_alone(tmp_path: Path, options: dict[str
 
 
 def test_only_a_tiff_with_several_pages_has_a_number_of_pages(tmp_path: Path) -> None:
-    for name in ("a.tif", "a.png", "a.jpg", "a.bmp"):
+    for name in ("a.tif", "a.png", "a.jpg", "a.bmp", "a.webp"):
         assert page_count(saved(tmp_path, Image.new("L", (3, 3)), name)) is None
     (tmp_path / "b.tif").write_bytes(b"")
     assert page_count(tmp_path / "b.tif") is None
@@ -280,7 +280,7 @@ def test_only_a_tiff_with_several_pages_has_a_number_of_pages(tmp_path: Path) ->
 
 def test_several_pictures_of_other_kinds_are_refused(tmp_path: Path) -> None:
     more = [Image.new("RGB", (3, 3), "red"), Image.new("RGB", (3, 3), "blue")]
-    for name, kind in (("a.png", "PNG"), ("a.jpg", "MPO")):
+    for name, kind in (("a.png", "PNG"), ("a.jpg", "MPO"), ("a.webp", "WEBP")):
         saved(tmp_path, Image.new("RGB", (3, 3)), name, format=kind, save_all=True, append_images=more)
         for page in (None, 0, 2):
             with pytest.raises(ImageError, match=f"3 pictures in one {kind} file|it has 1 pages, and no page 2"):
@@ -385,15 +385,16 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     ("content", "message"),
     [
         (b"", "an empty file"),
-        (b"Not an image at all.\n" * 20, "not a JPG, PNG, TIFF or BMP image"),
-        (encoded(random_image(64, 64), "GIF"), "not a JPG, PNG, TIFF or BMP image"),
+        (b"Not an image at all.\n" * 20, "not a JPG, PNG, TIFF, BMP or WebP image"),
+        (encoded(random_image(64, 64), "GIF"), "not a JPG, PNG, TIFF, BMP or WebP image"),
         (encoded(random_image(200, 200), "JPEG")[:9000], "cannot be decoded"),
         (encoded(random_image(200, 200), "PNG")[:9000], "cannot be decoded"),
         (encoded(random_image(200, 200), "TIFF")[:9000], "damaged|cut short"),
         (encoded(random_image(200, 200), "BMP")[:9000], "cannot be decoded"),
+        (encoded(random_image(200, 200), "WEBP")[:9000], "cannot be decoded"),
         (encoded(Image.new("L", (MAX_SIDE + 1, 1)), "PNG"), "too many"),
     ],
-    ids=["empty", "text", "gif", "half jpg", "half png", "half tiff", "half bmp", "too wide"],
+    ids=["empty", "text", "gif", "half jpg", "half png", "half tiff", "half bmp", "half webp", "too wide"],
 )
 def test_bad_files_say_what_is_wrong_and_not_which_they_are(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.jpg"
@@ -412,7 +413,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP"])
 def test_damage_anywhere_is_an_image_error_or_an_image(tmp_path: Path, kind: str) -> None:
     content, rng = encoded(random_image(40, 30), kind), np.random.default_rng(0)
     path = tmp_path / "bad"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vessel_rt.errors import VesselError
-from vessel_rt.inputs import pseudonyms as privacy
+from vessel_rt.inputs import pseudonyms
 from vessel_rt.inputs.pseudonyms import StudyCodes, conceal, remember
 
 
@@ -31,7 +31,7 @@ def test_processes_that_begin_together_have_one_key(tmp_path: Path) -> None:
 def test_codes_depend_on_the_key() -> None:
     one, other = StudyCodes(bytes(32)), StudyCodes(b"\1" * 32)
     assert one.code("S0042") != other.code("S0042")
-    assert len(one.code("S0042")) == privacy.CODE_DIGITS
+    assert len(one.code("S0042")) == pseudonyms.CODE_DIGITS
     assert one.code(os.fsdecode(b"caf\xe9"))  # not UTF-8
 
 
@@ -83,7 +83,7 @@ def test_a_key_file_of_any_size_is_read_no_further_than_a_key(tmp_path: Path) ->
 
 
 def test_names_are_found_where_they_are_words_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "_known", {})
+    monkeypatch.setattr(pseudonyms, "_known", {})
     remember("in/ward7/S0042.jpg", "c0de")
     remember("S0042_late.jpg", "1ate")
     text = f"open('in/ward7/S0042.jpg') {os.path.abspath('in/ward7/S0042.jpg')} S0042_3.png S0042_late.jpg XS0042 S00421"
@@ -127,13 +127,13 @@ def test_names_are_found_where_they_are_words_of_their_own(monkeypatch: pytest.M
     ],
 )
 def test_what_is_concealed(path: str, text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "_known", {})
+    monkeypatch.setattr(pseudonyms, "_known", {})
     remember(path, "#")
     assert conceal(text) == shown
 
 
 def test_names_that_are_no_utf8_are_concealed_as_bytes_and_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "_known", {})
+    monkeypatch.setattr(pseudonyms, "_known", {})
     for name in (b"ward-\xe9l\xe8ve.png", "lone\ud800.png".encode("utf-8", "surrogatepass")):
         remember(os.fsdecode(name), "#")
         assert conceal(f"{os.fsdecode(name)!r} {name!r} {os.fsdecode(name)}") == "'#' b'#' #"
@@ -142,7 +142,7 @@ def test_names_that_are_no_utf8_are_concealed_as_bytes_and_as_text(monkeypatch: 
 
 
 def test_what_was_put_in_place_of_a_name_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy, "_known", {})
+    monkeypatch.setattr(pseudonyms, "_known", {})
     remember("S0042.png", "0123-S0043.png")
     remember("S0043.png", "another")
     assert conceal("S0042.png S0043.png") == "0123-S0043.png another"

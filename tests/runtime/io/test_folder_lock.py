@@ -33,7 +33,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_folder_that_another_process_has_locked_is_refused(tmp_path: Path, shared: bool) -> None:
     with hold(tmp_path / "new" / "out") as process:
-        with pytest.raises(VesselError, match="another vessel-rt is at work"), locked(tmp_path / "new" / "out", shared=shared):
+        with pytest.raises(VesselError, match="another command is at work"), locked(tmp_path / "new" / "out", shared=shared):
             pass
         assert (tmp_path / "new" / "out").is_dir()
         process.communicate()
@@ -50,7 +50,7 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 def test_readers_share_a_folder(tmp_path: Path) -> None:
-    refused = pytest.raises(VesselError, match="another vessel-rt is at work")
+    refused = pytest.raises(VesselError, match="another command is at work")
     with locked(tmp_path, shared=True), locked(tmp_path, shared=True), refused, locked(tmp_path):
         pass
     with locked(tmp_path):
@@ -108,7 +108,7 @@ def test_a_link_to_a_folder_is_locked_as_the_folder_is(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("out")
     with locked(tmp_path / "link") as held:
         held.check()
-        with pytest.raises(VesselError, match="another vessel-rt is at work"), locked(tmp_path / "out"):
+        with pytest.raises(VesselError, match="another command is at work"), locked(tmp_path / "out"):
             pass
     (tmp_path / "nowhere").symlink_to("none")
     with pytest.raises(VesselError, match="nowhere: cannot be written"), locked(tmp_path / "nowhere", make=True):

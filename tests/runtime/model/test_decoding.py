@@ -11,7 +11,8 @@ from onnx import TensorProto
 from tokenizers import Tokenizer
 
 from tests.support.standin import build_standin
-from vessel_rt.device.session import Device, Session
+from vessel_rt.device.providers import Device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import MOST_KEPT

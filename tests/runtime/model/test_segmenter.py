@@ -15,7 +15,8 @@ from PIL import Image
 from tests.support.frames import make_frame
 from tests.support.standin import build_standin
 from vessel_rt.device.deployment import deploy
-from vessel_rt.device.session import Device, Session
+from vessel_rt.device.providers import Device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.model.preprocess import mask_pixels
@@ -76,9 +77,9 @@ def test_a_prompt_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_questions_are_checked(standin: Bundle) -> None:
     with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
-        segmenter.check_question("Where?")
+        segmenter.prepare_question("Where?")
         with pytest.raises(VesselError, match="empty"):
-            segmenter.check_question("")
+            segmenter.prepare_question("")
 
 
 def test_the_trained_model(fp32_bundle: Path, tiny_frames: list[Path]) -> None:

@@ -24,7 +24,7 @@ Edit = Callable[[Any], Any]
 
 @pytest.fixture(scope="module")
 def sound(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """frames/, gt/, two parts and the whole of a run, evaluated; not to be written to."""
+    """frames/, gt/, two shards and the whole of a run, evaluated; not to be written to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VESSEL_KEY", str(tmp_path_factory.getbasetemp() / "study-codes.key"))  # as for each test
         yield _make(standin, tmp_path_factory.mktemp("sound"))
@@ -38,19 +38,19 @@ def _make(standin: Bundle, place: Path) -> Path:
         Image.fromarray(np.eye(64, 96, dtype=np.uint8) * 255).save(place / "gt" / f"{name}.png")
     common = ["infer", str(place / "frames"), "--bundle", str(standin.folder), "--device", "cpu", "-q"]
     assert main([*common, "-o", str(place / "out")]) == 0
-    for part in "01":
-        assert main([*common, "-o", str(place / f"part{part}"), "--num-parts", "2", "--part-id", part]) == 0
+    for shard in "01":
+        assert main([*common, "-o", str(place / f"shard{shard}"), "--num-shards", "2", "--shard-id", shard]) == 0
     assert main(["evaluate", str(place / "out"), "--gt", str(place / "gt")]) == 0
     return place
 
 
 def readers(place: Path, bundle: Bundle) -> Iterator[tuple[str, list[str]]]:
-    """Every command that reads `out`, or `part0`, which was edited alike."""
+    """Every command that reads `out`, or `shard0`, which was edited alike."""
     common = ["infer", str(place / "frames"), "--bundle", str(bundle.folder), "--device", "cpu", "-q"]
     yield "resume", [*common, "-o", str(place / "out")]
     yield "evaluate", ["evaluate", str(place / "out"), "--gt", str(place / "gt")]
     yield "report", ["report", str(place / "out")]
-    yield "merge", ["merge", str(place / "part0"), str(place / "part1"), "-o", str(place / "merged")]
+    yield "merge-shards", ["merge-shards", str(place / "shard0"), str(place / "shard1"), "-o", str(place / "merged")]
 
 
 def read_edited(sound: Path, bundle: Bundle, tmp_path: Path, name: str, edit: Callable[[Path], object], capfd: Any) -> dict[str, int]:
@@ -58,7 +58,7 @@ def read_edited(sound: Path, bundle: Bundle, tmp_path: Path, name: str, edit: Ca
     codes = {}
     for reader, command in readers(tmp_path / "place", bundle):
         shutil.copytree(sound, tmp_path / "place")
-        for folder in ("out", "part0"):
+        for folder in ("out", "shard0"):
             if name != "evaluation.json" or folder == "out":
                 edit(tmp_path / "place" / folder / name)
         before = {path: path.read_bytes() for path in tmp_path.rglob("masks/*")}
@@ -67,10 +67,10 @@ def read_edited(sound: Path, bundle: Bundle, tmp_path: Path, name: str, edit: Ca
         if codes[reader]:
             assert len(lines) == 1, (reader, lines)
             assert lines[0].startswith("vessel-rt: error: "), (reader, lines)
-            assert name in lines[0] or "part0" in lines[0], (reader, lines)
+            assert name in lines[0] or "shard0" in lines[0], (reader, lines)
         after = {path: path.read_bytes() for path in tmp_path.rglob("masks/*")}
         assert before.items() <= after.items(), reader
-        assert codes["merge"] == 0 or not (tmp_path / "place" / "merged").exists() if reader == "merge" else True
+        assert codes["merge-shards"] == 0 or not (tmp_path / "place" / "merged").exists() if reader == "merge-shards" else True
         shutil.rmtree(tmp_path / "place")
     return codes
 
@@ -133,7 +133,7 @@ def test_edited_results(sound: Path, standin: Bundle, tmp_path: Path, edit: Edit
 def test_masks_that_are_none(sound: Path, standin: Bundle, tmp_path: Path, fields: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """The frame is done again: it is not what was written."""
     codes = read_edited(sound, standin, tmp_path, "results.jsonl", of_line(of_rle(**fields)), capfd)
-    assert codes == {"resume": 0, "evaluate": 1, "report": 1, "merge": 1}
+    assert codes == {"resume": 0, "evaluate": 1, "report": 1, "merge-shards": 1}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_masks_that_are_none(sound: Path, standin: Bundle, tmp_path: Path, field
 )
 def test_edited_times(sound: Path, standin: Bundle, tmp_path: Path, edit: Edit, capfd: pytest.CaptureFixture[str]) -> None:
     codes = read_edited(sound, standin, tmp_path, "timings.jsonl", of_line(edit), capfd)
-    assert codes == {"resume": 0, "evaluate": 1, "report": 1, "merge": 1}  # evaluate makes the report anew
+    assert codes == {"resume": 0, "evaluate": 1, "report": 1, "merge-shards": 1}  # evaluate makes the report anew
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_edited_times(sound: Path, standin: Bundle, tmp_path: Path, edit: Edit, 
         lambda run: None,
         lambda run: run | {"options": None},
         lambda run: run | {"options": run["options"] | {"show_names": "yes"}},
-        lambda run: run | {"options": run["options"] | {"part_id": "0"}},
-        lambda run: run | {"counts": {"in_all_parts": 10**15, "images": "3"}},
+        lambda run: run | {"options": run["options"] | {"shard_id": "0"}},
+        lambda run: run | {"counts": {"in_all_shards": 10**15, "images": "3"}},
         lambda run: run | {"seconds": {"load": None}},
         lambda run: run | {"peak_memory_bytes": "much"},
         lambda run: run | {"device": 3},
@@ -170,12 +170,12 @@ def test_edited_times(sound: Path, standin: Bundle, tmp_path: Path, edit: Edit, 
 )
 def test_an_edited_account_of_the_run(sound: Path, standin: Bundle, tmp_path: Path, edit: Edit, capfd: pytest.CaptureFixture[str]) -> None:
     codes = read_edited(sound, standin, tmp_path, "run.json", of_line(edit), capfd)
-    assert codes == {"resume": 0, "evaluate": 1, "report": 1, "merge": 1}
+    assert codes == {"resume": 0, "evaluate": 1, "report": 1, "merge-shards": 1}
 
 
 def test_a_number_of_frames_that_no_run_has(sound: Path, standin: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    edit = of_line(lambda run: run | {"counts": run["counts"] | {"in_all_parts": 2**50}})
-    assert read_edited(sound, standin, tmp_path, "run.json", edit, capfd)["merge"] == 1
+    edit = of_line(lambda run: run | {"counts": run["counts"] | {"in_all_shards": 2**50}})
+    assert read_edited(sound, standin, tmp_path, "run.json", edit, capfd)["merge-shards"] == 1
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_number_of_frames_that_no_run_has(sound: Path, standin: Bundle, tmp_pa
 )
 def test_an_edited_evaluation(sound: Path, standin: Bundle, tmp_path: Path, edit: Edit, capfd: pytest.CaptureFixture[str]) -> None:
     codes = read_edited(sound, standin, tmp_path, "evaluation.json", of_line(edit), capfd)
-    assert codes == {"resume": 0, "evaluate": 0, "report": 1, "merge": 0}  # evaluate writes it anew
+    assert codes == {"resume": 0, "evaluate": 0, "report": 1, "merge-shards": 0}  # evaluate writes it anew
 
 
 def _bytes(content: bytes) -> Callable[[Path], object]:
@@ -219,7 +219,7 @@ def test_what_is_no_json_or_no_file(
     codes = read_edited(sound, standin, tmp_path, name, edit, capfd)
     assert codes["report"] == 1
     assert codes["evaluate"] == 1 or name == "evaluation.json"
-    assert codes["merge"] == 1 or name == "evaluation.json"
+    assert codes["merge-shards"] == 1 or name == "evaluation.json"
 
 
 @pytest.mark.parametrize("what", ["fifo", "device", "folder", "bomb"])

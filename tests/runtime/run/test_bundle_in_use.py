@@ -16,7 +16,7 @@ import pytest
 from tests.support.frames import make_frame
 from tests.support.leases import has_leases
 from tests.support.runs import lines, options
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, ImageError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.model.segmenter import Answer, Pixels, Segmenter

@@ -5,15 +5,15 @@ import threading
 import pytest
 
 from tests.support.frames import placed
-from vessel_rt.run.frame_queue import Shares
+from vessel_rt.run.frame_queue import FrameQueue
 
 
 def sizes(frames: int, workers: int, round_size: int) -> list[int]:
     """Of the shares of workers that are as fast as each other."""
-    shares, found = Shares(placed(*map(str, range(frames))), workers, threading.Event()), []
+    shares, found = FrameQueue(placed(*map(str, range(frames))), workers, threading.Event()), []
     while share := shares.take(round_size):
         found.append(len(share))
-        shares.give_back()
+        shares.done()
     return found
 
 
@@ -33,25 +33,25 @@ def test_shares_are_whole_rounds_but_the_last_ones_which_are_even(frames: int, w
 
 def test_a_worker_waits_for_what_another_may_lose() -> None:
     a, b = placed("a", "b")
-    shares = Shares([a, b], 2, threading.Event())
+    shares = FrameQueue([a, b], 2, threading.Event())
     assert shares.take(1) == [a]
     assert shares.take(1) == [b]
-    shares.give_back()
+    shares.done()
     taken: list[object] = []
     waiting = threading.Thread(target=lambda: taken.append(shares.take(8)))
     waiting.start()
     assert shares.lose([a]) == []
-    shares.give_back()
+    shares.done()
     waiting.join(timeout=60)
     assert taken == [[a]]
     assert shares.lose([a]) == [a]
-    shares.give_back()
+    shares.done()
     assert shares.take(1) == []
 
 
 def test_a_run_that_is_stopped_hands_out_nothing() -> None:
     stop = threading.Event()
-    shares = Shares(placed("a"), 1, stop)
+    shares = FrameQueue(placed("a"), 1, stop)
     stop.set()
     assert shares.take(1) == []
     assert not shares.empty

@@ -15,11 +15,12 @@ from PIL import Image
 from tests.support.engine_files import write_engines
 from tests.support.frames import CODES, make_frame
 from tests.support.runs import files, lines, many, options
-from vessel_rt.device.session import Device, Session
+from vessel_rt.device.providers import PROVIDERS, Device
+from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, DeviceError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import Target
-from vessel_rt.inputs.frames import Naming
+from vessel_rt.inputs.frames import Naming, Selection
 from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.checked_files import sha256_of
 from vessel_rt.model.segmenter import Segmenter
@@ -31,7 +32,7 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     assert (summary.images, summary.failed, summary.masks, summary.without_mask) == (3, 0, 3, 0)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["counts"] == {
-        "in_all_parts": 3,
+        "in_all_shards": 3,
         "images": 3,
         "ok": 3,
         "failed": 0,
@@ -47,6 +48,36 @@ def test_a_run(standin: Bundle, frames: Path, tmp_path: Path) -> None:
     assert run["peak_memory_bytes"] is None or run["peak_memory_bytes"] > 1 << 24
     assert [line["image"] for line in lines(tmp_path / "out")] == ["a.jpg", "b.png", "c.tif"]
     assert "read" in lines(tmp_path / "out", "timings.jsonl")[0]["ms"]
+
+
+def test_a_device_is_probed_once_and_the_bundle_hashed_once(
+    standin: Bundle, frames: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[Device] = []
+    checked: list[Path] = []
+    monkeypatch.setitem(PROVIDERS, "cpu", dataclasses.replace(PROVIDERS["cpu"], probe=probed.append))
+    verify_files = Bundle.verify_files
+
+    def noted(self: Bundle, *args: Any, **more: Any) -> Any:
+        checked.append(self.folder)
+        return verify_files(self, *args, **more)
+
+    monkeypatch.setattr(Bundle, "verify_files", noted)
+    infer(standin, options(frames, tmp_path / "out", devices=(Device("cpu"),)))
+    assert probed == [Device("cpu")]
+    assert checked == [standin.folder]
+
+
+def test_subfolders_are_run_and_resumed_with_the_output_folder_among_them(standin: Bundle, frames: Path) -> None:
+    for folder in ("one", "two"):
+        (frames / folder).mkdir()
+        shutil.copy(frames / "b.png", frames / folder / "b.png")
+    asked = options(frames, frames / "out", selection=Selection(recursive=True))
+    assert infer(standin, asked).images == 5
+    assert infer(standin, asked).kept == 5
+    assert {path.stem for path in (frames / "out" / "masks").iterdir()} == {"a", "b", "c", "one__b", "two__b"}
+    assert [line["image"] for line in lines(frames / "out")] == ["a.jpg", "b.png", "c.tif", "one/b.png", "two/b.png"]
+    assert json.loads((frames / "out" / "run.json").read_text())["options"]["recursive"] is True
 
 
 def test_good_images_are_finished_though_others_fail(standin: Bundle, frames: Path, tmp_path: Path) -> None:

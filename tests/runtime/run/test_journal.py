@@ -165,7 +165,7 @@ def test_an_input_is_never_removed(abc: list[Frame], tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_folder(abc: list[Frame], tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    with opened(tmp_path / "out", abc), pytest.raises(VesselError, match="another vessel-rt is at work"):
+    with opened(tmp_path / "out", abc), pytest.raises(VesselError, match="another command is at work"):
         look(tmp_path / "out", abc)
     look(tmp_path / "out", abc)
 

@@ -21,14 +21,14 @@ import pytest
 
 from tests.support.frames import make_frame
 from tests.support.runs import lines, many, options, same_results
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.errors import DeviceError, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.results.writer import Entry
 from vessel_rt.run import worker_process
 from vessel_rt.run.infer import infer
-from vessel_rt.run.process_pool import RESTARTS, Workers
+from vessel_rt.run.process_pool import RESTARTS, ProcessPool
 from vessel_rt.run.worker_process import Patience, WorkerProcess
 
 TWO = (Device("cpu"), Device("cpu"))
@@ -48,7 +48,7 @@ def test_two_processes_do_what_one_does(standin: Bundle, tmp_path: Path) -> None
 def test_a_process_that_is_killed_is_started_again(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Three times, in the middle of several frames: not one is lost, and the record is that of a run in peace."""
+    """Three times, in the middle of several frames: not one is lost, and the record is that of an uninterrupted run."""
     frames = many(tmp_path / "frames", 40)
     infer(standin, options(frames, tmp_path / "one"))
     run, turns, killed = WorkerProcess.run, itertools.count(), []
@@ -74,10 +74,10 @@ def test_a_frame_that_kills_is_tried_twice_and_no_other_fails(standin: Bundle, t
     frames = many(tmp_path / "frames", 12)
     make_frame(1344, 1344).save(frames / "005_deadly.png")
     deadly = (
-        "import os; from vessel_rt.model import segmenter; from vessel_rt.run import process_pool as workers\n"
+        "import os; from vessel_rt.model import segmenter; from vessel_rt.run.worker_process import serve\n"
         "prepare = segmenter.Segmenter.prepare\n"
         "segmenter.Segmenter.prepare = lambda self, image: os.abort() if image.width == 1344 else prepare(self, image)\n"
-        "workers.serve()"
+        "serve()"
     )
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", deadly)
     summary = infer(standin, options(frames, tmp_path / "out", devices=TWO))
@@ -98,9 +98,9 @@ def test_a_bug_in_a_process_shows_its_traceback_without_names(standin: Bundle, t
     (tmp_path / "in").mkdir()
     make_frame().save(tmp_path / "in" / "Study-4711-B.png")
     broken = (
-        "from vessel_rt.run import worker, process_pool as workers\n"
+        "from vessel_rt.run import worker, worker_process\n"
         "def read(frame, rescale): raise RuntimeError(f'no way with {frame.path}')\n"
-        "worker.read_frame = read; workers.serve()"
+        "worker.read_frame = read; worker_process.serve()"
     )
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", broken)
     with pytest.raises(RuntimeError, match="no way with") as caught:
@@ -112,7 +112,7 @@ STICKY = """
 import itertools
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from vessel_rt.device import session
-from vessel_rt.run import process_pool as workers
+from vessel_rt.run.worker_process import serve
 run, calls = session.Session.run, itertools.count(1)
 def run_or_fail(self, feeds, **more):
     with self._faults():
@@ -120,7 +120,7 @@ def run_or_fail(self, feeds, **more):
             raise Fail("CUDA failure 700")
     return run(self, feeds, **more)
 session.Session.run = run_or_fail
-workers.serve()
+serve()
 """
 
 
@@ -155,11 +155,11 @@ def test_a_device_that_is_given_up_leaves_its_frames_to_the_others(
     frames = many(tmp_path / "frames", 30)
     infer(standin, options(frames, tmp_path / "one"))
     marked = (
-        "import dataclasses, os; from vessel_rt.run import worker, process_pool as workers\n"
-        "def start(self, stop, say, *more, opened=workers.Job.open):\n"
+        "import dataclasses, os; from vessel_rt.run import worker, worker_process\n"
+        "def start(self, stop, say, *more, opened=worker.Job.open):\n"
         "    if self.device.index: worker.read_frame = lambda *_: os.abort()\n"
-        "    return opened(dataclasses.replace(self, device=workers.Device('cpu')), stop, say, *more)\n"
-        "workers.Job.open = start; workers.serve()"
+        "    return opened(dataclasses.replace(self, device=worker.Device('cpu')), stop, say, *more)\n"
+        "worker.Job.open = start; worker_process.serve()"
     )
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", marked)
     summary = infer(standin, options(frames, tmp_path / "two", devices=(Device("cpu"), Device("cpu", 1))))
@@ -184,7 +184,7 @@ def test_a_process_that_makes_no_progress_is_killed_and_its_frames_come_back(
         yield from entries
 
     monkeypatch.setattr(WorkerProcess, "run", run_and_stop)
-    monkeypatch.setattr("vessel_rt.run.infer.Workers", functools.partial(Workers, patience=Patience(stalled=10)))
+    monkeypatch.setattr("vessel_rt.run.infer.ProcessPool", functools.partial(ProcessPool, patience=Patience(stalled=10)))
     summary = infer(standin, options(frames, tmp_path / "two", devices=TWO))
     assert (summary.images, summary.failed) == (41, 1)
     same_results(tmp_path / "two", tmp_path / "one")
@@ -208,8 +208,8 @@ def test_a_process_whose_parent_is_gone_ends_in_silence(sent: bytes) -> None:
 
 
 IMPATIENT = (
-    "import functools; from vessel_rt.run import infer as folder, worker_process, process_pool as workers\n"
-    "folder.Workers = functools.partial(workers.Workers, patience=worker_process.Patience(stopping=2))\n"
+    "import functools; from vessel_rt.run import infer, process_pool, worker_process\n"
+    "infer.ProcessPool = functools.partial(process_pool.ProcessPool, patience=worker_process.Patience(stopping=2))\n"
 )
 
 
@@ -302,7 +302,7 @@ def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
         out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
-    assert "The same command goes on from there." in err
+    assert "Give the same command again to continue." in err
     done = json.loads(out.splitlines()[-1])
     assert (done["stopped"], done["exit_code"], done["total"]) == (number.name, 128 + number, 300)
     finished = lines(bitmaps / "out")
@@ -314,7 +314,7 @@ def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
 
 
 @pytest.mark.parametrize("devices", [(), ("--devices", "cpu:2")])
-def test_killed_again_and_again_a_run_ends_as_if_in_peace(standin: Bundle, bitmaps: Path, devices: tuple[str, ...]) -> None:
+def test_killed_again_and_again_a_run_ends_as_an_uninterrupted_one(standin: Bundle, bitmaps: Path, devices: tuple[str, ...]) -> None:
     for delay in (0.0, 0.05, 0.15):
         with begin(standin, bitmaps, *devices) as process:
             time.sleep(delay)

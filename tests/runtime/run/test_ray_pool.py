@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.frames import make_frame
 from tests.support.runs import many, options, same_results
-from vessel_rt.device.session import Device
+from vessel_rt.device.providers import Device
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.run.infer import infer
 

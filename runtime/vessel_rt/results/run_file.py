@@ -1,0 +1,22 @@
+"""run.json, written in one place. Does not know who made its content: one run, or the shards of one.
+
+What it has to hold is in schema.py; reader.py reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vessel_rt.io.files import replacing, writing
+from vessel_rt.results.reader import RUN_FILE
+
+__all__ = ["write_run"]
+
+
+def write_run(output: Path, run: dict[str, Any]) -> None:
+    """Write run.json into an output folder. Raises VesselError."""
+    path = output / RUN_FILE
+    with writing(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps(run, indent=1) + "\n", encoding="ascii")
