@@ -16,7 +16,7 @@ from tests.support.paths import Tiny
 from vessel_export.cli import main
 from vessel_export.graphs.layers import DEFAULT_EXPONENT
 from vessel_export.parity.exponents import apply, exponents_of, set_exponents
-from vessel_export.parity.fp16_ranges import measure
+from vessel_export.parity.fp16_ranges import RangesRequest, measure, measure_and_apply
 from vessel_export.parity.inputs import drawn_samples
 from vessel_export.parity.ranges_report import LIMIT, RANGES_FILE, Ranges, exponent_for
 from vessel_rt.errors import BundleError, VesselError
