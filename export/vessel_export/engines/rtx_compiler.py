@@ -1,7 +1,7 @@
-"""One graph -> one TensorRT-RTX engine, in a process of its own, which `compile_graph` starts.
+"""Compiles one graph to one TensorRT-RTX engine, in a child process that `compile_graph` starts.
 
-A process of its own, because its memory is several times the weights and is to be given back at once, and because what a described GPU
-loads (described_gpu.py) must not stay in a process that may use a real one.
+The child takes several times the weights' memory, which the system has back as soon as it ends. And the libraries that a stub GPU loads
+(stub_gpu.py) must not stay in a process that may use a real GPU. Does not know bundles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx
 
 from vessel_export.engines.partition import EP_CONTEXT, Context
-from vessel_export.engines.stub_gpu import Provider
+from vessel_export.engines.stub_gpu import ProviderLibrary
 from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import EngineError, first_line
 from vessel_rt.formats.profiles import Profile
@@ -30,14 +30,14 @@ __all__ = ["Compiled", "compile_graph"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NO_DEVICE = 3  # the exit code
-_DRIVER = r"libcuda\.so|libnvidia-ml\.so|nvcuda\.dll|nvml\.dll"  # its libraries, in the message that one of them is missing
-_STAMP = r"(?:\d{4}-\d\d-\d\d \d\d:|$)"  # where the log's next message begins
+_DRIVER = r"libcuda\.so|libnvidia-ml\.so|nvcuda\.dll|nvml\.dll"  # its libraries, one of which a message reports as missing
+_STAMP = r"(?:\d{4}-\d\d-\d\d \d\d:|$)"  # the start of the log's next message
 _GRAPH, _COMPILED = "graph.onnx", "compiled.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of one graph: its node, which names the engine's file, and the model's metadata, which the provider checks at loading."""
+    """A compiled graph: its node, which names the engine's file, and the metadata that the provider checks when it loads the engine."""
 
     context: Context
     metadata: dict[str, str]
@@ -50,18 +50,24 @@ class _Request:
     preload: list[str]
     options: dict[str, str]
     weights: str  # the folder that external data are relative to
-    folder: str  # has the graph, and is given what comes of it
+    folder: str  # has the graph; the compiled model and the engine are written to it
 
 
 def compile_graph(
-    weights: Path, architecture: str, provider: Provider, graph: onnx.ModelProto, profile: Profile, engine: Path, tick: Callable[[], object]
+    weights: Path,
+    architecture: str,
+    provider: ProviderLibrary,
+    graph: onnx.ModelProto,
+    profile: Profile,
+    engine: Path,
+    tick: Callable[[], object],
 ) -> Compiled:
-    """Compile `graph`, whose external data lie in the folder `weights`, into the file `engine`; `tick` is called about once a second.
+    """Compile `graph`, whose external data are in the folder `weights`, into the file `engine`. Calls `tick` about once a second.
 
     Raises:
-        EngineError: there is no GPU to be seen, TensorRT-RTX cannot compile the graph whole, or memory or disk space ran out.
+        EngineError: there is no GPU, TensorRT-RTX cannot compile the whole graph, or memory or disk space ran out.
     """
-    folder = engine.with_name(f".{engine.name}.compiler")  # of its own, since ONNX Runtime names the engine's file itself
+    folder = engine.with_name(f".{engine.name}.compiler")  # because ONNX Runtime chooses the name of the engine's file
     folder.mkdir()
     onnx.save(graph, folder / _GRAPH)
     request = _Request(
@@ -79,14 +85,14 @@ def compile_graph(
     code, log = _run(request, tick)
     if code == _NO_DEVICE:
         raise EngineError(
-            f"TensorRT-RTX sees no GPU here that it supports: build where one is, or for one elsewhere with --describe {architecture}"
+            f"TensorRT-RTX finds no GPU that it supports; build on a machine with one, or without one by --describe {architecture}"
         )
     if code:
         raise EngineError(f"{engine.stem}: TensorRT-RTX cannot compile it for {architecture}: {_cause(code, log)}")
     compiled = onnx.load(folder / _COMPILED, load_external_data=False)
     nodes, files = compiled.graph.node, list(folder.glob("*.engine"))
     if [node.op_type for node in nodes] != [EP_CONTEXT] or len(files) != 1:
-        raise EngineError(f"{engine.stem}: TensorRT-RTX did not compile it whole, but left {', '.join(node.op_type for node in nodes)}")
+        raise EngineError(f"{engine.stem}: TensorRT-RTX compiled only a part of it and left {', '.join(node.op_type for node in nodes)}")
     files[0].replace(engine)
     shutil.rmtree(folder)
     attributes = {attribute.name: _plain(onnx.helper.get_attribute_value(attribute)) for attribute in nodes[0].attribute}
@@ -103,17 +109,17 @@ def _plain(value: object) -> str | int:
 
 
 def _run(request: _Request, tick: Callable[[], object]) -> tuple[int, str]:
-    """Run `_compile` in a process of its own; its exit code and what it logged."""
+    """Run `_compile` in a child process; returns its exit code and its log."""
     command = [sys.executable, "-m", __name__]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
-        asked: str | None = json.dumps(dataclasses.asdict(request))
+        sent: str | None = json.dumps(dataclasses.asdict(request))
         while True:
             try:
-                _, log = process.communicate(asked, timeout=1)
+                _, log = process.communicate(sent, timeout=1)
                 return process.returncode, log
             except subprocess.TimeoutExpired:
-                asked = None
+                sent = None
                 tick()
     finally:
         process.kill()
@@ -121,20 +127,20 @@ def _run(request: _Request, tick: Callable[[], object]) -> tuple[int, str]:
 
 
 def _cause(code: int, log: str) -> str:
-    """In one line: the log's first error, its parser's before others; its last line where none is marked as one."""
+    """In one line: the log's first error, preferably the parser's, or its last line if none is marked as an error."""
     if code == -signal.SIGKILL:
-        return "it was killed, most likely for lack of memory; free some, or raise engines.language_model_parts in the recipe"
+        return "it was killed, probably for lack of memory; free some, or raise engines.language_model_partitions in the recipe"
     text = re.sub(r"\x1b\[[0-9;]*m", "", log).strip()
-    if "engine stream" in text:  # all that the provider says when it cannot write on
-        return "the engine cannot be written to its end; is the disk full?"
+    if "engine stream" in text:  # the provider's only message when it cannot write
+        return "the engine cannot be written; the disk is probably full"
     found = re.search(rf"ERROR: (.*?){_STAMP}", text, re.DOTALL) or re.search(rf"ERROR\] (.*?){_STAMP}", text, re.DOTALL)
     return " ".join(found[1].split())[:300] if found else text.rpartition("\n")[2] or f"exit code {code}"
 
 
 def _compile(request: _Request) -> None:
-    """What the process does. A fault is its last word, or _NO_DEVICE its exit code."""
+    """The child process. It ends with the fault as its last line, or with the exit code _NO_DEVICE."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed build leaves no compiler behind
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no compiler survives a killed build
     for library in request.preload:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     ort = onnxruntime()
@@ -149,7 +155,7 @@ def _compile(request: _Request) -> None:
     options.add_provider_for_devices(devices[:1], request.options)
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", request.weights)
-    with contextlib.chdir(request.folder):  # the engine's path is written into the model as it is given here
+    with contextlib.chdir(request.folder):  # the model records the engine's path as given here
         try:
             ort.ModelCompiler(options, Path(_GRAPH).read_bytes(), embed_compiled_data_into_model=False).compile_to_file(_COMPILED)
         except Exception as e:

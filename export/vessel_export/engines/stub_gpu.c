@@ -1,12 +1,12 @@
-/* A described GPU: what ONNX Runtime's TensorRT-RTX provider has to find before it compiles for a GPU that is not there.
+/* A stub GPU: what ONNX Runtime's TensorRT-RTX provider has to find before it compiles for a GPU that this machine does not have.
  *
- * One source, compiled twice (described_gpu.py), once under each of the two sonames of the driver that the provider links:
- * libcuda.so.1 and libnvidia-ml.so.1. It holds
- *   1. the driver's functions that the provider imports, each answering that there is no device;
- *   2. the few functions of the CUDA runtime that the provider calls before it compiles, answering for one GPU of MAJOR.MINOR;
- *   3. an ONNX Runtime provider library, which is NVIDIA's own (PROVIDER) but for being shown that GPU, since ONNX Runtime finds none.
- * Nothing can run on such a GPU: it is enough for nv_target_sm, with which the provider compiles without asking the device anything more.
- * It needs no header of CUDA or of ONNX Runtime; what it uses of theirs is declared here.
+ * One source, compiled twice (stub_gpu.py), once under each of the driver's two sonames that the provider links: libcuda.so.1 and
+ * libnvidia-ml.so.1. It has
+ *   1. the driver's functions that the provider imports; each returns that there is no device;
+ *   2. the functions of the CUDA runtime that the provider calls before it compiles; they report one GPU of MAJOR.MINOR;
+ *   3. an ONNX Runtime provider library that wraps NVIDIA's own (PROVIDER) and shows it that GPU, since ONNX Runtime finds none.
+ * Nothing can run on such a GPU. It is enough for nv_target_sm, with which the provider compiles without further queries to the device.
+ * No headers of CUDA or ONNX Runtime are needed; their declarations that it uses are here.
  */
 #include <dlfcn.h>
 #include <stddef.h>
@@ -14,7 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* 1. The driver. Any function of it says CUDA_ERROR_NO_DEVICE; NVML knows that number too, and has no meaning for it that matters. */
+/* 1. The driver. Every function returns CUDA_ERROR_NO_DEVICE. NVML has the same number for an error that does not matter here. */
 
 #define NO_DEVICE 100
 #define ABSENT(function) int function(void) { return NO_DEVICE; }
@@ -27,12 +27,12 @@ ABSENT(cuSignalExternalSemaphoresAsync) ABSENT(cuStreamGetCtx) ABSENT(cuWaitExte
 ABSENT(nvmlInit_v2) ABSENT(nvmlShutdown) ABSENT(nvmlSystemGetDriverVersion)
 const char *nvmlErrorString(int error) { (void)error; return "no device"; }
 
-/* 2. The CUDA runtime. struct cudaDeviceProp is that of CUDA 13's driver_types.h: 1008 bytes, of which these are read. */
+/* 2. The CUDA runtime. struct cudaDeviceProp is that of CUDA 13's driver_types.h: 1008 bytes; these fields are read. */
 
 #define PROPERTIES_BYTES 1008
 #define PROPERTIES_MAJOR 360
 #define PROPERTIES_MINOR 364
-#define NAME "described GPU"
+#define NAME "stub GPU"
 static int pool;
 
 int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
@@ -51,7 +51,7 @@ int cudaGetDeviceProperties(char *properties, int device) {
   return 0;
 }
 
-/* 3. The provider. ONNX Runtime's tables of functions only ever grow at the end: the places are those of its headers
+/* 3. The provider. ONNX Runtime's tables of functions grow only at the end: the indices are those of its headers
  * onnxruntime_c_api.h (OrtApi) and onnxruntime_ep_c_api.h (OrtEpApi, OrtEpFactory) since 1.24. A status of NULL is success. */
 
 #define ORT_VERSION 24
@@ -77,12 +77,12 @@ struct OrtEpFactory {
 typedef Status (*CreateFactories)(const char *, const OrtApiBase *, const void *, OrtEpFactory **, size_t, size_t *);
 typedef Status (*ReleaseFactory)(OrtEpFactory *);
 
-static void *library, *described;
+static void *library, *stub;
 static GetSupportedDevices theirs;
 
-static Status only_the_described(OrtEpFactory *factory, const void *const *devices, size_t count, void **found, size_t most, size_t *number) {
+static Status only_the_stub(OrtEpFactory *factory, const void *const *devices, size_t count, void **found, size_t most, size_t *number) {
   (void)devices; (void)count;
-  return theirs(factory, (const void *const *)&described, 1, found, most, number);
+  return theirs(factory, (const void *const *)&stub, 1, found, most, number);
 }
 
 Status CreateEpFactories(const char *name, const OrtApiBase *base, const void *logger, OrtEpFactory **factories, size_t most, size_t *number) {
@@ -92,14 +92,14 @@ Status CreateEpFactories(const char *name, const OrtApiBase *base, const void *l
   ((void (*)(void **))api[ORT_CREATE_KEY_VALUE_PAIRS])(&metadata);
   ((void (*)(void *, const char *, const char *))api[ORT_ADD_KEY_VALUE_PAIR])(metadata, "pci_bus_id", "0000:01:00.0");
   Status status = ((Status (*)(int, uint32_t, uint32_t, const char *, const void *, void **))ep_api[EP_CREATE_HARDWARE_DEVICE])(
-      DEVICE_TYPE_GPU, VENDOR_NVIDIA, 0, "NVIDIA", metadata, &described);
+      DEVICE_TYPE_GPU, VENDOR_NVIDIA, 0, "NVIDIA", metadata, &stub);
   if (status) return status;
   library = dlopen(PROVIDER, RTLD_NOW | RTLD_LOCAL);
   if (!library) return ((Status (*)(int, const char *))api[ORT_CREATE_STATUS])(ORT_FAIL, dlerror());
   status = ((CreateFactories)dlsym(library, "CreateEpFactories"))(name, base, logger, factories, most, number);
   if (status) return status;
   theirs = factories[0]->get_supported_devices;
-  factories[0]->get_supported_devices = only_the_described;
+  factories[0]->get_supported_devices = only_the_stub;
   return NULL;
 }
 

@@ -1,6 +1,6 @@
-"""One graph -> one TensorRT plan, by Polygraphy, on the GPU that is here. Thin, and not run yet: TensorRT's library is not on PyPI.
+"""Compiles one graph to one TensorRT plan with Polygraphy, on this machine's GPU. Not run yet: TensorRT's library is not on PyPI.
 
-The graph's types decide (networks are strongly typed, as TensorRT 11's always are); nothing is tuned but the shapes.
+Networks are strongly typed, as all are in TensorRT 11: the graph determines the types. Only the shapes are set. Does not know bundles.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["compile_plan"]
 def compile_plan(
     weights: Path, architecture: str, ampere_plus: bool, graph: onnx.ModelProto, profile: Profile, engine: Path, tick: Callable[[], object]
 ) -> Compiled:
-    """Compile `graph`, whose external data lie in the folder `weights`, into the plan `engine`, for the first GPU.
+    """Compile `graph`, whose external data are in the folder `weights`, into the plan `engine`, on the first GPU.
 
-    `ampere_plus` makes it fit for every GPU of compute capability 8.0 or more; else it is for GPUs of `architecture`.
+    With `ampere_plus` the plan runs on every GPU of compute capability 8.0 or higher, otherwise on GPUs of `architecture`.
 
     Raises:
         EngineError: Polygraphy or TensorRT is missing or cannot compile the graph, or the GPU is of another architecture.
@@ -38,10 +38,10 @@ def compile_plan(
         from polygraphy.backend.trt import Profile as Shapes
         from polygraphy.exception import PolygraphyException
     except ImportError as e:
-        raise EngineError(f"--builder tensorrt: {e.name or e} is missing: pip install 'vessel-rt[tensorrt]'") from e
+        raise EngineError(f"--builder tensorrt: {e.name or e} is missing; pip install 'vessel-rt[tensorrt]'") from e
     gpu = list_gpus()[0]
     if not ampere_plus and gpu.architecture != architecture:
-        raise EngineError(f"--builder tensorrt: this GPU ({gpu.name}) is {gpu.architecture}, the recipe is for {architecture}")
+        raise EngineError(f"--builder tensorrt: this GPU is {gpu.architecture}, the recipe is for {architecture}; give another --recipe")
     shapes = Shapes()
     for name in profile.max:
         shapes.add(name, min=profile.min[name], opt=profile.opt[name], max=profile.max[name])
@@ -49,13 +49,13 @@ def compile_plan(
     folder = engine.with_name(f".{engine.name}.compiler")
     for file in weight_files(graph):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        os.link(weights / file, folder / file)  # external data lie beside a graph, and may not be links of another kind
+        os.link(weights / file, folder / file)  # external data must be next to the graph, and not symbolic links
     onnx.save(graph, folder / "graph.onnx")
     try:
         network = network_from_onnx_path(str(folder / "graph.onnx"), strongly_typed=True)
         plan = engine_bytes_from_network(network, config=CreateConfig(profiles=[shapes], hardware_compatibility_level=level))
     except PolygraphyException as e:
-        raise EngineError(f"{engine.stem}: TensorRT {tensorrt.__version__} cannot compile it for {gpu.name}; its log says why") from e
+        raise EngineError(f"{engine.stem}: TensorRT {tensorrt.__version__} cannot compile it for {gpu.name}; see its log") from e
     engine.write_bytes(plan)
     shutil.rmtree(folder)
     tick()

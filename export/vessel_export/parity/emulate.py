@@ -1,10 +1,10 @@
-"""What a GPU computes in FP16 or BF16, on the CPU: a graph in which every operator is FP32 and its result is rounded to the graph's type F.
+"""Emulates a GPU's FP16 or BF16 on the CPU: every operator computes in FP32, and its result is rounded to the graph's type F.
 
-ONNX Runtime's CPU provider runs most FP16 operators in FP32, several at a time, and has none for BF16: what overflows between two operators
-on a GPU does not show there. A strongly typed engine keeps sums inside an operator in FP32 and stores every result in F; so does this.
-An `Attention` is one operator then, as it is in a fused kernel; spelled out, each step of it is stored in F.
+ONNX Runtime's CPU provider runs most FP16 operators in FP32, several at a time, and has no BF16 operators, so an overflow between two
+operators on a GPU does not show there. A strongly typed engine keeps sums inside an operator in FP32 and stores every result in F. The
+emulation does the same. `Attention` counts as one operator, as in a fused kernel; spelled out, each of its steps is stored in F.
 
-Knows graphs and their types, nothing of what they compute.
+Knows graphs and their types. Does not know what the graphs compute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.providers import Device, onnxruntime
 from vessel_rt.device.session import Session
-from vessel_rt.formats.bundle import Bundle, StageSpec, TensorSpec
+from vessel_rt.formats.bundle import Bundle, TensorSpec
 
 __all__ = [
     "MOVES",
@@ -38,7 +38,7 @@ FLOAT = ir.DataType.FLOAT
 _INT64 = ir.DataType.INT64
 _LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
-# They move values about, or choose among them: what was rounded before stays as it is.
+# They move or select values, which were rounded before.
 MOVES = frozenset(
     (
         "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze",
@@ -48,15 +48,15 @@ MOVES = frozenset(
 
 
 def low_type(model: ir.Model) -> ir.DataType | None:
-    """The graph's F: FLOAT16 or BFLOAT16, None where it has neither."""
+    """The graph's type F, FLOAT16 or BFLOAT16; None if it has neither."""
     found = {value.dtype for node in model.graph for value in node.outputs} & set(_LOW)
     return next(iter(found), None)
 
 
 def widen(model: ir.Model, *, rounding: bool) -> None:
-    """Turn every F into FP32, at the graph's edge as inside; with `rounding`, each result and input is rounded to F where it was F.
+    """Change every F to FP32, inputs and outputs included. With `rounding`, results and inputs that were F are rounded to F.
 
-    Weights stay F in their files and are widened one by one as they are used.
+    Weights stay F in their files; each is widened when it is used.
     """
     graph, low = model.graph, low_type(model)
     if low is None:
@@ -80,7 +80,7 @@ def widen(model: ir.Model, *, rounding: bool) -> None:
 
 
 def _widen_at_each_use(graph: ir.Graph, value: ir.Value) -> None:
-    """A cast for each use, right before it, so that no more than one widened weight is ever in memory."""
+    """Insert a cast before each use, so that at most one widened weight is in memory."""
     for node, index in list(value.uses()):
         wide = ir.node("Cast", [value], {"to": FLOAT})
         wide.outputs[0].name, wide.outputs[0].dtype = f"{value.name}/wide.{node.name}.{index}", FLOAT
@@ -89,7 +89,7 @@ def _widen_at_each_use(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _round(graph: ir.Graph, value: ir.Value, low: ir.DataType) -> None:
-    """Put two casts between `value` and its users; where it is an output of the graph, the rounded one takes its name."""
+    """Insert two casts between `value` and its users. If it is an output of the graph, the rounded value takes its name."""
     there = ir.node("Cast", [value], {"to": low})
     back = ir.node("Cast", [there.outputs[0]], {"to": FLOAT})
     rounded = back.outputs[0]
@@ -110,9 +110,9 @@ def _round(graph: ir.Graph, value: ir.Value, low: ir.DataType) -> None:
 
 
 def spell_out_attention(model: ir.Model) -> None:
-    """Replace every `Attention` by the steps of its ONNX definition, each with a result in F, as kernels that are not fused store them.
+    """Replace every `Attention` by the steps of its ONNX definition, each with a result in F, as in kernels that are not fused.
 
-    Q, K, V are 4-D and of one width, and the mask, if there is one, is boolean: so it is in every graph here.
+    Expects 4-D Q, K and V of one width and a boolean mask or none, as in all graphs of this project.
     """
     graph = model.graph
     for node in [node for node in graph if node.op_type == "Attention"]:
@@ -127,12 +127,12 @@ def spell_out_attention(model: ir.Model) -> None:
 
 
 def scaled_logits(graph: ir.Graph, attention: ir.Node) -> ir.Value:
-    """Compute, before the node `attention`, what its softmax is taken of, but for the mask."""
+    """Insert nodes before `attention` that compute the input of its softmax, without the mask."""
     return _logits(_Inserter(graph, attention), attention)
 
 
 class _Inserter:
-    """Makes nodes before a given one, with results in F unless told otherwise."""
+    """Inserts nodes before a given one. Results are in F unless `dtype` is given."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self._graph, self._node, self._count = graph, node, 0
@@ -165,20 +165,20 @@ def _logits(op: _Inserter, attention: ir.Node) -> ir.Value:
 
 
 def serialized(model: ir.Model) -> bytes:
-    """The model as ONNX Runtime loads it; its external data remain where they are."""
+    """The model as bytes for ONNX Runtime; its external data stay in their files."""
     return bytes(ir.to_proto(model).SerializeToString())
 
 
 def wide_options(options: Any, folder: Path) -> Any:
-    """Set onnxruntime.SessionOptions for a widened model whose external data lie in `folder`; returns them.
+    """Set onnxruntime.SessionOptions for a widened model whose external data are in `folder`; returns them.
 
-    Weights are mapped from their files and widened one at a time: anonymous memory is what the activations take, and the largest matrix
-    in FP32. Nothing is optimised, since constants would be folded, that is all widened at once.
+    Weights are mapped from their files and widened one at a time, so anonymous memory holds only the activations and the largest matrix in
+    FP32. Graph optimisation is off: constant folding would widen all weights at once.
     """
     ort = onnxruntime()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # as listed; the default order would begin with all weights
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # memory is given back as soon as it is free
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # the order of the nodes; the default order would widen all weights first
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # return memory as soon as it is free
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return options
 
@@ -191,20 +191,22 @@ class _EmulatedSession(Session):
 
 
 class EmulatedDeployment(Deployment):
-    """A bundle on a GPU that is not there."""
+    """A bundle with the rounding of a GPU, on the CPU."""
 
     def session(self, stage: str, threads: int = 0) -> Session:
         return _EmulatedSession(self.graphs[stage], self.device, threads)
 
 
 def emulate(bundle: Bundle) -> EmulatedDeployment:
-    """`bundle` with its graphs widened and rounding, on the CPU; all that enters and leaves them is FP32.
+    """`bundle` on the CPU, with graphs that are widened and round. Their inputs and outputs are FP32.
 
     Raises:
         BundleError: a file of the bundle is missing or was changed.
     """
     bundle.verify_files()
-    stages = {name: StageSpec(stage.file, _wide(stage.inputs), _wide(stage.outputs)) for name, stage in bundle.stages.items()}
+    stages = {
+        name: dataclasses.replace(stage, inputs=_wide(stage.inputs), outputs=_wide(stage.outputs)) for name, stage in bundle.stages.items()
+    }
     graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
     return EmulatedDeployment(dataclasses.replace(bundle, stages=stages), Device("cpu"), graphs)
 

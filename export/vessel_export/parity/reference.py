@@ -1,22 +1,21 @@
-"""The model in PyTorch, computed by the libraries it was trained with: the truth that a bundle is compared with.
+"""The model in PyTorch, computed by the libraries that it was trained with: the reference that a bundle is compared with.
 
-transformers runs the vision encoder and the language model, peft applies the LoRA (unmerged), and SAM2's own modules make the masks.
-Preprocessing is written here once more, with Pillow and torch. Nothing is shared with `merge`, `graphs` or `vessel_rt`: a mistake
-made there cannot hide here. Speed does not matter in this module; one image at a time, one token at a time.
+transformers runs the vision encoder and the language model, peft applies the LoRA (unmerged), and SAM2's own modules decode the masks.
+Preprocessing has an implementation of its own (reference_pixels.py). Nothing is shared with merge_lora, graphs or vessel_rt, so that a bug
+there shows up as a difference. Simple rather than fast: one image at a time, one token at a time.
 
-What is computed follows Sa2VA's inference code (projects/sa2va/hf/models/modeling_sa2va_chat.py, `predict_forward`);
-docs/numerics.md records the comparison with it.
+The computation follows Sa2VA's inference code (projects/sa2va/hf/models/modeling_sa2va_chat.py, `predict_forward`); docs/numerics.md
+records the comparison with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -30,13 +29,12 @@ from vessel_export.parity.reference_modules import (
     load_vision_model,
     open_internvl3,
 )
+from vessel_export.parity.reference_pixels import tile_image, to_pixel_values
 from vessel_export.sources.checkpoint import open_checkpoint
 
-__all__ = ["MaskPrediction", "Reference", "ReferenceResult", "Sam2Features", "tile_image", "to_pixel_values"]
+__all__ = ["MaskPrediction", "Reference", "ReferenceResult", "Sam2Features"]
 
 # Constants of Sa2VA's inference (`preparing_for_generation`) and of its template qwen_chat.
-MIN_TILES, MAX_TILES = 1, 12
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 PROMPT = "<|im_start|>user\n<img>{image_tokens}</img>\n{question}<|im_end|>\n<|im_start|>assistant\n"
 MAX_NEW_TOKENS = 2048
@@ -44,7 +42,7 @@ MAX_NEW_TOKENS = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Sam2Features:
-    """What sam2_image_encoder gives for one image (sizes of SAM2 Hiera-L): docs/architecture.md has the same names.
+    """The outputs of sam2_image_encoder for one image, named as in docs/architecture.md (sizes of SAM2 Hiera-L).
 
     `fpn_0` [1, 256, 256, 256] and `fpn_1` [1, 256, 128, 128] are taken before the mask decoder's conv_s0 and conv_s1;
     `image_features` [1, 256, 64, 64] has no_mem_embed added.
@@ -59,7 +57,7 @@ class Sam2Features:
 class MaskPrediction:
     """The best of three masks, by predicted IoU, for each [SEG] state; all float32.
 
-    `low_res_logits` [masks, 256, 256]; `iou` [masks], predicted, 0 to 1; `object_score` [masks], a logit that gates nothing.
+    `low_res_logits` [masks, 256, 256]; `iou` [masks], predicted, 0 to 1; `object_score` [masks], a logit that is not used.
     """
 
     low_res_logits: Tensor
@@ -69,12 +67,12 @@ class MaskPrediction:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceResult:
-    """One image and one question, with every stage's inputs and outputs.
+    """The result for one image and one question, with the inputs and outputs of every stage.
 
-    `prompt_ids` [prompt] and `answer_ids` [answer] are int64, the answer with its stop token; `answer` is its text as Sa2VA
-    prints it, special tokens included. `hidden_states` [answer, hidden] is the final-norm state whose logits gave `answer_ids`, so its
-    row k stands at position prompt - 1 + k; `seg_states` [masks, hidden] are those at the positions that consume [SEG].
-    `mask_logits` is float32 [masks, height, width] at the image's own size, `masks` where their sigmoid is above one half.
+    `prompt_ids` [prompt] and `answer_ids` [answer] are int64; the answer includes its stop token. `answer` is its text as Sa2VA prints it,
+    with special tokens. `hidden_states` [answer, hidden] are the final-norm states whose logits gave `answer_ids`: row k is at position
+    prompt - 1 + k. `seg_states` [masks, hidden] are those at the positions that consume [SEG]. `mask_logits` is float32
+    [masks, height, width] at the image's size; `masks` is true where their sigmoid is above one half.
     """
 
     prompt_ids: Tensor
@@ -97,7 +95,7 @@ class ReferenceResult:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A fine-tuned Sa2VA, loaded; make one with `Reference.load`. Its parts are the libraries' own modules, in eval mode."""
+    """A fine-tuned Sa2VA, built by `Reference.load` from the libraries' own modules, in eval mode."""
 
     tokenizer: Any
     vision_model: nn.Module
@@ -122,14 +120,14 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Reference:
-        """Build the model from the same three files that the exporter reads.
+        """Build the model from the same three sources that the exporter reads.
 
-        `base` is a folder in InternVL3's original layout or in the transformers-native `-hf` one; `sam2` is SAM2's .pt, its yaml beside
-        it under the same stem or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's;
-        `skip` names tensors of the checkpoint to leave out.
+        `base` is a folder in InternVL3's original layout or in the transformers-native `-hf` one. `sam2` is SAM2's .pt, with a .yaml of the
+        same stem next to it or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's. `skip` names
+        tensors of the checkpoint to leave out.
 
         Raises:
-            CheckpointError: the checkpoint is unreadable, lacks or misshapes a tensor, or tells no alpha and none is given.
+            CheckpointError: the checkpoint is unreadable, a tensor is missing or misshapen, or LoRA's alpha is unknown.
             BaseModelError: the base model or SAM2 is missing, incomplete or of another kind.
         """
         trained, internvl3 = open_checkpoint(checkpoint, skip), open_internvl3(base)
@@ -141,7 +139,7 @@ class Reference:
         def ready(module: nn.Module) -> nn.Module:
             return module.eval().requires_grad_(False).to(device=device, dtype=dtype)
 
-        ready(sam2_model).sam_prompt_encoder.float()  # whatever the dtype, it computes with FP32 coordinates
+        ready(sam2_model).sam_prompt_encoder.float()  # it computes with FP32 coordinates in every dtype
         return cls(
             tokenizer=tokenizer,
             vision_model=ready(load_vision_model(internvl3)),
@@ -157,7 +155,7 @@ class Reference:
 
     @torch.inference_mode()
     def segment(self, image: Image.Image, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> ReferenceResult:
-        """Answer `question` about `image` (any mode; converted to RGB) and give a mask for each [SEG] of the answer."""
+        """Answer `question` about `image` (any mode; converted to RGB), and predict a mask for each [SEG] of the answer."""
         image = image.convert("RGB")
         pixel_values = to_pixel_values(tile_image(image, self.tile_size)).to(self.device, self.dtype)
         image_embeds = self.encode_tiles(pixel_values)
@@ -195,14 +193,14 @@ class Reference:
     @torch.inference_mode()
     def encode_tiles(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [tiles, 3, 448, 448] -> image_embeds [tiles, 256, hidden]: InternViT, pixel shuffle v2, mlp1."""
-        patches = self.vision_model(pixel_values=pixel_values).last_hidden_state[:, 1:]  # the class token goes
+        patches = self.vision_model(pixel_values=pixel_values).last_hidden_state[:, 1:]  # without the class token
         return self.projector(_pixel_shuffle(patches, round(1 / self.downsample_ratio)))  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def run_language_model(self, inputs_embeds: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
         """inputs_embeds [batch, sequence, hidden] -> final-norm hidden states of that shape, next ids [batch, sequence].
 
-        `cache` (transformers' DynamicCache), if given, holds the positions before these and is extended.
+        `cache` (transformers' DynamicCache), if given, holds the positions before these and is updated.
         """
         model = self.language_model.get_base_model()
         output = model.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=cache is not None)
@@ -228,14 +226,14 @@ class Reference:
                 break
             ids.append(int(next_ids[0, -1]))
             inputs_embeds = self.language_model.get_input_embeddings()(next_ids[:, -1:])
-        # Every emitted token was consumed by one more run: states[k] emitted ids[k], states[k + 1] consumed it.
+        # One more run consumed every emitted token: states[k] emitted ids[k], states[k + 1] consumed it.
         table = torch.stack(states)
         answer_ids = torch.tensor(ids, device=self.device)
         return answer_ids, table[:-1], table[1:][answer_ids == seg_id]
 
     @torch.inference_mode()
     def encode_sam2(self, pixel_values: Tensor) -> Sam2Features:
-        """pixel_values [1, 3, 1024, 1024] -> the features that mask decoding takes."""
+        """pixel_values [1, 3, 1024, 1024] -> the inputs of mask decoding."""
         fpn_0, fpn_1, top = (level.to(self.dtype) for level in self.sam2.image_encoder(pixel_values)["backbone_fpn"])
         return Sam2Features(fpn_0, fpn_1, top + self.sam2.no_mem_embed.reshape(1, -1, 1, 1))
 
@@ -243,11 +241,11 @@ class Reference:
     def decode_masks(self, features: Sam2Features, seg_states: Tensor) -> MaskPrediction:
         """One image's features and seg_states [masks, hidden] -> its masks.
 
-        As Sa2VA's `_forward_sam_heads`: no points (SAM2 then pads with two `not_a_point` tokens), the language embedding as a third
+        As in Sa2VA's `_forward_sam_heads`: no points (SAM2 then pads with two `not_a_point` tokens), the language embedding as a third
         sparse token, three masks, and no gating by the object score.
         """
         count, decoder, prompt_encoder = len(seg_states), self.sam2.sam_mask_decoder, self.sam2.sam_prompt_encoder
-        if count == 0:  # SAM2's decoder takes no empty batch
+        if count == 0:  # SAM2's decoder does not take an empty batch
             none = torch.empty(0, device=self.device)
             return MaskPrediction(none.reshape(0, *features.fpn_0.shape[2:]), none, none)
         no_point = torch.zeros(count, 1, 2, device=self.device), -torch.ones(count, 1, dtype=torch.int32, device=self.device)
@@ -273,39 +271,6 @@ class Reference:
         for shape in ((size, size), (height, width)):
             logits = nn.functional.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
         return logits[:, 0]
-
-
-def tile_image(image: Image.Image, size: int) -> list[Image.Image]:
-    """Cut an RGB image into 1 to 12 tiles of `size` pixels, row by row, and a thumbnail last if there is more than one.
-
-    InternVL's dynamic tiling: of all grids, the one whose aspect ratio is nearest the image's; of equally near ones the largest
-    that the image fills by more than half. Resized by Pillow's default filter (bicubic).
-    """
-    columns, rows = _choose_grid(image.width, image.height, size)
-    resized = image.resize((columns * size, rows * size))
-    boxes = [(x * size, y * size, (x + 1) * size, (y + 1) * size) for y in range(rows) for x in range(columns)]
-    tiles = [resized.crop(box) for box in boxes]
-    return tiles if len(tiles) == 1 else [*tiles, image.resize((size, size))]
-
-
-def to_pixel_values(images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size -> float32 [images, 3, height, width]: to 0..1, then ImageNet's mean and standard deviation."""
-    pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels.float() / 255 - mean) / std).contiguous()
-
-
-def _choose_grid(width: int, height: int, size: int) -> tuple[int, int]:
-    """(columns, rows) of tiles for an image of width x height pixels."""
-    numbers = range(1, MAX_TILES + 1)
-    grids = sorted(((c, r) for c in numbers for r in numbers if MIN_TILES <= c * r <= MAX_TILES), key=lambda grid: grid[0] * grid[1])
-    best, least = (1, 1), math.inf
-    for columns, rows in grids:
-        distance = abs(width / height - columns / rows)
-        fills = width * height > 0.5 * size * size * columns * rows
-        if distance < least or (distance == least and fills):
-            best, least = (columns, rows), distance
-    return best
 
 
 def _pixel_shuffle(patches: Tensor, factor: int) -> Tensor:

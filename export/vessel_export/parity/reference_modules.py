@@ -1,7 +1,7 @@
-"""The reference's parts: each built by the library it was trained with, and loaded strictly, by name, from the original files.
+"""The reference's modules: each is built by the library it was trained with and loaded strictly, by name, from the original files.
 
-transformers' Qwen2ForCausalLM under peft, transformers' InternVLVisionModel, sam2's SAM2Base. Knows files and names, not what is
-computed: that is `reference`. Shares nothing with `base_model` and `merge`, which it is there to check.
+They are transformers' Qwen2ForCausalLM under peft, transformers' InternVLVisionModel and sam2's SAM2Base. Shares no code and no names with
+base_model and merge_lora, which it checks. Does not know the computation: that is reference.py.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ __all__ = [
     "open_internvl3",
 ]
 
-SPECIAL_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")  # in the order of Sa2VA's training configuration, which gives their ids
+SPECIAL_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")  # in the order of Sa2VA's training configuration, which determines their ids
 
-# InternVisionModel's names -> those of transformers' InternVLVisionModel, in this order; qkv is split apart from this.
+# InternVisionModel's names -> those of transformers' InternVLVisionModel, in this order; qkv is split separately.
 _VISION_NAMES = (
     ("embeddings.class_embedding", "embeddings.cls_token"),
     ("embeddings.position_embedding", "embeddings.position_embeddings"),
@@ -50,9 +50,9 @@ _VISION_NAMES = (
     (".ls1", ".lambda_1"),
     (".ls2", ".lambda_2"),
 )
-# Where each part lies in a base model's files, by layout; mlp1 is trained, so the base model's is not read.
-_ORIGINAL_PARTS = {"vision_model.": "vision.", "language_model.": "language.", "mlp1.": "mlp1."}
-_HF_PARTS = {  # the published models have transformers 4's spelling; later versions save with `model.` in front
+# Prefix in a base model's files -> the module it belongs to, by layout. mlp1 is trained, so the base model's is not used.
+_ORIGINAL_PREFIXES = {"vision_model.": "vision.", "language_model.": "language.", "mlp1.": "mlp1."}
+_HF_PREFIXES = {  # the published models have transformers 4's names; later versions save with the prefix `model.`
     "language_model.": "language.",
     "vision_tower.": "vision.",
     "multi_modal_projector.": "mlp1.",
@@ -84,39 +84,41 @@ def open_internvl3(folder: Path) -> InternVL3:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
-        raise BaseModelError(f"{folder}: no base model here (config.json: {first_line(e)}); give a folder of InternVL3") from e
+        raise BaseModelError(f"{folder}: no base model here (config.json: {first_line(e)}); give --base an InternVL3 folder") from e
     if not isinstance(config, dict):
-        raise BaseModelError(f"{folder}: config.json is not a JSON object; give a folder of InternVL3")
+        raise BaseModelError(f"{folder}: config.json is not a JSON object; give --base an InternVL3 folder")
     original = config.get("model_type") == "internvl_chat"
-    parts: dict[str, dict[str, Tensor]] = {"vision": {}, "language": {}, "mlp1": {}}
-    prefixes = _ORIGINAL_PARTS if original else _HF_PARTS
+    modules: dict[str, dict[str, Tensor]] = {"vision": {}, "language": {}, "mlp1": {}}
+    prefixes = _ORIGINAL_PREFIXES if original else _HF_PREFIXES
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in _tensors(file).items():
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if prefix is None:
-                raise BaseModelError(f"{file}: unexpected tensor {name}; give an InternVL3 base model")
-            part, _, key = (prefixes[prefix] + name.removeprefix(prefix)).partition(".")
-            parts[part][key] = tensor
+                raise BaseModelError(f"{file}: unexpected tensor {name}; give --base an InternVL3 model")
+            module, _, key = (prefixes[prefix] + name.removeprefix(prefix)).partition(".")
+            modules[module][key] = tensor
     try:
         vision_config, text_config = (_original_configs if original else _hf_configs)(folder, config)
         ratio = float(config["downsample_ratio"])
     except (KeyError, TypeError, ValueError) as e:
-        raise BaseModelError(f"{folder}: config.json lacks what InternVL3 has, or has it of another kind ({e})") from e
-    vision = _as_transformers_vision(parts["vision"]) if original else parts["vision"]
-    return InternVL3(folder, vision_config, text_config, ratio, vision, parts["language"])
+        raise BaseModelError(
+            f"{folder}: config.json lacks a field of InternVL3, or has another type for it ({e}); download the base model again"
+        ) from e
+    vision = _as_transformers_vision(modules["vision"]) if original else modules["vision"]
+    return InternVL3(folder, vision_config, text_config, ratio, vision, modules["language"])
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as e:
-        raise BaseModelError(f"{file}: cannot be read ({first_line(e)}); download the base model whole") from e
+        raise BaseModelError(f"{file}: cannot be read ({first_line(e)}); download the whole base model again") from e
 
 
 def load_tokenizer(base: InternVL3) -> Any:
     """The base model's tokenizer with Sa2VA's special tokens added.
 
-    The `-hf` layout of InternVL3 has a `<video>` token with an id past the embedding's rows; it goes, or it would shift [SEG]'s.
+    The `-hf` layout of InternVL3 has a `<video>` token with an id beyond the embedding's rows. It is removed: it would shift [SEG]'s id.
 
     Raises:
         BaseModelError: no tokenizer in the folder.
@@ -158,12 +160,12 @@ def load_text_hidden_fcs(hidden: int, mask_hidden: int, trained: Checkpoint) -> 
 
 
 def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: float | None, vocabulary: int, dtype: torch.dtype) -> Any:
-    """Qwen2ForCausalLM wrapped by peft: LoRA beside the base weights, embed_tokens and lm_head replaced by the trained ones.
+    """Qwen2ForCausalLM wrapped by peft: unmerged LoRA, with embed_tokens and lm_head replaced by the trained ones.
 
-    `vocabulary` is the tokenizer's length, which both tables must have; `lora_alpha` overrides the checkpoint's.
+    `vocabulary` is the tokenizer's length, which both tables must have. `lora_alpha` overrides the checkpoint's.
 
     Raises:
-        CheckpointError: no alpha known, a table missing or of another vocabulary.
+        CheckpointError: alpha is unknown, or a table is missing or of another vocabulary.
         BaseModelError: a tensor is missing or unexpected, of the base model or of the LoRA.
     """
     import peft
@@ -171,14 +173,14 @@ def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: flo
 
     alpha = lora_alpha if lora_alpha is not None else trained.lora_alpha
     if alpha is None:
-        raise CheckpointError(f"{trained.path}: tells no lora_alpha; give it with --lora-alpha")
+        raise CheckpointError(f"{trained.path}: LoRA's alpha is not recorded; give it with --lora-alpha")
     adapter = _under(trained.tensors, "mllm.model.language_model.")
     tables = {f"{name}.weight": adapter.get(f"base_model.model.{name}.weight") for name in ("model.embed_tokens", "lm_head")}
     for name, table in tables.items():
         if table is None or len(table) != vocabulary:
             found = "is missing" if table is None else f"has {len(table)} rows"
-            raise CheckpointError(f"{trained.path}: {name} {found}; the base model's tokenizer has {vocabulary} tokens with Sa2VA's")
-    # The base model's own tables, of another vocabulary, are never used: training replaced both whole.
+            raise CheckpointError(f"{trained.path}: {name} {found}; the tokenizer has {vocabulary} tokens; check --base")
+    # The base model's own tables have another vocabulary and are not used: training replaced both.
     config = base.text_config
     config.vocab_size, config.tie_word_embeddings = vocabulary, False
     qwen2: Any = Qwen2ForCausalLM
@@ -202,16 +204,16 @@ def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: flo
 
 
 def load_sam2(weights: Path, trained: Checkpoint) -> Any:
-    """sam2's SAM2Base, built from its yaml, with the weights of a .pt of `{"model": state_dict}` and the trained mask decoder's.
+    """sam2's SAM2Base, built from its .yaml, with the weights of a .pt `{"model": state_dict}` and of the trained mask decoder.
 
     Raises:
-        BaseModelError: no yaml, one that names anything but sam2's modules, an unreadable .pt, or tensors that do not fit.
+        BaseModelError: no .yaml, one that names other classes than sam2's, an unreadable .pt, or tensors that do not fit.
     """
     config, state = read_sam2_config(find_sam2_yaml(weights)), read_sam2_state(weights)
     try:
         built: Any = build_sam2(config)
     except ValueError as e:
-        raise BaseModelError(f"{weights}: {e}") from e
+        raise BaseModelError(f"{weights}: {e}; check --sam2 and its .yaml") from e
     model: Any = _load_strictly(built, state, str(weights))
     mask_decoder = _under(trained.tensors, "grounding_encoder.sam2_model.sam_mask_decoder.")
     _load_strictly(model.sam_mask_decoder, mask_decoder, f"{trained.path}: sam_mask_decoder")
@@ -223,7 +225,7 @@ def _original_configs(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any
 
     if config.get("ps_version") != "v2" or config.get("select_layer") != -1:
         found = f"ps_version {config.get('ps_version')}, select_layer {config.get('select_layer')}"
-        raise BaseModelError(f"{folder}: {found}; InternVL3 has v2 and -1")
+        raise BaseModelError(f"{folder}: {found}; InternVL3 has v2 and -1, check --base")
     vision = config["vision_config"]
     same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "norm_type", "layer_norm_eps")
     vision_config = InternVLVisionConfig(
@@ -238,19 +240,19 @@ def _hf_configs(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
     from transformers import InternVLVisionConfig, Qwen2Config
 
     if config.get("model_type") != "internvl" or config.get("vision_feature_layer", -1) != -1:
-        raise BaseModelError(f"{folder}: model_type {config.get('model_type')}; InternVL3's are internvl_chat and internvl")
+        raise BaseModelError(f"{folder}: model_type {config.get('model_type')}; InternVL3's are internvl_chat and internvl, check --base")
     return InternVLVisionConfig.from_dict(config["vision_config"]), Qwen2Config.from_dict(config["text_config"])
 
 
 def _as_transformers_vision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """InternVisionModel's tensors under transformers' names, the joined qkv split in three."""
+    """InternVisionModel's tensors under transformers' names, with qkv split in three."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for old, new in _VISION_NAMES:
             name = name.replace(old, new)
         if ".attention.qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace(".qkv.", f".{letter}_proj.")] = part
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace(".qkv.", f".{letter}_proj.")] = rows
         else:
             renamed[name] = tensor
     return renamed
@@ -262,12 +264,14 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Module:
-    """`module` with `tensors`, cast to its own dtype; every name must match, and every shape."""
+    """`module` with `tensors`, cast to its dtype. Every name and every shape must match."""
     expected = module.state_dict()
     _refuse_gaps(what, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise BaseModelError(f"{what}: {name} is {list(tensor.shape)}, not {list(expected[name].shape)}; it is of another model")
+            raise BaseModelError(
+                f"{what}: {name} is {list(tensor.shape)}, not {list(expected[name].shape)}; check --base, --sam2 and --ckpt"
+            )
     module.load_state_dict(dict(tensors))
     return module
 
@@ -275,4 +279,4 @@ def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) 
 def _refuse_gaps(what: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     faults = [f"lacks {name}" for name in sorted(missing)] + [f"has unexpected {name}" for name in sorted(unexpected)]
     if faults:
-        raise BaseModelError(f"{what} {', '.join(faults)}; give the base model and SAM2 that the checkpoint was trained on")
+        raise BaseModelError(f"{what} {', '.join(faults)}; give the --base and --sam2 that the checkpoint was trained on")

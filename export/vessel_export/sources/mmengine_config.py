@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-__all__ = ["UNKNOWN", "find", "find_all", "positive_number", "read_config"]
+__all__ = ["UNKNOWN", "find", "find_all", "read_config"]
 
 UNKNOWN = "unknown"  # in place of what the text does not tell, or tells by code
 
@@ -110,11 +109,3 @@ def _found(value: Any, key: str) -> Iterator[Any]:
     elif isinstance(value, list):
         for inner in value:
             yield from _found(inner, key)
-
-
-def positive_number(text: str) -> float:
-    """The number that a command line's argument gives; ValueError if it is not positive and finite."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError(text)
-    return number

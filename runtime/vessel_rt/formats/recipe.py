@@ -39,7 +39,7 @@ class EngineRecipe:
     """The GPU that engines are for, and the shapes that they take.
 
     `architecture` is `sm` and the compute capability (`sm86`). A batch has 1 to `max_batch` images, each of 1 tile to the bundle's most;
-    engines are tuned for `opt_batch` images of `opt_tiles` tiles. `language_model_parts` engines share the language model's layers.
+    engines are tuned for `opt_batch` images of `opt_tiles` tiles. `language_model_partitions` engines share the language model's layers.
     """
 
     gpu: str
@@ -48,7 +48,7 @@ class EngineRecipe:
     max_batch: _Count
     opt_batch: _Count
     opt_tiles: _Count
-    language_model_parts: _Count
+    language_model_partitions: _Count
 
 
 @dataclasses.dataclass(frozen=True)

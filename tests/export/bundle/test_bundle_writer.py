@@ -286,7 +286,7 @@ def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
     request = dataclasses.replace(
         small, checkpoint=checkpoint, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, precision="fp16")
     )
-    with pytest.raises(CheckpointError, match=r"projector.linear_1.bias exceeds float16"):
+    with pytest.raises(CheckpointError, match=r"projector\.linear_1\.bias .*float16"):
         export_bundle(request)
 
 

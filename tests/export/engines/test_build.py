@@ -1,4 +1,4 @@
-"""Engines, built for an RTX 3090 on whatever machine this is: whole, described to the byte, never half there, kept only if all agrees.
+"""Engines built for an RTX 3090 on any machine: complete, recorded exactly, never half written, reused only if everything matches.
 
 Nothing here runs an engine. The tiny model's take some seconds; the widths of the real one (`full_width`) take minutes and gigabytes.
 """
@@ -27,10 +27,11 @@ from onnx import TensorProto, helper
 from tests.support.paths import ROOT, Tiny
 from vessel_export.bundle.bundle_writer import ExportRequest
 from vessel_export.cli import main
-from vessel_export.engines.build import Build, BuildRequest, build_engines
+from vessel_export.engines.build import Build, build_engines
 from vessel_export.engines.partition import EP_CONTEXT
+from vessel_export.engines.request import BuildRequest
 from vessel_export.engines.rtx_compiler import compile_graph
-from vessel_export.engines.stub_gpu import ARCHITECTURES, described_provider
+from vessel_export.engines.stub_gpu import ARCHITECTURES, stub_provider
 from vessel_export.sources.checkpoint import open_checkpoint
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
@@ -47,7 +48,7 @@ SMALL = "sam2_mask_decoder", "vision_encoder"  # the quickest to build
 
 def _obstacle() -> str | None:
     if sys.platform != "linux":
-        return "only Linux can describe a GPU"
+        return "stub GPUs work on Linux only"
     if builder_version("rtx") is None:
         return "TensorRT-RTX is not installed"
     return None if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") else "there is no C compiler"
@@ -62,7 +63,7 @@ def recipe() -> Recipe:
 
 
 def _request(bundle: Path, recipe: Recipe, *stages: str, rebuild: bool = False) -> BuildRequest:
-    return BuildRequest(bundle, recipe, describe="sm86", stages=stages or STAGES, rebuild=rebuild)
+    return BuildRequest(bundle, recipe, stub_gpu="sm86", stages=stages or STAGES, rebuild=rebuild)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_every_stage_compiles_whole(built: Path, recipe: Recipe) -> None:
     engines.verify()
     _check_whole(built, engines)
     assert recipe.engines is not None
-    assert len(engines.engines["language_model"].files) - 1 == min(recipe.engines.language_model_parts, bundle.language_model.layers)
+    assert len(engines.engines["language_model"].files) - 1 == min(recipe.engines.language_model_partitions, bundle.language_model.layers)
     assert [path.name for path in (built / "engines").iterdir()] == ["rtx-sm86"]
     files = {f"{stage}.json" for stage in STAGES} | engines.files.keys()
     assert {path.name for path in engines.folder.iterdir()} == files
@@ -131,15 +132,15 @@ def test_what_a_sidecar_says(built: Path, recipe: Recipe) -> None:
     assert cache.endswith(f", {batch}x{sizes.kv_heads}x{sizes.capacity}x{sizes.head_dim}")
 
 
-def test_engines_that_agree_are_kept(
+def test_engines_that_are_up_to_date_are_not_built(
     bundle: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in _engines(bundle).iterdir()}
-    monkeypatch.setenv("PATH", "")  # nothing is described when nothing is built
+    monkeypatch.setenv("PATH", "")  # no compiler is looked for when nothing is built
     assert main(["build", "--bundle", str(bundle), "--recipe", str(RECIPE), "--describe", "sm86"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(STAGES)
-    assert all(re.fullmatch(r"rtx-sm86/\w+: kept, [\d.]+ MB(, \d parts)?", line) for line in lines), lines
+    assert all(re.fullmatch(r"rtx-sm86/\w+: up to date, [\d.]+ MB(, \d partitions)?", line) for line in lines), lines
     assert {path.name: path.stat().st_mtime_ns for path in _engines(bundle).iterdir()} == before
     assert all(build.seconds is None for build in build_engines(_request(bundle, recipe, rebuild=True)))
 
@@ -180,7 +181,7 @@ def test_two_builds_at_once(bundle: Path, recipe: Recipe) -> None:
     (_engines(bundle) / "sam2_mask_decoder.json").unlink()
     handle = os.open(_engines(bundle), os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(VesselError, match="another command is at work"):
+    with pytest.raises(VesselError, match=re.escape(f"{_engines(bundle)}: ")):
         build_engines(_request(bundle, recipe))
     os.close(handle)
     build_engines(_request(bundle, recipe))
@@ -202,7 +203,7 @@ def _rebuilt(bundle: Path, recipe: Recipe) -> list[str]:
 
 def test_a_flipped_byte(bundle: Path, recipe: Recipe) -> None:
     _flip_a_byte(_engines(bundle) / "vision_encoder.engine")
-    fault = r"vision_encoder: vision_encoder.engine was changed .*; --rebuild builds anew what differs"
+    fault = r"vision_encoder: vision_encoder.engine was changed .*; --rebuild"
     with pytest.raises(EngineError, match=fault):
         build_engines(_request(bundle, recipe))
     assert _rebuilt(bundle, recipe) == ["vision_encoder"]
@@ -224,7 +225,7 @@ def test_another_export(bundle: Path, recipe: Recipe) -> None:
     [
         ("architecture", "sm89", "for sm89, not by rtx for sm86"),
         ("versions", {"rtx": "1.6.0"}, r"it was built by rtx 1\.6\.0, and"),
-        ("profile", {"pixel_values": "1x3x448x448"}, "its shapes of pixel_values are 1x3x448x448, by the recipe 1x3x448x448, "),
+        ("profile", {"pixel_values": "1x3x448x448"}, "its shapes of pixel_values are 1x3x448x448, the recipe's are 1x3x448x448, "),
         ("sources", {}, "it was built from other files"),
         ("stage", "language_model", "it was built from other files"),
     ],
@@ -247,14 +248,14 @@ def test_a_sidecar_that_cannot_be_read(bundle: Path, recipe: Recipe) -> None:
     assert _rebuilt(bundle, recipe) == ["vision_encoder"]
 
 
-def test_another_number_of_parts(bundle: Path, recipe: Recipe) -> None:
+def test_another_number_of_partitions(bundle: Path, recipe: Recipe) -> None:
     assert recipe.engines is not None
-    whole = dataclasses.replace(recipe, engines=dataclasses.replace(recipe.engines, language_model_parts=1))
-    with pytest.raises(EngineError, match="language_model: it is in 3 parts, by the recipe in 1"):
+    whole = dataclasses.replace(recipe, engines=dataclasses.replace(recipe.engines, language_model_partitions=1))
+    with pytest.raises(EngineError, match="language_model: it has 3 partitions, the recipe asks for 1"):
         build_engines(_request(bundle, whole))
     [build] = build_engines(_request(bundle, whole, "language_model", rebuild=True))
     assert sorted(build.engine.files) == ["language_model.engine", "language_model.onnx"]
-    assert not list(_engines(bundle).glob("language_model.[0-9].engine")), "the older parts are gone"
+    assert not list(_engines(bundle).glob("language_model.[0-9].engine")), "the older partitions are gone"
 
 
 def test_what_anyone_may_write(bundle: Path, recipe: Recipe) -> None:
@@ -286,7 +287,7 @@ def test_damaged_weights_are_not_built_from(bundle: Path, recipe: Recipe) -> Non
     ("changes", "fault"),
     [
         ({"opt_tiles": 14}, "engines.opt_tiles is 14; an image has 13 at most"),
-        ({"architecture": "sm90"}, "architecture is sm90; TensorRT-RTX compiles for sm86, sm89, sm120 only"),
+        ({"architecture": "sm90"}, r"architecture is sm90; .*sm86, sm89, sm120"),
     ],
 )
 def test_impossible_targets(built: Path, recipe: Recipe, changes: dict[str, object], fault: str) -> None:
@@ -319,8 +320,8 @@ def bare(built: Path, tmp_path: Path) -> Path:
 
 def test_what_the_command_line_refuses(bare: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--describe sm89: recipe rtx3090 is for sm86" in _error(capsys, bare, "--describe", "sm89")
-    assert "--describe: tensorrt builds only where the GPU is" in _error(capsys, bare, "--describe", "sm86", "--builder", "tensorrt")
-    assert "--ampere-plus: rtx builds for one architecture" in _error(capsys, bare, "--describe", "sm86", "--ampere-plus")
+    assert "--describe: tensorrt" in _error(capsys, bare, "--describe", "sm86", "--builder", "tensorrt")
+    assert "--ampere-plus: rtx" in _error(capsys, bare, "--describe", "sm86", "--ampere-plus")
     assert "no bundle here" in _error(capsys, bare / "weights", "--describe", "sm86")
     with pytest.raises(SystemExit) as e:
         main(["build", "--bundle", str(bare), "--stage", "decoder"])
@@ -335,7 +336,7 @@ def test_without_a_gpu(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         gpus = list_gpus()
     except VesselError:
-        assert "or for one elsewhere with --describe sm86" in _error(capsys, bare)
+        assert "--describe sm86" in _error(capsys, bare)
     else:
         pytest.skip(f"there is a GPU here: {gpus[0].name}")
 
@@ -366,8 +367,8 @@ def _attention_profile() -> Profile:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_architectures_that_can_be_described(tmp_path: Path, architecture: str) -> None:
-    with described_provider(architecture) as provider:
+def test_every_architecture_has_a_stub_gpu(tmp_path: Path, architecture: str) -> None:
+    with stub_provider(architecture) as provider:
         compiled = compile_graph(tmp_path, architecture, provider, _attention(), _attention_profile(), tmp_path / "a.engine", lambda: None)
     assert compiled.context.attributes["ep_cache_context"] == "a.engine"
     assert [path.name for path in tmp_path.iterdir()] == ["a.engine"]
@@ -375,20 +376,20 @@ def test_the_architectures_that_can_be_described(tmp_path: Path, architecture: s
 
 def test_a_graph_that_does_not_compile(tmp_path: Path) -> None:
     graph, profile = _attention(softmax_precision=int(TensorProto.FLOAT)), _attention_profile()
-    with described_provider("sm86") as provider, pytest.raises(EngineError) as e:
+    with stub_provider("sm86") as provider, pytest.raises(EngineError) as e:
         compile_graph(tmp_path, "sm86", provider, graph, profile, tmp_path / "a.engine", lambda: None)
     assert re.match(r"a: TensorRT-RTX cannot compile it for sm86: .*Setting softmax precision is not supported", str(e.value))
     assert "\n" not in str(e.value)
 
 
 def test_the_properties_of_a_device_are_where_cuda_has_them(tmp_path: Path) -> None:
-    """described_gpu.c writes into CUDA's struct without its header: where that is, they are compared."""
+    """stub_gpu.c writes to CUDA's struct without its header. If the header is installed, the two are compared."""
     include = Path("/usr/local/cuda/include")
     if not (include / "cuda_runtime_api.h").exists():
         pytest.skip("CUDA's headers are not installed")
     if not re.search(r"#define CUDART_VERSION +13", (include / "cuda_runtime_api.h").read_text()):
         pytest.skip("CUDA here is not 13, which the provider is built with")
-    source = (ROOT / "export" / "vessel_export" / "described_gpu.c").read_text()
+    source = (ROOT / "export" / "vessel_export" / "engines" / "stub_gpu.c").read_text()
     constants = dict(re.findall(r"#define PROPERTIES_(\w+) (\d+)", source))
     (tmp_path / "check.c").write_text(
         "#include <stddef.h>\n#include <driver_types.h>\n"
@@ -403,7 +404,7 @@ def test_the_properties_of_a_device_are_where_cuda_has_them(tmp_path: Path) -> N
 def test_the_next_checkpoint_takes_over_what_training_froze(
     bundle: Path, tiny: Tiny, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Beside a bundle with engines: the frozen weights are not written again, and the frozen stage's engine is not built again."""
+    """Next to a bundle with engines: the frozen weights are not written again, and the frozen stage's engine is not built again."""
     checkpoint = bundle.with_name("iter_1100.pth")
     state = {name: tensor * 1.01 for name, tensor in open_checkpoint(tiny.checkpoint).tensors.items()}
     torch.save({"state_dict": state, "meta": {"iter": 1100}}, checkpoint)
@@ -431,7 +432,7 @@ def test_every_stage_compiles_whole_at_full_width(full_width: ExportRequest, rec
     build_engines(_request(full_width_bundle, recipe))
     engines = EngineSet.open(Bundle.load(full_width_bundle), _target())
     _check_whole(full_width_bundle, engines)
-    assert len(engines.engines["language_model"].files) == 3  # two parts and what chains them
+    assert len(engines.engines["language_model"].files) == 3  # two partitions and the model that chains them
     weights = sum(
         int(np.prod(tensor.dims)) * 2
         for stage in STAGES

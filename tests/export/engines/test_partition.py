@@ -1,4 +1,4 @@
-"""Graphs in parts: run one after another they give what the whole gives, bit by bit, and their model looks like the whole from outside."""
+"""Partitions of a graph: run in order they give the same bits as the whole graph, and chained they have its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from vessel_export.engines.partition import EP_CONTEXT, Context, chain, cut, layer_cuts, weight_files
+from vessel_export.engines.partition import EP_CONTEXT, Context, chain, layer_cuts, partition, weight_files
 from vessel_rt.formats.bundle import Bundle
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 @pytest.mark.parametrize(
-    ("layers", "parts", "cuts"),
+    ("layers", "partitions", "cuts"),
     [(28, 4, [6, 13, 20]), (3, 2, [0]), (2, 4, [0]), (28, 1, []), (5, 3, [0, 2])],
 )
-def test_parts_are_of_nearly_equal_depth(layers: int, parts: int, cuts: list[int]) -> None:
-    assert layer_cuts(layers, parts) == [f"residual.{layer}" for layer in cuts]
+def test_partitions_have_nearly_equal_depth(layers: int, partitions: int, cuts: list[int]) -> None:
+    assert layer_cuts(layers, partitions) == [f"residual.{layer}" for layer in cuts]
     ends = [-1, *cuts, layers - 1]
     depths = [after - before for before, after in itertools.pairwise(ends)]
     assert max(depths) - min(depths) <= 1
@@ -34,7 +34,7 @@ def _load(bundle: Path) -> onnx.ModelProto:
 
 
 def _feeds(bundle: Bundle) -> Arrays:
-    """A call amid a sequence: two rows that have consumed 5 tokens, and now consume 3."""
+    """A call in the middle of a sequence: two rows that have consumed 5 tokens, and now consume 3."""
     random, sizes = np.random.default_rng(0), bundle.language_model
     stage = bundle.stages["language_model"]
     cache = (2, sizes.kv_heads, sizes.capacity, sizes.head_dim)
@@ -56,43 +56,43 @@ def _run(graph: onnx.ModelProto, bundle: Path, feeds: Arrays) -> Arrays:
     return dict(zip(names, session.run(names, {value.name: feeds[value.name] for value in session.get_inputs()}), strict=True))
 
 
-def test_parts_compute_what_the_whole_computes(small_fp32: Path) -> None:
+def test_partitions_compute_what_the_whole_computes(small_fp32: Path) -> None:
     model, bundle = _load(small_fp32), Bundle.load(small_fp32)
     feeds = _feeds(bundle)
     whole, values = _run(model, small_fp32, feeds), dict(feeds)
-    parts = cut(model, layer_cuts(bundle.language_model.layers, 99))
-    assert len(parts) == bundle.language_model.layers > 1
-    for part in parts:
-        values |= _run(part, small_fp32, values)
+    pieces = partition(model, layer_cuts(bundle.language_model.layers, 99))
+    assert len(pieces) == bundle.language_model.layers > 1
+    for piece in pieces:
+        values |= _run(piece, small_fp32, values)
     for name, array in whole.items():
         assert np.array_equal(array, values[name]), name
     matrices = [node.name for node in model.graph.node if node.op_type == "MatMul"]
-    assert [node.name for part in parts for node in part.graph.node if node.op_type == "MatMul"] == matrices, "work is done twice"
+    assert [node.name for piece in pieces for node in piece.graph.node if node.op_type == "MatMul"] == matrices, "work is done twice"
 
 
 def test_a_model_that_is_not_cut(small_fp32: Path) -> None:
     model = _load(small_fp32)
-    [part] = cut(model, [])
-    assert len(part.graph.node) == len(model.graph.node)
-    assert {value.name for value in part.graph.input} == {value.name for value in model.graph.input}
-    assert [value.name for value in part.graph.output] == [value.name for value in model.graph.output]
+    [piece] = partition(model, [])
+    assert len(piece.graph.node) == len(model.graph.node)
+    assert {value.name for value in piece.graph.input} == {value.name for value in model.graph.input}
+    assert [value.name for value in piece.graph.output] == [value.name for value in model.graph.output]
 
 
 def test_a_cut_where_there_is_no_value(small_fp32: Path) -> None:
-    with pytest.raises(ValueError, match=r"language_model has no value residual.99 to be cut at"):
-        cut(_load(small_fp32), ["residual.99"])
+    with pytest.raises(ValueError, match=r"language_model has no value residual\.99"):
+        partition(_load(small_fp32), ["residual.99"])
 
 
-def test_parts_are_chained_to_a_model_of_the_same_inputs_and_outputs(small_fp32: Path) -> None:
+def test_partitions_are_chained_to_a_model_of_the_same_inputs_and_outputs(small_fp32: Path) -> None:
     model = _load(small_fp32)
-    parts = cut(model, layer_cuts(Bundle.load(small_fp32).language_model.layers, 2))
+    pieces = partition(model, layer_cuts(Bundle.load(small_fp32).language_model.layers, 2))
     contexts = [
         Context(
-            tuple(value.name for value in part.graph.input),
-            tuple(value.name for value in part.graph.output),
+            tuple(value.name for value in piece.graph.input),
+            tuple(value.name for value in piece.graph.output),
             {"ep_cache_context": f"{i}.engine", "embed_mode": 0, "partition_name": "alike"},
         )
-        for i, part in enumerate(parts)
+        for i, piece in enumerate(pieces)
     ]
     chained = chain(model, contexts, {"key": "value"})
     assert list(chained.graph.input) == list(model.graph.input)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,20 +13,12 @@ import onnx_ir as ir
 import pytest
 
 from tests.support.paths import Tiny
+from vessel_export.cli import main
 from vessel_export.graphs.layers import DEFAULT_EXPONENT
-from vessel_export.parity.fp16_ranges import (
-    LIMIT,
-    RANGES_FILE,
-    Ranges,
-    add_arguments,
-    apply,
-    exponent_for,
-    exponents_of,
-    measure,
-    run,
-    set_exponents,
-)
-from vessel_export.parity.verify import drawn_samples
+from vessel_export.parity.exponents import apply, exponents_of, set_exponents
+from vessel_export.parity.fp16_ranges import RangesRequest, measure, measure_and_apply
+from vessel_export.parity.inputs import drawn_samples
+from vessel_export.parity.ranges_report import LIMIT, RANGES_FILE, Ranges, exponent_for
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES, SCHEMA, Engine
@@ -36,9 +28,7 @@ QUESTION = "Please segment vessel in this image."
 
 
 def command(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["ranges", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +178,16 @@ def test_what_fp16_cannot_hold_is_named(bundle: Bundle, capsys: pytest.CaptureFi
 def test_a_model_that_is_not_finite_even_in_fp32(bundle: Bundle) -> None:
     _set_bias(bundle, "layers.1.self_attn.v_proj.bias", float("nan"))
     with pytest.raises(VesselError, match=r"language_model.onnx: layers.1.self_attn.\S+ is not finite even in FP32"):
-        command("--bundle", bundle.folder, "--threads", 1)
+        measure_and_apply(RangesRequest(bundle.folder, threads=1))
     assert not (bundle.folder / RANGES_FILE).exists()
 
 
 def test_only_fp16_is_measured(small_fp32: Path) -> None:
-    with pytest.raises(VesselError, match="is fp32, whose range is FP32's"):
-        command("--bundle", small_fp32)
+    with pytest.raises(VesselError, match=re.escape(f"{small_fp32}: is fp32")):
+        measure_and_apply(RangesRequest(small_fp32))
 
 
 def test_a_damaged_bundle_is_refused(bundle: Bundle) -> None:
     (bundle.folder / "vision_encoder.onnx").unlink()
     with pytest.raises(BundleError, match=r"vision_encoder\.onnx is missing"):
-        command("--bundle", bundle.folder)
+        measure_and_apply(RangesRequest(bundle.folder))

@@ -25,10 +25,14 @@ from tests.support.paths import Tiny
 from vessel_export.bundle.bundle_writer import ExportRequest
 from vessel_export.cli import main
 from vessel_export.io.files import link_or_copy
+from vessel_export.parity.checks import TOLERANCES
 from vessel_export.parity.emulate import emulate, scaled_logits, serialized, spell_out_attention, wide_options, widen
-from vessel_export.parity.fp16_ranges import LIMIT, apply, exponents_of, measure, set_exponents
+from vessel_export.parity.exponents import apply, exponents_of, set_exponents
+from vessel_export.parity.fp16_ranges import measure
+from vessel_export.parity.inputs import Sample, drawn_samples, one_pass, read_samples
+from vessel_export.parity.ranges_report import LIMIT
 from vessel_export.parity.reference import Reference
-from vessel_export.parity.verify import TOLERANCES, Sample, drawn_samples, one_pass, read_samples, verify
+from vessel_export.parity.verify import verify
 from vessel_export.sources.checkpoint import open_checkpoint
 from vessel_export.sources.names import LORA_PREFIX
 from vessel_rt.device.deployment import deploy

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGe
 
 from tests.support.paths import Tiny
 from vessel_export.errors import BaseModelError, CheckpointError
-from vessel_export.parity.reference import Reference, tile_image, to_pixel_values
+from vessel_export.parity.reference import Reference
+from vessel_export.parity.reference_pixels import tile_image, to_pixel_values
 from vessel_export.sources.checkpoint import open_checkpoint
 
 QUESTION = "Please segment vessel and catheter in this image."

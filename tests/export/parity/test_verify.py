@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 from tests.support.paths import Tiny
+from vessel_export.cli import main
+from vessel_export.parity.checks import Check, Report
+from vessel_export.parity.inputs import drawn_samples, read_samples
 from vessel_export.parity.reference import Reference
-from vessel_export.parity.verify import Check, Report, add_arguments, drawn_samples, mask_iou, read_samples, run, undecided_pixels, verify
+from vessel_export.parity.verify import VerifyRequest, undecided_pixels, verify, verify_bundle
 from vessel_rt.device.deployment import deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
@@ -31,9 +34,7 @@ def reference(tiny: Tiny) -> Reference:
 
 
 def command(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return run(parser.parse_args([str(argument) for argument in arguments]))
+    return main(["verify", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -107,14 +108,14 @@ def test_a_flipped_byte_is_no_matter_of_tolerance(tiny: Tiny, fp32_bundle: Path,
     raw[-1] ^= 1
     path.write_bytes(raw)
     with pytest.raises(BundleError, match="projector"):
-        command("--bundle", folder, "--ckpt", tiny.checkpoint)
+        verify_bundle(VerifyRequest(folder, tiny.checkpoint))
 
 
 def test_another_checkpoint_is_refused(tiny: Tiny, fp32_bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / tiny.checkpoint.name
     other.write_bytes(tiny.checkpoint.read_bytes() + b"\0")
-    with pytest.raises(VesselError, match="not made from"):
-        command("--bundle", fp32_bundle, "--ckpt", other)
+    with pytest.raises(VesselError, match=re.escape(f"{fp32_bundle}: not made from {other}")):
+        verify_bundle(VerifyRequest(fp32_bundle, other))
 
 
 def check(measured: float, limit: float, *, at_least: bool = False) -> Check:
@@ -142,13 +143,6 @@ def test_only_pixels_whose_logit_is_next_to_zero_may_fall_to_either_side() -> No
     assert np.argwhere(undecided[0]).tolist() == [[0, 0]]
     assert not undecided[1].any(), "a mask of zeros has no largest logit"
     assert not undecided_pixels(logits, 0.0).any()
-
-
-def test_mask_iou() -> None:
-    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
-    assert mask_iou(a, b) == 1.0
-    a[0, :2] = b[0, 1:3] = True
-    assert mask_iou(a, b) == pytest.approx(1 / 3)
 
 
 def test_samples(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""What `verify` and `ranges` run on: images, read or drawn, and one pass of the language model. Does not know the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.formats.bundle import LanguageModelSpec
+from vessel_rt.inputs.images import SUFFIXES, read_image
+
+__all__ = ["Sample", "drawn_samples", "one_pass", "read_samples"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An image as read by the reference (Pillow) and by the runtime (`vessel_rt.inputs.images.read_image`)."""
+
+    name: str
+    reference: Image.Image
+    runtime: Image.Image
+
+
+def read_samples(paths: Sequence[Path]) -> list[Sample]:
+    """The images at `paths`: files, and the sorted images in folders.
+
+    Raises:
+        VesselError: a missing path, a folder without images, or an image that cannot be read.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise VesselError(f"{path}: no images in this folder ({', '.join(SUFFIXES)}); give --images another")
+        files += found
+    return [_read_sample(file, f"image {number} of {len(files)}") for number, file in enumerate(files, start=1)]
+
+
+def _read_sample(file: Path, name: str) -> Sample:
+    """Named by its position: file names can contain patients' names, and reports are passed on."""
+    try:
+        runtime = read_image(file)  # first: its errors say what is wrong with the file
+    except ImageError as e:
+        raise VesselError(f"{name}: {e}") from e
+    with Image.open(file) as image:
+        return Sample(name, image.convert("RGB"), runtime)
+
+
+def drawn_samples() -> list[Sample]:
+    """Three frames of different shapes with dark vessels drawn on gray, for use without images."""
+    samples = []
+    for width, height in ((512, 512), (640, 480), (300, 300)):
+        random = np.random.default_rng(width)
+        image = Image.fromarray(random.normal(150, 12, (height, width)).clip(0, 255).astype(np.uint8))
+        draw = ImageDraw.Draw(image)
+        for thickness in (9, 7, 5, 3):
+            steps = np.cumsum(random.normal((width / 24, height / 24), width / 40, (16, 2)), axis=0)
+            draw.line([(float(x), float(y)) for x, y in steps + random.uniform(0, width / 3, 2)], fill=70, width=thickness * width // 512)
+        image = image.convert("RGB")
+        samples.append(Sample(f"drawn {width}x{height}", image, image))
+    return samples
+
+
+def one_pass(sizes: LanguageModelSpec, embeds: Array, kept: int) -> dict[str, Array]:
+    """Inputs of language_model for one pass over `embeds` [1, tokens, hidden_size] with an empty FP32 cache; the last `kept` positions are
+    returned."""
+    length = embeds.shape[1]
+    cache = np.zeros((1, sizes.kv_heads, sizes.capacity, sizes.head_dim), np.float32)
+    return {
+        "inputs_embeds": embeds,
+        "position_ids": np.arange(length)[None],
+        "write_indices": np.zeros(1, np.int64),
+        "kv_positions": np.arange(length),
+        "gather_positions": np.arange(length - kept, length)[None],
+        **{f"past_{part}.{layer}": cache for layer in range(sizes.layers) for part in ("key", "value")},
+    }
