@@ -31,9 +31,10 @@ from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
 from vessel_rt.formats.bundle import STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import BUILDERS, Engine, Target, builder_version
+from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import Profile, Shapes, engine_recipe, shape_text, stage_profile, workload_of
 from vessel_rt.formats.recipe import DEFAULT_RECIPE, EngineRecipe, Recipe, load_recipe
-from vessel_rt.io.checked_files import FileRecord, check_files, sha256_of
+from vessel_rt.io.checked_files import check_files, sha256_of
 from vessel_rt.io.folder_lock import locked
 
 __all__ = ["Build", "BuildRequest", "Compiler", "add_arguments", "build_after_export", "build_engines", "run"]

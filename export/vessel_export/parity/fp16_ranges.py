@@ -32,7 +32,8 @@ from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES
-from vessel_rt.io.checked_files import FileRecord, sha256_of
+from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.io.checked_files import sha256_of
 from vessel_rt.model.preprocess import mask_pixels, tile_pixels
 from vessel_rt.model.prompt import EmbedTokens, PromptTokenizer
 
