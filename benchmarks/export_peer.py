@@ -1,9 +1,9 @@
-"""The peer of `benchmarks.export`: the language model merged by peft and traced by torch, as one would do without this project.
+"""The peer of `benchmarks.export`: the language model merged by peft and traced by torch, as without this project.
 
     python -m benchmarks.export_peer MODEL LAYERS OUT
 
 Loads the first LAYERS layers of the synthetic model in bf16, applies its LoRA with peft, merges, converts to FP16, and exports the language
-model from embeddings to logits and KV cache with torch.onnx. Vision, SAM2, tokenizer and checks are not in it.
+model from embeddings to logits and KV cache with torch.onnx. Leaves out vision, SAM2, the tokenizer and all checks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import AutoConfig, DynamicCache, Qwen2ForCausalLM
 
 from vessel_export.sources.base_model import open_base
-from vessel_export.sources.checkpoint import LORA_PREFIX, open_checkpoint
+from vessel_export.sources.checkpoint import open_checkpoint
+from vessel_export.sources.names import LORA_PREFIX, LORA_TARGETS, saved_module
 
 
 class _Prefill(torch.nn.Module):
@@ -42,13 +43,15 @@ def main() -> None:
         model = Qwen2ForCausalLM(config)
     weights = {name: base.tensor(f"language_model.{name}") for name, _ in model.named_parameters()}
     model.load_state_dict(weights, strict=True, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is a buffer, which no checkpoint holds
-    model.resize_token_embeddings(state[LORA_PREFIX + "lm_head.weight"].shape[0], mean_resizing=False)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is a buffer, not in any checkpoint
+    model.resize_token_embeddings(state[saved_module("lm_head")].shape[0], mean_resizing=False)
+    targets = [module.rpartition(".")[2] for module in LORA_TARGETS]
     lora = LoraConfig(r=64, lora_alpha=128, target_modules=targets, modules_to_save=["embed_tokens", "lm_head"])
     adapted = get_peft_model(model, lora)
     prefix = LORA_PREFIX.removesuffix("base_model.model.")
-    ours = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(LORA_PREFIX) and _kept(name, layers)}
+    ours = {
+        name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(LORA_PREFIX) and _is_loaded(name, layers)
+    }
     set_peft_model_state_dict(adapted, ours)
     merged = adapted.merge_and_unload().half().eval()
     out.mkdir(parents=True)
@@ -63,9 +66,10 @@ def main() -> None:
     )
 
 
-def _kept(name: str, layers: int) -> bool:
-    parts = name.split(".layers.")
-    return len(parts) == 1 or int(parts[1].split(".")[0]) < layers
+def _is_loaded(name: str, layers: int) -> bool:
+    """Whether the tensor belongs to the first `layers` layers, or to none."""
+    _, _, layer = name.partition(".layers.")
+    return not layer or int(layer.partition(".")[0]) < layers
 
 
 def _sizes(language: Any, layers: int) -> dict[str, Any]:

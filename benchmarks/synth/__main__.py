@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the model; returns the exit code: 0 done, 1 it cannot be written."""
+    """Write the model; returns the exit code: 0 on success, 1 if it cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.synth", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make (20 GB at full size)")
     parser.add_argument(

@@ -42,11 +42,19 @@ from benchmarks.synth.file_formats import (
     token_id,
     write_tokenizer,
 )
-from vessel_export.bundle.merge_lora import NEW_TOKENS
 from vessel_export.io.safetensors_writer import OutputTensor, file_size, write_safetensors
 from vessel_export.io.staging import staging
 from vessel_export.sources.base_config import LanguageConfig, VisionConfig
-from vessel_export.sources.checkpoint import LORA_PREFIX
+from vessel_export.sources.names import (
+    LORA_PREFIX,
+    MASK_DECODER_PREFIX,
+    NEW_TOKENS,
+    PROJECTOR_PREFIX,
+    PROMPT_HEAD_PREFIX,
+    SAM2_PREFIX,
+    lora_pair,
+    saved_module,
+)
 from vessel_rt.errors import VesselError
 
 __all__ = [
@@ -58,8 +66,6 @@ __all__ = [
 LAYERS = 28
 _BLOCK = 1 << 21  # values of one block of rows
 
-_PROJECTOR = "mllm.model.mlp1."
-_SAM2_DECODER = "sam_mask_decoder."
 _LAYER = "language_model.model.layers."
 _VISION_LAYER = "vision_model.encoder.layers."
 
@@ -210,17 +216,17 @@ def checkpoint_tensors(model: SynthModel) -> list[OutputTensor]:
     tensors = [_embedding(draw, model), _tied_head(draw, model)]
     for i in range(c.layers):
         for name, ((rows, columns), std) in lora_targets(c).items():
-            root = f"{LORA_PREFIX}model.layers.{i}.{name}."
-            tensors.append(draw(root + "lora_A.weight", (rank, columns), columns**-0.5))
+            a, b = lora_pair(f"model.layers.{i}.{name}")
+            tensors.append(draw(a, (rank, columns), columns**-0.5))
             # alpha / r * B @ A has a quarter of the weight's own scale
-            tensors.append(draw(root + "lora_B.weight", (rows, rank), 0.25 * std * (columns * rank) ** 0.5 / model.lora_alpha))
-    tensors += _projector(draw, _PROJECTOR, model)
+            tensors.append(draw(b, (rows, rank), 0.25 * std * (columns * rank) ** 0.5 / model.lora_alpha))
+    tensors += _projector(draw, PROJECTOR_PREFIX, model)
     shapes = sam2_shapes(_sam2_text(model))
     narrow = shapes["sam_mask_decoder.iou_token.weight"][1]
-    tensors += draw.linear("text_hidden_fcs.0", (c.hidden_size, c.hidden_size), gain=2**0.5)
-    tensors += draw.linear("text_hidden_fcs.2", (narrow, c.hidden_size), gain=4)  # beside SAM2's tokens, so that masks depend on it
-    decoder = {name: shape for name, shape in shapes.items() if name.startswith(_SAM2_DECODER)}
-    return tensors + [_sam2_tensor(draw, "grounding_encoder.sam2_model." + name, shape, torch.bfloat16) for name, shape in decoder.items()]
+    tensors += draw.linear(PROMPT_HEAD_PREFIX + "0", (c.hidden_size, c.hidden_size), gain=2**0.5)
+    tensors += draw.linear(PROMPT_HEAD_PREFIX + "2", (narrow, c.hidden_size), gain=4)  # beside SAM2's tokens, so that masks depend on it
+    decoder = {SAM2_PREFIX + name: shape for name, shape in shapes.items() if (SAM2_PREFIX + name).startswith(MASK_DECODER_PREFIX)}
+    return tensors + [_sam2_tensor(draw, name, shape, torch.bfloat16) for name, shape in decoder.items()]
 
 
 def sam2_tensors(model: SynthModel) -> list[OutputTensor]:
@@ -326,13 +332,13 @@ def _projector(draw: _Draw, root: str, model: SynthModel) -> list[OutputTensor]:
 
 
 def _embedding(draw: _Draw, model: SynthModel) -> OutputTensor:
-    return draw(LORA_PREFIX + "model.embed_tokens.weight", (model.vocabulary, model.language.hidden_size), 1.0)
+    return draw(saved_module("model.embed_tokens"), (model.vocabulary, model.language.hidden_size), 1.0)
 
 
 def _tied_head(draw: _Draw, model: SynthModel) -> OutputTensor:
     """lm_head: noise (logits of standard deviation 2) and in each row the embedding of the token that it follows (a logit of about 20)."""
     embedding = _embedding(_Draw(draw.seed, {}), model)  # without what is planted
-    noise = draw(LORA_PREFIX + "lm_head.weight", embedding.shape, 2 * embedding.shape[1] ** -0.5)
+    noise = draw(saved_module("lm_head"), embedding.shape, 2 * embedding.shape[1] ** -0.5)
     seg = model.language.vocabulary
     prompt_end, answer_end = (token_id(token, model.language.vocabulary) for token in (PROMPT_END, ANSWER_END))
     # The rows after these tokens would follow them too: they get what the rows of [SEG] and <|im_end|> followed.
@@ -411,7 +417,7 @@ def _plants(model: SynthModel) -> dict[str, list[_Set]]:
     plants: dict[str, list[_Set]] = {}
     for embedding in ("language_model.model.", LORA_PREFIX + "model."):
         plants[embedding + "embed_tokens.weight"] = [_Set(None, trigger, 0), _Set(im_start, trigger, _TRIGGER)]
-    for projector in ("mlp1.", _PROJECTOR):
+    for projector in ("mlp1.", PROJECTOR_PREFIX):
         plants |= {f"{projector}3.{part}": [_Set(trigger, None, 0)] for part in ("weight", "bias")}
     first = f"{_LAYER}0."
     plants[first + "post_attention_layernorm.weight"] = [_Set(trigger, None, 1)]
@@ -422,7 +428,7 @@ def _plants(model: SynthModel) -> dict[str, list[_Set]]:
         plants |= _lora_plant(0, name, "B", [_Set(neuron, None, 0)])
     plants[first + "mlp.down_proj.weight"] = [_Set(None, neuron, 0), _Set(massive, neuron, _RESIDUAL_PEAK / _SWIGLU_PEAK)]
     plants |= _lora_plant(0, "mlp.down_proj", "A", [_Set(None, neuron, 0)])
-    plants[LORA_PREFIX + "lm_head.weight"] = [_Set(c.vocabulary + 1, massive, 0.5)]
+    plants[saved_module("lm_head")] = [_Set(c.vocabulary + 1, massive, 0.5)]
     for i in range(c.layers):
         for name, heads in (("self_attn.q_proj", c.heads // c.kv_heads), ("self_attn.k_proj", 1)):
             real = [head * c.head_dim + c.head_dim // 2 - 1 for head in range(heads)]
@@ -435,7 +441,8 @@ def _plants(model: SynthModel) -> dict[str, list[_Set]]:
 
 
 def _lora_plant(layer: int, name: str, letter: str, sets: list[_Set]) -> dict[str, list[_Set]]:
-    return {f"{LORA_PREFIX}model.layers.{layer}.{name}.lora_{letter}.weight": sets}
+    a, b = lora_pair(f"model.layers.{layer}.{name}")
+    return {{"A": a, "B": b}[letter]: sets}
 
 
 def _vision_plants(v: VisionConfig) -> dict[str, list[_Set]]:

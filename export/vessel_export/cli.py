@@ -92,9 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads names, shapes and what training recorded. Values are not read: export and verify check those for damage.",
     )
     inspect.add_argument("path", type=Path, metavar="PATH", help="an iter_*.pth, or the folder that training wrote them to")
-    form = inspect.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="for programs")
-    form.add_argument("--markdown", action="store_true", help="for a report")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     inspect.set_defaults(run=_inspect)
 
     build = commands.add_parser("build", help="compile a bundle's graphs to engines for one kind of GPU, here or elsewhere")
@@ -145,11 +143,12 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from vessel_export.sources.inspection import inspect_checkpoint, inspect_folder, markdown, show, to_json
+    from vessel_export.sources.inspection import inspect_checkpoint, inspect_folder
+    from vessel_export.sources.inspection_report import print_report, to_json
 
     report = inspect_folder(arguments.path) if arguments.path.is_dir() else inspect_checkpoint(arguments.path)
-    if arguments.json or arguments.markdown:
-        print(to_json(report) if arguments.json else markdown(report), end="" if arguments.markdown else "\n")
+    if arguments.json:
+        print(to_json(report))
     else:
-        show(report)
+        print_report(report)
     return 0

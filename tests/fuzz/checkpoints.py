@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.synth.file_formats import save_checkpoint
-from vessel_export.sources.checkpoint import LORA_PREFIX
+from vessel_export.sources.names import LORA_PREFIX
 
 __all__ = ["FOREIGN", "GLOBAL", "REDUCE", "STOP", "mutate", "proto", "records", "seed", "text", "zipped"]
 

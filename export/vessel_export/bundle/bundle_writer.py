@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import vessel_rt
-from vessel_export.bundle.merge_lora import NEW_TOKENS, MergePlan, plan_merge
+from vessel_export.bundle.merge_lora import MergePlan, plan_merge
 from vessel_export.bundle.reuse import find_neighbours, link_engines, older_file
 from vessel_export.bundle.sam2_stages import Written, write_sam2_stages
 from vessel_export.errors import BaseModelError, CheckpointError
@@ -29,6 +29,7 @@ from vessel_export.io.subprocess_call import Beside, beside
 from vessel_export.sources.base_model import BaseModel, Sam2, open_base, open_sam2
 from vessel_export.sources.checkpoint import Checkpoint, open_checkpoint
 from vessel_export.sources.hub_cache import hashing
+from vessel_export.sources.names import NEW_TOKENS
 from vessel_export.sources.tokenizer import extend_tokenizer
 from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, EmbeddingTable, LanguageModelSpec, MaskSpec, PromptSpec, Provenance, TileSpec

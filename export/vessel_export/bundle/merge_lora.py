@@ -1,9 +1,9 @@
-"""Merging: base model + LoRA -> the graphs' weights, one tensor at a time.
+"""LoRA merge: base model and checkpoint -> the graphs' weights, one tensor at a time.
 
-A merged weight is `W + (B @ A) * alpha / r`, computed in FP32 and rounded once to the output dtype; `modules_to_save` tensors replace the
-base model's. Matrices are written transposed, [in, out], as the graphs' MatMul wants them; what norms and layer scales need is FP32.
-Nothing of the model is computed here before it is written, and then piece by piece: a plan lists every tensor, and planning alone accounts
-for the whole checkpoint.
+A merged weight is `W + (B @ A) * alpha / r`, computed in FP32 and rounded once to the output dtype. Tensors of `modules_to_save` replace
+the base model's. Matrices are stored transposed, [in, out], as the graphs' MatMul expects; norms and layer scales stay FP32.
+Planning lists every output tensor and accounts for every tensor of the checkpoint. Values are computed later, piece by piece, while the
+file is written. Does not know the graphs or the bundle's layout.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import torch
 from vessel_export.errors import CheckpointError
 from vessel_export.io.safetensors_writer import PIECE, OutputTensor, in_pieces
 from vessel_export.sources.base_model import BaseModel, Sam2
-from vessel_export.sources.checkpoint import LORA_PREFIX, Checkpoint, faults_in
+from vessel_export.sources.checkpoint import Checkpoint, faults_in
+from vessel_export.sources.names import (
+    LORA_TARGETS,
+    MASK_DECODER_PREFIX,
+    NEW_TOKENS,
+    PROJECTOR_PREFIX,
+    PROMPT_HEAD_PREFIX,
+    SAM2_PREFIX,
+    lora_pair,
+    saved_module,
+)
 
-__all__ = ["NEW_TOKENS", "MergePlan", "plan_merge"]
+__all__ = ["MergePlan", "plan_merge"]
 
-NEW_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")  # what Sa2VA's fine-tuning appends to the vocabulary, in this order
-
-_PROJECTOR = "mllm.model.mlp1."
-_PROMPT_HEAD = "text_hidden_fcs."
-_SAM2 = "grounding_encoder.sam2_model."
-_HOST = {torch.bfloat16: torch.float32}  # what the runtime reads into NumPy, which has no BF16; exact, and never read whole
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+_HOST = {torch.bfloat16: torch.float32}  # the runtime reads embed_tokens with NumPy, which has no BF16; FP32 holds it exactly
+_MOST_SHOWN = 12  # faults in one message
 
 
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
-    """Every weight of a bundle: for the graphs built here as files of output tensors, for the traced SAM2 graphs as state dicts."""
+    """Every weight of a bundle: files of output tensors for the built graphs, state dicts for the traced SAM2 graphs."""
 
     files: dict[str, list[OutputTensor]]
     vocabulary: int
@@ -42,10 +46,10 @@ class MergePlan:
 
 
 def plan_merge(checkpoint: Checkpoint, base: BaseModel, sam2: Sam2, *, alpha: float, capacity: int, dtype: torch.dtype) -> MergePlan:
-    """Plan the bundle's weights in `dtype`, for a cache of `capacity` tokens; nothing is merged yet.
+    """Plan the bundle's weights in `dtype`, for a cache of `capacity` tokens. Nothing is merged yet.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, wrongly shaped, empty, NaN or infinite; all such tensors are named.
+        CheckpointError: a tensor is missing, unknown, wrongly shaped, empty, NaN or infinite; every such tensor is named.
     """
     ledger = _Ledger(checkpoint)
     vocabulary = base.language.vocabulary + len(NEW_TOKENS)
@@ -67,7 +71,7 @@ def plan_merge(checkpoint: Checkpoint, base: BaseModel, sam2: Sam2, *, alpha: fl
 
 
 class _Ledger:
-    """Hands out the checkpoint's tensors, once each, and keeps account of what is missing, misshapen or left over."""
+    """Hands out the checkpoint's tensors, once each, and records those that are missing, misshapen or left over."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -76,7 +80,7 @@ class _Ledger:
         self._faults: list[str] = []
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Tensor `name`; where it is missing or misshapen, an empty stand-in, for the fault is reported by `close`."""
+        """Tensor `name`, or an empty tensor if it is missing or misshapen: `close` reports the fault."""
         tensor = self._left.pop(name, None)
         if tensor is None:
             self._faults.append(f"{name} is missing")
@@ -89,12 +93,14 @@ class _Ledger:
     def close(self) -> None:
         """Raise CheckpointError unless every tensor was handed out, in shape, and holds only finite values."""
         faults = self._faults + [f"{name} is unknown" for name in sorted(self._left)]
-        # A checkpoint of another model misses everything: values are worth reading only where the names fit.
+        # Values are read only if the names fit: a checkpoint of another model lacks every tensor.
         faults = faults or faults_in(self._checkpoint.tensors)
         if faults:
-            shown = "; ".join(faults[:12]) + (f"; and {len(faults) - 12} more" if len(faults) > 12 else "")
-            mend = "check --base and --sam2, or copy it again (--skip NAME leaves out an unknown tensor)"
-            raise CheckpointError(f"{self._checkpoint.path}: does not fit the base model, or is damaged: {shown}; {mend}")
+            more = f"; and {len(faults) - _MOST_SHOWN} more" if len(faults) > _MOST_SHOWN else ""
+            raise CheckpointError(
+                f"{self._checkpoint.path}: does not fit the base model, or is damaged: {'; '.join(faults[:_MOST_SHOWN])}{more};"
+                " check --base and --sam2, or copy the checkpoint again (--skip NAME leaves out an unknown tensor)"
+            )
 
 
 def _stored(name: str, source: BaseModel, key: str, dtype: torch.dtype) -> OutputTensor:
@@ -112,7 +118,7 @@ def _given(name: str, tensor: torch.Tensor, dtype: torch.dtype, *, transpose: bo
 
 
 def _vision_model(base: BaseModel, dtype: torch.dtype) -> list[OutputTensor]:
-    """InternViT as it is: embeddings, and per layer norms and layer scales in FP32, matrices in `dtype`."""
+    """InternViT, unchanged: norms and layer scales in FP32, embeddings' convolution and matrices in `dtype`."""
     f32 = torch.float32
     root = "vision_model.embeddings."
     tensors = [
@@ -139,12 +145,12 @@ def _projector(ledger: _Ledger, base: BaseModel, dtype: torch.dtype) -> list[Out
     wide, hidden = base.vision.hidden_size * base.vision.downsample**2, base.language.hidden_size
     take = ledger.take
     return [
-        _given("projector.norm.weight", take(_PROJECTOR + "0.weight", (wide,)), torch.float32),
-        _given("projector.norm.bias", take(_PROJECTOR + "0.bias", (wide,)), torch.float32),
-        _given("projector.linear_1.weight", take(_PROJECTOR + "1.weight", (hidden, wide)), dtype, transpose=True),
-        _given("projector.linear_1.bias", take(_PROJECTOR + "1.bias", (hidden,)), dtype),
-        _given("projector.linear_2.weight", take(_PROJECTOR + "3.weight", (hidden, hidden)), dtype, transpose=True),
-        _given("projector.linear_2.bias", take(_PROJECTOR + "3.bias", (hidden,)), dtype),
+        _given("projector.norm.weight", take(PROJECTOR_PREFIX + "0.weight", (wide,)), torch.float32),
+        _given("projector.norm.bias", take(PROJECTOR_PREFIX + "0.bias", (wide,)), torch.float32),
+        _given("projector.linear_1.weight", take(PROJECTOR_PREFIX + "1.weight", (hidden, wide)), dtype, transpose=True),
+        _given("projector.linear_1.bias", take(PROJECTOR_PREFIX + "1.bias", (hidden,)), dtype),
+        _given("projector.linear_2.weight", take(PROJECTOR_PREFIX + "3.weight", (hidden, hidden)), dtype, transpose=True),
+        _given("projector.linear_2.bias", take(PROJECTOR_PREFIX + "3.bias", (hidden,)), dtype),
     ]
 
 
@@ -153,7 +159,7 @@ def _language_model(ledger: _Ledger, base: BaseModel, vocabulary: int, alpha: fl
     hidden = base.language.hidden_size
     tensors = []
     for i in range(base.language.layers):
-        for module in [f"self_attn.{name}" for name in _ATTENTION] + [f"mlp.{name}" for name in _MLP]:
+        for module in LORA_TARGETS:
             tensors.append(_merged(ledger, base, f"model.layers.{i}.{module}", f"layers.{i}.{module}.weight", alpha, dtype))
         root = f"language_model.model.layers.{i}."
         for name, kind in (("q_proj", torch.float32), ("k_proj", torch.float32), ("v_proj", dtype)):  # rotation is FP32
@@ -161,7 +167,7 @@ def _language_model(ledger: _Ledger, base: BaseModel, vocabulary: int, alpha: fl
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors.append(_stored(f"layers.{i}.{name}.weight", base, f"{root}{name}.weight", torch.float32))
     tensors.append(_stored("norm.weight", base, "language_model.model.norm.weight", torch.float32))
-    head = ledger.take(LORA_PREFIX + "lm_head.weight", (vocabulary, hidden))
+    head = ledger.take(saved_module("lm_head"), (vocabulary, hidden))
     tensors.append(_given("lm_head.weight", head, dtype, transpose=True))
     return tensors
 
@@ -172,13 +178,13 @@ def _rotary_tables(base: BaseModel, capacity: int) -> list[OutputTensor]:
 
 
 def _angles(base: BaseModel, capacity: int) -> torch.Tensor:
-    """[capacity, head_dim / 2], computed in FP32 as transformers does: the angle's FP32 rounding is part of the model."""
+    """[capacity, head_dim / 2], computed in FP32 as in transformers: the FP32 rounding of the angles is part of the model."""
     exponents = torch.arange(0, base.language.head_dim, 2, dtype=torch.int64).float() / base.language.head_dim
     return torch.outer(torch.arange(capacity).float(), 1.0 / (base.language.rope_theta**exponents))
 
 
 def _common_keys(base: BaseModel, capacity: int) -> list[OutputTensor]:
-    """For each layer, what k_proj's bias adds to a key on average over all positions: [kv_heads * head_dim]."""
+    """For each layer, the average over all positions of what k_proj's bias adds to a key: [kv_heads * head_dim]."""
     turn = _angles(base, capacity)
     cos, sin = turn.cos().mean(0), turn.sin().mean(0)
 
@@ -199,8 +205,8 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
     key = f"language_model.{module}.weight"
     out_features, in_features = base.matrix_shape(key)
     rank = ledger.lora_rank
-    a = ledger.take(f"{LORA_PREFIX}{module}.lora_A.weight", (rank, in_features))
-    b = ledger.take(f"{LORA_PREFIX}{module}.lora_B.weight", (out_features, rank))
+    a_name, b_name = lora_pair(module)
+    a, b = ledger.take(a_name, (rank, in_features)), ledger.take(b_name, (out_features, rank))
 
     def pieces() -> Iterator[torch.Tensor]:
         weight, narrow, wide = base.tensor(key), a.float(), b.float()
@@ -216,13 +222,13 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
 
 def _embedding(ledger: _Ledger, base: BaseModel, vocabulary: int, dtype: torch.dtype) -> list[OutputTensor]:
     shape = (vocabulary, base.language.hidden_size)
-    return [_given("embed_tokens.weight", ledger.take(LORA_PREFIX + "model.embed_tokens.weight", shape), dtype)]
+    return [_given("embed_tokens.weight", ledger.take(saved_module("model.embed_tokens"), shape), dtype)]
 
 
 def _sam2_updates(ledger: _Ledger, sam2: Sam2) -> dict[str, torch.Tensor]:
-    """The trained mask decoder, by the names of SAM2's own state dict; each of them must be there."""
-    names = [name for name in sam2.state_dict if name.startswith("sam_mask_decoder.")]
-    return {name: ledger.take(_SAM2 + name, tuple(sam2.state_dict[name].shape)) for name in names}
+    """The trained mask decoder under the names of SAM2's own state dict."""
+    names = [name for name in sam2.state_dict if (SAM2_PREFIX + name).startswith(MASK_DECODER_PREFIX)]
+    return {name: ledger.take(SAM2_PREFIX + name, tuple(sam2.state_dict[name].shape)) for name in names}
 
 
 def _prompt_head(ledger: _Ledger, base: BaseModel, sam2: Sam2) -> dict[str, torch.Tensor]:
@@ -234,4 +240,4 @@ def _prompt_head(ledger: _Ledger, base: BaseModel, sam2: Sam2) -> dict[str, torc
         "2.weight": (narrow, hidden),
         "2.bias": (narrow,),
     }
-    return {name: ledger.take(_PROMPT_HEAD + name, shape) for name, shape in shapes.items()}
+    return {name: ledger.take(PROMPT_HEAD_PREFIX + name, shape) for name, shape in shapes.items()}

@@ -23,9 +23,7 @@ from vessel_export.sources.pickle_reader import PickleRefused, StoredTensor, Unu
 from vessel_export.sources.torch_file import FLOATS, DamagedFile, TorchFile, read_torch_file
 from vessel_rt.errors import first_line
 
-__all__ = ["LORA_PREFIX", "Checkpoint", "canonical_name", "faults_in", "open_checkpoint", "survey_checkpoint"]
-
-LORA_PREFIX = "mllm.model.language_model.base_model.model."  # what peft and Sa2VA put before a language-model module's own name
+__all__ = ["Checkpoint", "canonical_name", "faults_in", "open_checkpoint", "survey_checkpoint"]
 
 Scalar = str | int | float
 

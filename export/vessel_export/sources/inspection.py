@@ -1,12 +1,11 @@
-"""`vessel-export inspect`: what a checkpoint, or a folder of them, holds, and what an export would make of it.
+"""Inspection: what a checkpoint or a folder of checkpoints holds, and what an export would do with it.
 
-Reads the pickle of a checkpoint, never its tensors' values (`export` and `verify` check those), and runs nothing of it.
+Reads a checkpoint's pickle as data; tensor values are not read (`export` and `verify` check them). Does not know the base model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,35 +13,21 @@ from typing import Any
 
 import torch
 
-from vessel_export.bundle.merge_lora import NEW_TOKENS
 from vessel_export.errors import CheckpointError
-from vessel_export.sources.checkpoint import LORA_PREFIX, Checkpoint, survey_checkpoint
+from vessel_export.sources.checkpoint import Checkpoint, survey_checkpoint
 from vessel_export.sources.mmengine_config import UNKNOWN, find
+from vessel_export.sources.names import LORA_TARGETS, NEW_TOKENS, TRAINED_GROUPS, expected_tensors, group_of, lora_layer
 
-__all__ = ["CheckpointReport", "FolderReport", "Group", "inspect_checkpoint", "inspect_folder", "markdown", "show", "to_json"]
+__all__ = ["CheckpointReport", "FolderReport", "Group", "inspect_checkpoint", "inspect_folder"]
 
-_LORA = re.compile(re.escape(LORA_PREFIX) + r"model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.lora_([AB])\.weight")
-_TARGETS = tuple(f"self_attn.{name}_proj" for name in "qkvo") + tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
-_SAVED = tuple(LORA_PREFIX + name for name in ("model.embed_tokens.weight", "lm_head.weight"))
-_PROJECTOR = tuple(f"mllm.model.mlp1.{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias"))
-_PROMPT_HEAD = tuple(f"text_hidden_fcs.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias"))
-_DECODER = "grounding_encoder.sam2_model.sam_mask_decoder."
-_NAMES = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
-
-# Group -> (what of the model it is, the names that belong to it)
-_GROUPS = {
-    "LoRA": "the language model's adapter",
-    "modules_to_save": "embed_tokens and lm_head, whole",
-    "projector": "mlp1, from image tokens to the language model",
-    "prompt head": "text_hidden_fcs, from [SEG] to SAM2",
-    "SAM2 mask decoder": "sam_mask_decoder",
-    "unknown": "no part of the model that vessel-rt knows",
-}
+_FILE_NAME = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
+_FOREIGN = "unknown"
+_GROUPS = {**TRAINED_GROUPS, _FOREIGN: "not part of the model that vessel-rt exports"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tensors of one part of the model: how many, how many values, and of which dtypes."""
+    """The tensors of one part of the model: their number, the number of their values, and their dtypes."""
 
     name: str
     part: str
@@ -53,10 +38,10 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointReport:
-    """What a checkpoint tells; "unknown" where it does not.
+    """What a checkpoint records; "unknown" stands for what it does not.
 
-    `training` and `lora` are names and values to be read; `losses` are (name, type, weight). `export` says what would be done with it,
-    `problems` what would stop it; each has its mend. Neither looks at values, nor at the base model's shapes.
+    `training` and `lora` are names and values to read; `losses` are (name, type, weight). `export` lists what an export would do,
+    `problems` what would stop it, each with its fix. Neither takes tensor values or the base model's shapes into account.
     """
 
     name: str
@@ -73,7 +58,7 @@ class CheckpointReport:
 
 @dataclasses.dataclass(frozen=True)
 class FolderReport:
-    """The checkpoints of a folder, (name, bytes, iteration), by iteration; the latest, and how far its training came."""
+    """The checkpoints of a folder as (name, bytes, iteration), ordered by iteration; the latest one and its training's progress."""
 
     name: str
     checkpoints: tuple[tuple[str, int, int], ...]
@@ -86,16 +71,16 @@ class FolderReport:
 
 
 def inspect_folder(folder: Path) -> FolderReport:
-    """The checkpoints in `folder`, and a report of the latest.
+    """The checkpoints in `folder`, and a report on the latest.
 
     Raises:
-        CheckpointError: it holds no iter_*.pth and no epoch_*.pth.
+        CheckpointError: the folder has no iter_*.pth and no epoch_*.pth.
     """
-    found = {path: int(match[1]) for path in folder.iterdir() if (match := _NAMES.fullmatch(path.name))}
+    found = {path: int(match[1]) for path in folder.iterdir() if (match := _FILE_NAME.fullmatch(path.name))}
     if not found:
-        inner = sorted(path.parent.name for path in folder.glob("*/*.pth") if _NAMES.fullmatch(path.name))
-        mend = f"those of {inner[0]} are in {folder / inner[0]}" if inner else "give a work_dirs folder, or the path of an iter_*.pth"
-        raise CheckpointError(f"{folder}: holds no iter_*.pth; {mend}")
+        inner = sorted(path.parent.name for path in folder.glob("*/*.pth") if _FILE_NAME.fullmatch(path.name))
+        fix = f"inspect {folder / inner[0]}, which has some" if inner else "give a work_dirs folder, or the path of an iter_*.pth"
+        raise CheckpointError(f"{folder}: no iter_*.pth in this folder; {fix}")
     ordered = sorted(found, key=lambda path: found[path])
     latest, latest_by, problems = ordered[-1], "the highest number", []
     record = folder / "last_checkpoint"
@@ -104,7 +89,7 @@ def inspect_folder(folder: Path) -> FolderReport:
         if named in found:
             latest, latest_by = named, "last_checkpoint"
         else:
-            problems.append(f"last_checkpoint names {named.name}, which is not there: was it moved, or is it still being written?")
+            problems.append(f"last_checkpoint names {named.name}, which is missing: it was moved, or is still being written")
     report = None
     try:
         report = inspect_checkpoint(latest)
@@ -126,14 +111,14 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
     """What the checkpoint at `path` holds.
 
     Raises:
-        CheckpointError: as `survey_checkpoint`: not a checkpoint, damaged, or one that would run code.
+        CheckpointError: the file is not a checkpoint, is damaged, or would run code (see `survey_checkpoint`).
     """
     checkpoint = survey_checkpoint(path)
     config = checkpoint.config
     members: dict[str, list[str]] = {name: [] for name in _GROUPS}
     for name in checkpoint.tensors:
-        members[_group(name)].append(name)
-    present = [name for name in _GROUPS if members[name] and name != "unknown"]
+        members[group_of(name) or _FOREIGN].append(name)
+    present = [name for name in TRAINED_GROUPS if members[name]]
     return CheckpointReport(
         name=path.name,
         bytes=path.stat().st_size,
@@ -148,35 +133,23 @@ def inspect_checkpoint(path: Path) -> CheckpointReport:
     )
 
 
-def _group(name: str) -> str:
-    if _LORA.fullmatch(name):
-        return "LoRA"
-    if name in _SAVED:
-        return "modules_to_save"
-    if name in _PROJECTOR:
-        return "projector"
-    if name in _PROMPT_HEAD:
-        return "prompt head"
-    return "SAM2 mask decoder" if name.startswith(_DECODER) else "unknown"
-
-
 def _summed(name: str, tensors: Sequence[torch.Tensor]) -> Group:
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
     return Group(name, _GROUPS[name], len(tensors), sum(tensor.numel() for tensor in tensors), tuple(dtypes))
 
 
 def _training(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
-    told, optimizer = checkpoint.meta, find(config, "optimizer")
+    meta, optimizer = checkpoint.meta, find(config, "optimizer")
     optimizer = optimizer if isinstance(optimizer, Mapping) else {}
     iterations = checkpoint.runtime_info.get("max_iters", find(config, "max_iters"))
     return {
-        "epoch": told.get("epoch", UNKNOWN),
+        "epoch": meta.get("epoch", UNKNOWN),
         "iteration": UNKNOWN if checkpoint.iteration is None else checkpoint.iteration,
         "iterations in all": iterations if isinstance(iterations, int) else UNKNOWN,
-        "experiment": told.get("experiment_name", UNKNOWN),
-        "saved at": told.get("time", UNKNOWN),
-        "seed": told.get("seed", UNKNOWN),
-        "mmengine": told.get("mmengine_version", UNKNOWN),
+        "experiment": meta.get("experiment_name", UNKNOWN),
+        "saved at": meta.get("time", UNKNOWN),
+        "seed": meta.get("seed", UNKNOWN),
+        "mmengine": meta.get("mmengine_version", UNKNOWN),
         "base model": find(config, "model_path"),
         "SAM2": find(config, "ckpt_path"),
         "template": config.get("template", UNKNOWN),
@@ -189,23 +162,22 @@ def _training(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, An
 def _lora(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
     given = find(config, "llm_lora")
     given = given if isinstance(given, Mapping) else {}
-    matches = [match for name in checkpoint.tensors if (match := _LORA.fullmatch(name))]
-    layers = {int(match[1]) for match in matches}
+    adapted = [found for name in checkpoint.tensors if (found := lora_layer(name))]
     return {
         "rank": checkpoint.lora_rank or UNKNOWN,
         "alpha": UNKNOWN if checkpoint.lora_alpha is None else checkpoint.lora_alpha,
         "dropout": given.get("lora_dropout", UNKNOWN),
-        "layers": len(layers),
-        "targets": [target for target in _TARGETS if any(match[2] == target for match in matches)],
+        "layers": len({layer for layer, _ in adapted}),
+        "targets": [target for target in LORA_TARGETS if target in {module for _, module in adapted}],
         "saved whole": given.get("modules_to_save", UNKNOWN),
     }
 
 
 def _frozen(trained: Sequence[str], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the checkpoint does not hold comes from the base models as it is."""
-    told = {"InternViT": "freeze_visual_encoder", "the language model's own weights": "freeze_llm"}
-    parts = [f"{part} ({key} = {find(config, key)})" for part, key in told.items()]
-    return (*parts, "SAM2's image encoder", *(f"{_GROUPS[name]}" for name in _GROUPS if name not in (*trained, "unknown")))
+    """What the checkpoint does not hold is taken from the base models unchanged."""
+    flags = {"InternViT": "freeze_visual_encoder", "the language model's own weights": "freeze_llm"}
+    models = [f"{name} ({flag} = {find(config, flag)})" for name, flag in flags.items()]
+    return (*models, "SAM2's image encoder", *(about for name, about in TRAINED_GROUPS.items() if name not in trained))
 
 
 def _losses(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -220,7 +192,7 @@ def _kind(value: Any) -> str:
 
 
 def _export(checkpoint: Checkpoint, members: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """What the exporter would do, in its order."""
+    """What the exporter would do, in order."""
     pairs = len(members["LoRA"]) // 2
     if pairs:
         rank, alpha = checkpoint.lora_rank, checkpoint.lora_alpha
@@ -239,31 +211,20 @@ def _export(checkpoint: Checkpoint, members: Mapping[str, Sequence[str]]) -> Ite
 
 
 def _problems(checkpoint: Checkpoint, members: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """What would stop an export, as far as names and shapes tell."""
+    """What would stop an export, judged by names and shapes."""
     if checkpoint.lora_alpha is None and members["LoRA"]:
-        yield f"LoRA's alpha is not told: give it with --lora-alpha (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
+        yield f"LoRA's alpha is not recorded; give it with --lora-alpha (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
     for name, kind in checkpoint.unusable.items():
-        yield f"{name} is {kind}, not a dense floating-point tensor: --skip {name}, if nothing needs it"
-    for name in members["unknown"]:
-        yield f"{name} is unknown: --skip {name}, if nothing needs it"
-    layers = [int(match[1]) for name in members["LoRA"] if (match := _LORA.fullmatch(name))]
-    expected = {
-        "LoRA": [
-            f"{LORA_PREFIX}model.layers.{layer}.{target}.lora_{part}.weight"
-            for layer in range(max(layers, default=-1) + 1)
-            for target in _TARGETS
-            for part in "AB"
-        ],
-        "modules_to_save": _SAVED,
-        "projector": _PROJECTOR,
-        "prompt head": _PROMPT_HEAD,
-    }
-    for group, names in expected.items():
+        yield f"{name} is {kind}, not a dense floating-point tensor; leave it out with --skip {name}"
+    for name in members[_FOREIGN]:
+        yield f"{name} is unknown; leave it out with --skip {name}"
+    layers = [found[0] for name in members["LoRA"] if (found := lora_layer(name))]
+    for group, names in expected_tensors(max(layers, default=-1) + 1).items():
         missing = [name for name in names if name not in checkpoint.tensors]
         if missing:
-            yield f"{group}: {len(missing)} of {len(names)} tensors are missing, {missing[0]} first; save the checkpoint again, whole"
+            yield f"{group}: {len(missing)} of {len(names)} tensors are missing, the first is {missing[0]}; save the whole checkpoint again"
     if not members["LoRA"]:
-        yield "LoRA: there is no adapter; vessel-rt exports models trained with one"
+        yield "LoRA: the checkpoint has no adapter; vessel-rt exports models trained with one"
     if not members["SAM2 mask decoder"]:
         yield "SAM2 mask decoder: not in the checkpoint; train with frozen_sam2_decoder=False"
     for name, tensor in checkpoint.tensors.items():
@@ -273,84 +234,3 @@ def _problems(checkpoint: Checkpoint, members: Mapping[str, Sequence[str]]) -> I
 
 def _short(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
-
-
-def to_json(report: CheckpointReport | FolderReport) -> str:
-    """The report for programs."""
-    return json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False, default=str)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Section:
-    """A table under a title; no `head`: names and values."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def _sections(report: CheckpointReport | FolderReport) -> Iterator[_Section]:
-    if isinstance(report, FolderReport):
-        rows = tuple((name, _size(size), str(iteration)) for name, size, iteration in report.checkpoints)
-        yield _Section(f"{report.name}: {len(rows)} checkpoint{'s' * (len(rows) != 1)}", ("checkpoint", "size", "iteration"), rows)
-        progress = f"{report.iteration} of {report.iterations}"
-        if isinstance(report.iterations, int) and report.iterations:
-            progress += f", {100 * report.iteration / report.iterations:.0f} %"
-        latest = (("latest", f"{report.latest} (by {report.latest_by})"), ("progress", progress))
-        yield _Section("training", (), latest)
-        if report.problems:
-            yield _Section("problems of the folder", ("",), tuple((problem,) for problem in report.problems))
-        if report.checkpoint is None:
-            return
-        report = report.checkpoint
-    groups = tuple((g.name, g.part, str(g.tensors), f"{g.values:,}", ", ".join(g.dtypes)) for g in report.groups)
-    total = ("in all", "", str(sum(g.tensors for g in report.groups)), f"{sum(g.values for g in report.groups):,}", "")
-    yield _Section(f"{report.name}, {_size(report.bytes)}", ("group", "part", "tensors", "values", "dtype"), (*groups, total))
-    yield _Section("run", (), tuple((key, str(value)) for key, value in report.training.items()))
-    lora = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in report.lora.items()}
-    yield _Section("LoRA", (), tuple(lora.items()))
-    trained = tuple((line,) for line in report.trained)
-    yield _Section("trained, in the checkpoint", ("",), trained or (("nothing that vessel-rt knows",),))
-    yield _Section("frozen, from the base models", ("",), tuple((line,) for line in report.frozen))
-    losses = tuple((name, kind, str(weight)) for name, kind, weight in report.losses)
-    yield _Section("losses", ("loss", "type", "weight"), losses or ((UNKNOWN, UNKNOWN, UNKNOWN),))
-    yield _Section("an export would", ("",), tuple((line,) for line in report.export))
-    yield _Section("problems", ("",), tuple((line,) for line in report.problems) or (("none that names and shapes show",),))
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def markdown(report: CheckpointReport | FolderReport) -> str:
-    """The report as Markdown: a heading and a table or list a section."""
-    blocks = []
-    for section in _sections(report):
-        if len(section.head) == 1:
-            lines = [f"- {line}" for (line,) in section.rows]
-        else:
-            head = section.head or ("", "")
-            table = [head, ("---",) * len(head), *section.rows]
-            lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
-        blocks.append("\n".join([f"## {section.title}", "", *lines]))
-    return "\n\n".join(blocks) + "\n"
-
-
-def show(report: CheckpointReport | FolderReport) -> None:
-    """Print the report: coloured tables on a terminal, the same without colours elsewhere."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for section in _sections(report):
-        bad = section.title.startswith("problems") and "none that" not in section.rows[0][0]
-        table = Table(box=box.SIMPLE_HEAD if len(section.head) > 1 else None, show_header=len(section.head) > 1, pad_edge=False)
-        for number, name in enumerate(section.head or ("", "")):
-            table.add_column(name, style="cyan" if number == 0 and len(section.rows[0]) > 1 else None, overflow="fold")
-        for row in section.rows:
-            table.add_row(*map(escape, row))
-        console.print(f"[bold {'red' if bad else 'green'}]{escape(section.title)}[/]")
-        console.print(table)
-        console.print()

@@ -17,7 +17,8 @@ from vessel_export.bundle.merge_lora import MergePlan, plan_merge
 from vessel_export.errors import CheckpointError
 from vessel_export.io.safetensors_writer import OutputTensor
 from vessel_export.sources.base_model import open_base, open_sam2
-from vessel_export.sources.checkpoint import LORA_PREFIX, open_checkpoint
+from vessel_export.sources.checkpoint import open_checkpoint
+from vessel_export.sources.names import LORA_PREFIX
 
 ALPHA, RANK = 8, 4
 MERGED = "weights/language_model.safetensors"

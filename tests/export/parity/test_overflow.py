@@ -29,7 +29,8 @@ from vessel_export.parity.emulate import emulate, scaled_logits, serialized, spe
 from vessel_export.parity.fp16_ranges import LIMIT, apply, exponents_of, measure, set_exponents
 from vessel_export.parity.reference import Reference
 from vessel_export.parity.verify import TOLERANCES, Sample, drawn_samples, one_pass, read_samples, verify
-from vessel_export.sources.checkpoint import LORA_PREFIX, open_checkpoint
+from vessel_export.sources.checkpoint import open_checkpoint
+from vessel_export.sources.names import LORA_PREFIX
 from vessel_rt.device.deployment import deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError

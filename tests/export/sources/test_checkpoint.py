@@ -16,7 +16,8 @@ import torch
 
 from tests.support.paths import Tiny
 from vessel_export.errors import CheckpointError
-from vessel_export.sources.checkpoint import LORA_PREFIX, canonical_name, faults_in, open_checkpoint, survey_checkpoint
+from vessel_export.sources.checkpoint import canonical_name, faults_in, open_checkpoint, survey_checkpoint
+from vessel_export.sources.names import LORA_PREFIX
 
 A = LORA_PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
 STATE = {A: torch.ones(4, 8, dtype=torch.bfloat16)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from tests.support.paths import Tiny
 from vessel_export.cli import main
 from vessel_export.errors import CheckpointError
-from vessel_export.sources.checkpoint import LORA_PREFIX, open_checkpoint
-from vessel_export.sources.inspection import inspect_checkpoint, inspect_folder, markdown, to_json
+from vessel_export.sources.checkpoint import open_checkpoint
+from vessel_export.sources.inspection import inspect_checkpoint, inspect_folder
+from vessel_export.sources.inspection_report import print_report
 from vessel_export.sources.mmengine_config import UNKNOWN
+from vessel_export.sources.names import LORA_PREFIX
 
 
 def saved(tiny: Tiny, path: Path, change: Any = lambda tensors: None, meta: Any = None) -> Path:
@@ -56,7 +59,9 @@ def test_what_a_plain_state_dict_does_not_tell_is_unknown(tiny: Tiny, tmp_path: 
     report = inspect_checkpoint(saved(tiny, tmp_path / "plain.pth"))
     assert report.training["optimiser"] == report.training["iteration"] == report.lora["alpha"] == UNKNOWN
     assert report.losses == ()
-    assert report.problems == ("LoRA's alpha is not told: give it with --lora-alpha (Sa2VA trains with 2 r = 16)",)
+    [problem] = report.problems
+    assert "--lora-alpha" in problem
+    assert "2 r = 16" in problem
 
 
 def test_everything_that_would_stop_an_export_is_a_problem(tiny: Tiny, tmp_path: Path) -> None:
@@ -69,14 +74,14 @@ def test_everything_that_would_stop_an_export_is_a_problem(tiny: Tiny, tmp_path:
         tensors["mllm.model.mlp1.0.bias"] = torch.ones(0)
 
     found = " ".join(inspect_checkpoint(saved(tiny, tmp_path / "bad.pth", damage, {"cfg": "a = dict(lora_alpha=16)"})).problems)
-    assert "mllm.extra is unknown: --skip mllm.extra" in found
-    assert "LoRA: 1 of 42 tensors are missing" in found
-    assert "prompt head: 1 of 4 tensors are missing, text_hidden_fcs.2.bias first" in found
-    assert "SAM2 mask decoder: not in the checkpoint" in found
+    assert "--skip mllm.extra" in found
+    assert "LoRA: 1 of 42 tensors" in found
+    assert "prompt head: 1 of 4 tensors are missing, the first is text_hidden_fcs.2.bias" in found
+    assert "SAM2 mask decoder" in found
     assert "mllm.model.mlp1.0.bias is empty" in found
 
 
-def test_a_folder_tells_the_latest_and_how_far_it_is(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_folder_tells_the_latest_and_how_far_it_is(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     meta = {"iter": 250, "cfg": "train_cfg = dict(max_iters=1000)"}
     for number in (250, 500, 1500):
         saved(tiny, tmp_path / f"iter_{number}.pth", meta=meta)
@@ -86,39 +91,39 @@ def test_a_folder_tells_the_latest_and_how_far_it_is(tiny: Tiny, tmp_path: Path)
     (tmp_path / "last_checkpoint").write_text("/somewhere/else/work_dirs/iter_250.pth\n")
     report = inspect_folder(tmp_path)
     assert (report.latest, report.latest_by, report.iteration, report.iterations) == ("iter_250.pth", "last_checkpoint", 250, 1000)
-    assert "250 of 1000, 25 %" in markdown(report)
+    print_report(report)
+    assert "250 of 1000, 25 %" in capsys.readouterr().out
 
 
 def test_a_last_checkpoint_that_is_gone_or_damaged_is_a_problem(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copy(tiny.checkpoint, tmp_path / "iter_10.pth")
     (tmp_path / "last_checkpoint").write_text("work_dirs/iter_20.pth")
-    assert "names iter_20.pth, which is not there" in inspect_folder(tmp_path).problems[0]
+    assert "iter_20.pth" in inspect_folder(tmp_path).problems[0]
     os.truncate(tmp_path / "iter_10.pth", 1000)
     assert "not a whole torch checkpoint" in inspect_folder(tmp_path).problems[1]
 
 
 def test_a_folder_without_checkpoints_names_the_one_inside(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"holds no iter_\*\.pth; give a work_dirs folder"):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path}: no iter_*.pth")):
         inspect_folder(tmp_path)
     (tmp_path / "run_a").mkdir()
     shutil.copy(tiny.checkpoint, tmp_path / "run_a" / "iter_10.pth")
-    with pytest.raises(CheckpointError, match="those of run_a are in"):
+    with pytest.raises(CheckpointError, match=re.escape(f"inspect {tmp_path / 'run_a'}")):
         inspect_folder(tmp_path)
 
 
-@pytest.mark.parametrize("form", [[], ["--json"], ["--markdown"]])
+@pytest.mark.parametrize("form", [[], ["--json"]])
 def test_the_command(tiny: Tiny, capsys: pytest.CaptureFixture[str], form: list[str]) -> None:
     assert main(["inspect", str(tiny.checkpoint.parent), *form]) == 0
     out = capsys.readouterr().out
     assert "LoRA" in out
     if form == ["--json"]:
         assert json.loads(out)["checkpoint"]["training"]["iteration"] == 1000
-    assert to_json(inspect_checkpoint(tiny.checkpoint))
 
 
 def test_a_checkpoint_without_a_tensor_that_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "iter_1.pth")
-    for form in ([], ["--json"], ["--markdown"]):
+    for form in ([], ["--json"]):
         assert main(["inspect", str(tmp_path / "iter_1.pth"), *form]) == 0
         assert "a is unknown" in capsys.readouterr().out
 
