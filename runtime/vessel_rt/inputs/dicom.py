@@ -11,6 +11,7 @@ import io
 import logging
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ _TOO_MANY_PARTS = f"its header has more than {_MOST_PARTS} parts"
 _TOO_MANY_FRAMES = "its header claims more frames than it can hold: cut short, or damaged"
 _LIBRARIES = ("pydicom", "pylibjpeg", "libjpeg", "openjpeg")
 
+_reading = threading.Lock()  # held while a file is read: pydicom parses what is looked at into the data set
+
 
 def is_dicom(path: Path) -> bool:
     """By its suffix; a file without one, as archives name them, by its magic: `I0000012`, or `XA.1.2.840.5`, of which the last number is
@@ -79,7 +82,7 @@ def frame_count(path: Path) -> int | None:
 def read_dicom(path: Path, number: int | None) -> Image.Image:
     """Frame `number` (from 0; None: the only one) in RGB, 8 bits; no other is decoded. docs/dicom.md has the rules.
 
-    The last file stays open for the next frame of it: to be called from one thread of a process.
+    The last file stays open for the next frame of it, so that one thread of a process reads at a time; others wait.
 
     Raises:
         ImageError: not DICOM, encrypted, cut short, without pixels or not decodable. The text has nothing from the file but its kind of
@@ -87,9 +90,10 @@ def read_dicom(path: Path, number: int | None) -> Image.Image:
         VesselError: pydicom is not installed.
     """
     try:
-        status = path.stat()
-        dataset = _opened(path, status.st_mtime_ns, status.st_size)
-        return Image.fromarray(_as_bytes(_decoded(dataset, number or 0), dataset, number or 0)).convert("RGB")
+        with _reading:
+            status = path.stat()
+            dataset = _opened(path, status.st_mtime_ns, status.st_size)
+            return Image.fromarray(_as_bytes(_decoded(dataset, number or 0), dataset, number or 0)).convert("RGB")
     except VesselError:
         raise
     except FileNotFoundError:
