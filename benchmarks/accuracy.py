@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.measure import infer_options, publish
-from vessel_export.parity.verify import mask_iou
+from vessel_rt.evaluation.metrics import iou
 from vessel_rt.device.device_report import list_devices
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
@@ -109,7 +109,7 @@ def _least_iou(first: _Masks, other: _Masks) -> float:
     pairs = [(masks, other.get(key, [])) for key, masks in first.items()]
     if any(len(a) != len(b) for a, b in pairs):
         return 0.0
-    return min((mask_iou(a, b) for masks, others in pairs for a, b in zip(masks, others, strict=True)), default=1.0)
+    return min((iou(a, b) for masks, others in pairs for a, b in zip(masks, others, strict=True)), default=1.0)
 
 
 if __name__ == "__main__":

@@ -133,10 +133,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _least_iou(theirs: Path, ours: Path) -> float:
     """Of the masks of the same names in two folders."""
-    from vessel_export.parity.verify import mask_iou
+    from vessel_rt.evaluation.metrics import iou
 
     pairs = ((np.asarray(Image.open(path)) > 0, np.asarray(Image.open(ours / path.name)) > 0) for path in theirs.glob("*.png"))
-    return min(mask_iou(one, other) for one, other in pairs)
+    return min(iou(one, other) for one, other in pairs)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from vessel_rt.formats.bundle import STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import Engine, Target
-from vessel_rt.io.checked_files import FileRecord
+from vessel_rt.formats.file_record import FileRecord
 
 TARGET = Target("rtx", "sm86", "1.7.1")
 

@@ -32,7 +32,8 @@ from vessel_rt.formats.bundle import (
     TensorSpec,
     TileSpec,
 )
-from vessel_rt.io.checked_files import FileRecord, sha256_of
+from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.io.checked_files import sha256_of
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, TOKENS_PER_TILE = 64, 4, 16, 2, 4
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "[SEG]")

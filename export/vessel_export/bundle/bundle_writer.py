@@ -33,9 +33,10 @@ from vessel_export.sources.names import NEW_TOKENS
 from vessel_export.sources.tokenizer import extend_tokenizer
 from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, EmbeddingTable, LanguageModelSpec, MaskSpec, PromptSpec, Provenance, TileSpec
+from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import MAX_TEXT_TOKENS
 from vessel_rt.formats.recipe import Recipe
-from vessel_rt.io.checked_files import FileRecord, sha256_of
+from vessel_rt.io.checked_files import sha256_of
 
 __all__ = ["Export", "ExportRequest", "export_bundle"]
 

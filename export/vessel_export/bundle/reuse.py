@@ -10,7 +10,7 @@ from pathlib import Path
 from vessel_rt.errors import BundleError, EngineError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES, Engine
-from vessel_rt.io.checked_files import FileRecord
+from vessel_rt.formats.file_record import FileRecord
 
 __all__ = ["find_neighbours", "link_engines", "older_file"]
 

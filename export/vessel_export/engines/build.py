@@ -31,9 +31,10 @@ from vessel_export.io.files import scratch_folder
 from vessel_rt.errors import BundleError, EngineError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.engine_sidecar import Engine, Target
+from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import Profile, Shapes, engine_recipe, stage_profile, workload_of
 from vessel_rt.formats.recipe import EngineRecipe
-from vessel_rt.io.checked_files import FileRecord, check_files, sha256_of
+from vessel_rt.io.checked_files import check_files, sha256_of
 from vessel_rt.io.folder_lock import locked
 
 __all__ = ["Build", "Compiler", "build_engines"]

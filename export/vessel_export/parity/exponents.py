@@ -17,7 +17,8 @@ from vessel_export.bundle.reuse import link_engines
 from vessel_export.io.files import link_or_copy, staging
 from vessel_export.parity.ranges_report import LARGEST_EXPONENT, RANGES_FILE, Product, Ranges
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
-from vessel_rt.io.checked_files import FileRecord, sha256_of
+from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.io.checked_files import sha256_of
 
 __all__ = ["apply", "exponents_of", "set_exponents"]
 

@@ -1,0 +1,1 @@
+"""Devices, and graphs loaded on them. Does not know what a graph computes, nor about images."""

@@ -1,0 +1,1 @@
+"""Results against ground truth. Does not know about devices or bundles, and runs no graph."""

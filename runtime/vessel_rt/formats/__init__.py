@@ -1,0 +1,1 @@
+"""The files that a bundle consists of, declared, read and checked. Does not know about devices or images."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle_faults import bundle_faults
+from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.graph_files import named_files
 from vessel_rt.formats.schema import FileName, Within, decode, parse_json, read_small, shown
-from vessel_rt.io.checked_files import CheckedFiles, FileRecord, check_files, sha256_of
+from vessel_rt.io.checked_files import CheckedFiles, check_files, sha256_of
 
 if TYPE_CHECKING:  # the schema itself needs the standard library only
     import numpy as np

@@ -24,9 +24,10 @@ from typing import Self
 
 from vessel_rt.errors import EngineError
 from vessel_rt.formats.bundle import STAGES, Bundle, named_and_unchecked
+from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import max_shape
 from vessel_rt.formats.schema import FileName, decode, parse_json, read_small
-from vessel_rt.io.checked_files import CheckedFiles, FileRecord, check_files
+from vessel_rt.io.checked_files import CheckedFiles, check_files
 
 __all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version", "packed_cuda_runtime", "writable_by_anyone"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _XRAY = (  # their modality LUT leads back to the beam's intensity and is not fo
     "1.2.840.10008.5.1.4.1.1.12.3",
 )
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS, after 0xFF
+
+_reading = threading.Lock()  # held while a file is read: pydicom parses what is looked at into the data set
 
 
 def is_dicom(path: Path) -> bool:
@@ -68,7 +71,7 @@ def frame_count(path: Path) -> int | None:
 def read_dicom(path: Path, number: int | None) -> Image.Image:
     """Frame `number` (from 0; None: the only one) in RGB, 8 bits; no other is decoded. docs/dicom.md has the rules.
 
-    The last file is kept in memory for its next frame, so call this from one thread of a process only.
+    The last file is kept in memory for its next frame: one thread of a process reads at a time, the others wait.
 
     Raises:
         ImageError: not DICOM, encrypted, cut short, without pixels or not decodable. The text quotes nothing from the file but its
@@ -76,8 +79,9 @@ def read_dicom(path: Path, number: int | None) -> Image.Image:
         VesselError: pydicom is not installed.
     """
     try:
-        dataset = open_dataset(path)
-        return Image.fromarray(_as_bytes(_decoded(dataset, number or 0), dataset, number or 0)).convert("RGB")
+        with _reading:
+            dataset = open_dataset(path)
+            return Image.fromarray(_as_bytes(_decoded(dataset, number or 0), dataset, number or 0)).convert("RGB")
     except VesselError:
         raise
     except FileNotFoundError:

@@ -16,7 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.inputs.dicom import DICOM_SUFFIXES, frame_count, is_dicom, read_dicom
+from vessel_rt.inputs import dicom
+from vessel_rt.inputs.dicom import DICOM_SUFFIXES, is_dicom, read_dicom
 from vessel_rt.inputs.images import SUFFIXES, Rescale, page_count, read_image, require_regular
 from vessel_rt.inputs.pseudonyms import StudyCodes, printable, remember
 from vessel_rt.io.checked_files import sha256_of
@@ -31,6 +32,7 @@ __all__ = [
     "cine_of",
     "find_frames",
     "flat_stem",
+    "frame_count",
     "frame_suffix",
     "input_sha256",
     "read_frame",
@@ -143,6 +145,11 @@ def find_frames(
 def read_frame(frame: Frame, rescale: Rescale | None = None) -> Image.Image:
     """The frame in RGB, 8 bits; `rescale` is for images that are not DICOM, see `read_image`. Raises ImageError."""
     return read_dicom(frame.path, frame.number) if is_dicom(frame.path) else read_image(frame.path, frame.number, rescale)
+
+
+def frame_count(path: Path) -> int | None:
+    """How many frames a multi-frame DICOM file has, or pages a TIFF; None for a file with one picture. Raises ImageError."""
+    return dicom.frame_count(path) if is_dicom(path) else page_count(path)
 
 
 def input_sha256(path: Path) -> str:
@@ -291,7 +298,7 @@ def _numbers(path: Path, chosen: slice | None, earlier: Sequence[int]) -> Sequen
     try:
         if earlier:  # it was a multi-frame file: has it become another one, or can it only not be read now?
             path.open("rb").close()
-        count = frame_count(path) if is_dicom(path) else None if chosen is None else page_count(path)
+        count = frame_count(path) if chosen is not None or is_dicom(path) else None
     except (ImageError, OSError):
         return earlier or [None]
     return [None] if count is None else range(count)[chosen or slice(None)]

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,9 +20,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from vessel_rt.errors import ImageError
+from vessel_rt.errors import ImageError, first_line
 from vessel_rt.inputs.tiff import PageFile, check_data, heeding_libtiff, page_offsets
 
 __all__ = [
@@ -33,13 +34,14 @@ __all__ = [
     "read_image",
     "read_levels",
     "require_regular",
+    "rgb_image",
 ]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 MAX_SIDE = 8192  # pixels; a square of it stays under the size at which Pillow warns of a decompression bomb
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
-_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB")  # of 8 bits a channel, or fewer
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits a channel, or fewer
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED, _FLOAT = 2, 3  # sample formats
 
@@ -54,6 +56,13 @@ class Rescale:
     low: float | None = None
     high: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where `low` is not below `high`, or one of them is missing or not finite."""
+        if (self.low, self.high) == (None, None):
+            return
+        if self.low is None or self.high is None or not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"{self.low}:{self.high} is not a range of gray values")
+
     @classmethod
     def parse(cls, text: str) -> Rescale:
         """`LOW:HIGH`, or nothing for the range of the file. Raises ValueError."""
@@ -61,11 +70,9 @@ class Rescale:
             return cls()
         try:
             low, high = map(float, text.split(":"))
+            return cls(low, high)
         except ValueError:
-            low = high = math.nan
-        if not (low < high and math.isfinite(high - low)):
-            raise ValueError(f"{text!r} is not a range of gray values: take LOW:HIGH, such as 0:4095")
-        return cls(low, high)
+            raise ValueError(f"{text!r} is not a range of gray values: take LOW:HIGH, such as 0:4095") from None
 
 
 def read_image(path: Path, page: int | None = None, rescale: Rescale | None = None) -> Image.Image:
@@ -84,19 +91,24 @@ def read_image(path: Path, page: int | None = None, rescale: Rescale | None = No
         ImageError: not a readable file of these kinds, cut short, of several pictures without a `page`, too deep, or a side longer than
             MAX_SIDE. The text does not name the file.
     """
-    window = None
-    if rescale is not None and rescale.low is not None and rescale.high is not None:
-        window = rescale.low, rescale.high
     with _opened(path, page) as image:
-        depth = _Depth.of(image)
-        if not depth.is_deep:
-            pixels = image.convert("RGB")
-        elif depth.is_gray and rescale is not None:
-            pixels = Image.fromarray(_rescaled(_deep_levels(image, depth), *(window or _range(path)), depth.inverted)).convert("RGB")
-        else:
-            raise ImageError(f"{depth}, not 8 bits a channel; {depth.mend}")
-        pixels.info = {}
-        return pixels
+        return _rgb(image, rescale, lambda levels: _range(path))
+
+
+def rgb_image(image: Image.Image, rescale: Rescale | None = None) -> Image.Image:
+    """A copy of an image in memory, of any mode of Pillow's, by the rules of `read_image`; its own range is that of this image alone.
+
+    Raises:
+        ImageError: too deep, without pixels, a side longer than MAX_SIDE, or not decodable.
+    """
+    try:
+        with heeding_libtiff():  # an image that was only opened is decoded here
+            _check_size(image)
+            return _rgb(image, rescale, lambda levels: (float(levels.min()), float(levels.max())))
+    except ImageError:
+        raise
+    except Exception as e:  # a decoder given a broken file may raise anything
+        raise ImageError(f"cannot be decoded ({first_line(e)})") from e
 
 
 def read_levels(path: Path) -> npt.NDArray[Any]:
@@ -123,12 +135,33 @@ def require_regular(path: Path) -> None:
         raise ImageError("not a regular file")
 
 
+def _rgb(image: Image.Image, rescale: Rescale | None, own_range: Callable[[npt.NDArray[np.float64]], tuple[float, float]]) -> Image.Image:
+    """See `read_image`; `own_range` finds what None in `rescale` stands for."""
+    depth = _Depth.of(image)
+    if not depth.is_deep:
+        pixels = image.convert("RGB")
+    elif depth.is_gray and rescale is not None:
+        levels = _deep_levels(image, depth)
+        low, high = own_range(levels) if rescale.low is None or rescale.high is None else (rescale.low, rescale.high)
+        pixels = Image.fromarray(_rescaled(levels, low, high, depth.inverted)).convert("RGB")
+    else:
+        raise ImageError(f"{depth}, not 8 bits a channel; {depth.mend}")
+    pixels.info = {}
+    return pixels
+
+
+def _check_size(image: Image.Image) -> None:
+    if min(image.size) < 1:
+        raise ImageError(f"{image.width}x{image.height} pixels: there is nothing to segment")
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(f"{image.width}x{image.height} pixels are too many; sides up to {MAX_SIDE} are read")
+
+
 @contextmanager
 def _opened(path: Path, page: int | None) -> Iterator[ImageFile.ImageFile]:
     """One picture, found fit to be decoded in the block; what goes wrong there is an ImageError."""
     with _telling(path), heeding_libtiff(), _file_of(path, page) as file, Image.open(file, formats=_FORMATS) as image:
-        if max(image.size) > MAX_SIDE:
-            raise ImageError(f"{image.width}x{image.height} pixels are too many; sides up to {MAX_SIDE} are read")
+        _check_size(image)
         if isinstance(image, TiffImageFile):
             check_data(image, os.fstat(file.fileno()).st_size)
         elif (pictures := getattr(image, "n_frames", 1)) > 1:
@@ -187,14 +220,16 @@ class _Depth:
     inverted: bool = False
 
     @classmethod
-    def of(cls, image: ImageFile.ImageFile) -> _Depth:
+    def of(cls, image: Image.Image) -> _Depth:
         gray = image.mode in ("1", "L") or image.mode[:1] in ("I", "F")
         if isinstance(image, TiffImageFile):
             tags = image.tag_v2
             bits, kinds = max(tags.get(_BITS_PER_SAMPLE, (1,))), tags.get(_SAMPLE_FORMAT, (1,))
             return cls(bits, max(kinds), gray, inverted=tags.get(_PHOTOMETRIC, 0) == 0)
-        if image.format == "PNG":
+        if isinstance(image, PngImageFile) and image.tile:  # not decoded yet
             return cls(16 if "16" in str(image.tile[0][3]) else 8, is_gray=gray)
+        if image.mode in ("I", "F"):
+            return cls(32, _SIGNED if image.mode == "I" else _FLOAT)
         return cls(8 if image.mode in _MODES else 16, is_gray=gray)
 
     @property
@@ -203,14 +238,14 @@ class _Depth:
 
     @property
     def mend(self) -> str:
-        return "vessel-rt infer --rescale scales it" if self.is_gray else "convert it to 8 bits"
+        return "--rescale scales it (in Python: rescale=True)" if self.is_gray else "convert it to 8 bits"
 
     def __str__(self) -> str:
         kind = {_SIGNED: " signed", _FLOAT: " floating-point"}.get(self.kind, "")
         return f"{self.bits}-bit{kind} {'gray' if self.is_gray else 'colour'}"
 
 
-def _deep_levels(image: Image.Image, depth: _Depth) -> npt.NDArray[Any]:
+def _deep_levels(image: Image.Image, depth: _Depth) -> npt.NDArray[np.float64]:
     """The values [height, width] of gray that `is_deep`, as stored. Raises ImageError where one of them is no finite number."""
     levels = np.asarray(image)
     if (depth.bits, depth.kind) == (8, _SIGNED):  # Pillow takes all of these for unsigned 8 and signed 32 bits

@@ -16,23 +16,24 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, Any, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias
 
-from vessel_rt.formats.schema import Within
 from vessel_rt.io.files import open_regular
 
-__all__ = ["CheckedFiles", "FileRecord", "changes", "check_files", "leases", "sha256_of"]
+__all__ = ["CheckedFiles", "Record", "changes", "check_files", "leases", "sha256_of"]
 
 _CHUNK = 1 << 20  # bytes hashed between two reports of progress
 _READERS = 4  # files hashed at once: a disk gives more than one core can hash
 
 
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of one file of the bundle."""
+class Record(Protocol):
+    """What a file is to be: its size in bytes and its SHA-256, in hexadecimal."""
 
-    bytes: Annotated[int, Within(0, 2**50)]
-    sha256: str
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Identity:
 
 @dataclasses.dataclass(frozen=True)
 class _CheckedFile:
-    record: FileRecord
+    record: Record
     identity: _Identity
 
 
@@ -60,7 +61,7 @@ CheckedFiles: TypeAlias = "dict[Path, _CheckedFile]"
 
 
 def check_files(
-    folder: Path, records: Mapping[str, FileRecord | None], progress: Callable[[int], object] | None = None
+    folder: Path, records: Mapping[str, Record | None], progress: Callable[[int], object] | None = None
 ) -> tuple[CheckedFiles, tuple[str, ...]]:
     """Compare files of `folder` with their records.
 
@@ -90,7 +91,7 @@ def check_files(
     return good, tuple(f"{name} {fault}" for name, fault in found.items() if isinstance(fault, str))
 
 
-def _check(folder: Path, name: str, record: FileRecord | None, progress: Callable[[int], object]) -> _CheckedFile | str:
+def _check(folder: Path, name: str, record: Record | None, progress: Callable[[int], object]) -> _CheckedFile | str:
     """The file, or what is wrong with it."""
     if record is None:
         return "has no recorded SHA-256"

@@ -59,6 +59,10 @@ class PromptTokenizer:
         for mark in ("<image>", spec.image_token):
             if mark in question:
                 raise VesselError(f"the question {question!r} holds {mark}: leave it out, the image is put before the question")
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise VesselError(f"the question {question!r} is not Unicode text: it has half of a surrogate pair") from None
         before, after = spec.prefix + spec.image_start, spec.image_end + "\n" + question + spec.suffix
         with self._faults():
             encodings = self._tokenizer.encode_batch([before, after], add_special_tokens=False)

@@ -24,7 +24,7 @@ from vessel_rt.device.deployment import Deployment
 from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory
 from vessel_rt.formats.profiles import MASKS_AN_IMAGE
 from vessel_rt.model.decoding import Generation, LanguageModel
-from vessel_rt.model.postprocess import upsample
+from vessel_rt.model.postprocess import bounding_box, upsample
 from vessel_rt.model.preprocess import mask_pixels, tile_pixels
 from vessel_rt.model.prompt import EmbedTokens, PromptTokenizer
 
@@ -72,6 +72,16 @@ class Mask:
     pixels: npt.NDArray[np.bool_]
     iou: float
     object_score: float
+
+    @property
+    def area(self) -> int:
+        """The number of pixels in the mask."""
+        return int(self.pixels.sum())
+
+    @property
+    def box(self) -> list[int] | None:
+        """`[x0, y0, x1, y1]` in pixels, the right and lower ends excluded, or None for an empty mask."""
+        return bounding_box(self.pixels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from PIL import Image
 from vessel_rt.errors import ImageError
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.io.files import is_temporary, replacing, writing
-from vessel_rt.model.postprocess import bounding_box, eroded
+from vessel_rt.model.postprocess import eroded
 from vessel_rt.model.segmenter import Mask, Result
 from vessel_rt.results.rle import encode_rle
 from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS
@@ -33,7 +33,9 @@ __all__ = [
     "draw_overlay",
     "failure",
     "is_blank",
+    "mask_record",
     "numbered",
+    "result_line",
     "unknown_timing",
 ]
 
@@ -102,7 +104,7 @@ class FrameWriter:
             raise
         made = {"input": sha256, "settings": self._settings}
         lines = [
-            _line(frame, result.question, image.size, result.answer, of_result, _files(of_result, written) | pictures, made)
+            result_line(frame, result.question, image.size, result.answer, of_result, _files(of_result, written) | pictures, made)
             for result, of_result in zip(results, records, strict=True)
         ]
         return Entry(frame.name, lines, [_timing(line, result) for line, result in zip(lines, results, strict=True)])
@@ -113,14 +115,7 @@ class FrameWriter:
 
     def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> dict[str, Any]:
         self._save(name, _stencil(mask.pixels), written, format="PNG")
-        return {
-            "file": name,
-            "iou": round(mask.iou, 6),
-            "object_score": round(mask.object_score, 6),
-            "area": int(mask.pixels.sum()),
-            "box": bounding_box(mask.pixels),
-            "rle": encode_rle(mask.pixels),
-        }
+        return mask_record(mask, name)
 
     def _save(self, name: str, image: Image.Image, written: dict[str, str], **how: Any) -> str:
         """Write an image file, put its SHA-256 into `written`, and return it."""
@@ -140,7 +135,7 @@ class FrameWriter:
 def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -> Entry:
     """The entry of a frame that could not be segmented."""
     made = {"input": None, "settings": settings}
-    lines = [_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
+    lines = [result_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
     return Entry(frame.name, lines, [unknown_timing(line) for line in lines])
 
 
@@ -150,11 +145,23 @@ def numbered(name: str, taken: Collection[str]) -> Iterator[str]:
     yield from (other for number in itertools.count(1) if (other := f"{name}_{number}").casefold() not in taken)
 
 
+def mask_record(mask: Mask, file: str | None) -> dict[str, Any]:
+    """A mask in a line of results.jsonl."""
+    return {
+        "file": file,
+        "iou": round(mask.iou, 6),
+        "object_score": round(mask.object_score, 6),
+        "area": mask.area,
+        "box": mask.box,
+        "rle": encode_rle(mask.pixels),
+    }
+
+
 def _files(masks: Sequence[dict[str, Any]], written: dict[str, str]) -> dict[str, str]:
     return {mask["file"]: written[mask["file"]] for mask in masks}
 
 
-def _line(
+def result_line(
     frame: Frame,
     question: str,
     size: tuple[int | None, int | None],

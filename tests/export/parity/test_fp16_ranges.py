@@ -22,7 +22,8 @@ from vessel_export.parity.ranges_report import LIMIT, RANGES_FILE, Ranges, expon
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES, SCHEMA, Engine
-from vessel_rt.io.checked_files import FileRecord, sha256_of
+from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.io.checked_files import sha256_of
 
 QUESTION = "Please segment vessel in this image."
 

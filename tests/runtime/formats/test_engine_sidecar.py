@@ -13,7 +13,8 @@ from tests.support.engine_files import TARGET, wrapper, write_engines
 from vessel_rt.errors import EngineError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import Engine, EngineSet, Target, builder_version
-from vessel_rt.io.checked_files import FileRecord, sha256_of
+from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.io.checked_files import sha256_of
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 

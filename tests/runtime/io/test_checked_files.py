@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.leases import has_leases
+from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.io import checked_files
-from vessel_rt.io.checked_files import CheckedFiles, FileRecord, changes, check_files, leases, sha256_of
+from vessel_rt.io.checked_files import CheckedFiles, changes, check_files, leases, sha256_of
 
 CONTENT = b"0123456789" * 1000
 
