@@ -20,11 +20,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.measure import infer_options, publish
-from vessel_rt.evaluation.metrics import iou
 from vessel_rt.device.device_report import list_devices
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.evaluation.evaluate import evaluate
+from vessel_rt.evaluation.metrics import iou
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.results.reader import read_results
 from vessel_rt.run.infer import infer

@@ -37,6 +37,14 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     }
 
 
+def test_importing_the_api_imports_no_library_before_it_is_used() -> None:
+    """It stays under 50 ms that way; `load` brings in what it needs, without the exporter."""
+    standard = modules_after("")
+    loaded = modules_after("import vessel_rt; vessel_rt.VesselError, dir(vessel_rt)")
+    assert loaded - standard - sys.stdlib_module_names == {"vessel_rt"}
+    assert not modules_after("from vessel_rt import load") & {*HEAVY, "onnxruntime", "pydicom", "ray"}
+
+
 def test_a_whole_run_needs_neither_torch_nor_network(standin: Bundle, tmp_path: Path) -> None:
     make_frame().save(tmp_path / "a.png")
     program = "from vessel_rt.cli import main\nassert main(['infer', sys.argv[1], '--bundle', sys.argv[2], '-o', sys.argv[3]]) == 0"

@@ -50,6 +50,15 @@ class Deployment:
     batch: int = 1
     files: CheckedFiles = dataclasses.field(default_factory=dict)
 
+    @property
+    def max_batch(self) -> int | None:
+        """How many images may run at once: more than `batch` only where nothing is compiled for a range of shapes (None: no limit)."""
+        return self.batch if self._compiles else None
+
+    @property
+    def _compiles(self) -> bool:
+        return self.device.kind in ("tensorrt", "rtx")
+
     @contextmanager
     def guarded(self) -> Iterator[Callable[[], None]]:
         """Watch over the files for a block in which sessions are loaded and run.
@@ -81,9 +90,8 @@ class Deployment:
             BundleError: the graph's inputs and outputs are not those of the bundle.
             EngineError: compiled code would be kept in a folder open to all.
         """
-        compiles = self.device.kind in ("tensorrt", "rtx")
         spec, path = self.bundle.stages[stage], self.graphs[stage]
-        session = Session(path, self.device, threads, cache=self._cache(stage) if compiles else None)
+        session = Session(path, self.device, threads, cache=self._cache(stage) if self._compiles else None)
         if session.signature != _signature(spec.inputs) | _signature(spec.outputs):
             raise BundleError(f"{path}: its inputs and outputs are not those of bundle.json; copy or export the bundle again")
         return session
