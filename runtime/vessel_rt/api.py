@@ -182,7 +182,7 @@ class Model:
         if not isinstance(question, str | None):
             raise VesselError(f"question is {_kind(question)}: give a str, or None for the bundle's own")
         asked, sha256 = self.default_question if question is None else question, functools.lru_cache(_INPUTS)(input_sha256)
-        self._segmenter.check_question(asked)
+        self._segmenter.prepare_question(asked)
 
         def read(item: _Input) -> Picture:
             if item.error:
@@ -205,9 +205,9 @@ class _SharedSegmenter(Segmenter):
         self._lock, self._closed = threading.Lock(), False
         super().__init__(deployment, threads, draft=draft)
 
-    def check_question(self, question: str) -> None:
+    def prepare_question(self, question: str) -> None:
         with self._turn():
-            super().check_question(question)
+            super().prepare_question(question)
 
     def run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
         with self._turn():
