@@ -21,6 +21,8 @@ METADATA = "169.254.169.254"  # link-local: where Ray asks which cloud it is in,
 # Where each command may leave files, of the folders that it knows of: home, the temporary folder, the working folder.
 KEY = "home/.config/vessel-rt/study-codes.key"
 
+pytestmark = pytest.mark.slow
+
 Observe = Callable[..., tuple[list[str], list[str]]]
 
 

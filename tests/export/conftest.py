@@ -12,6 +12,7 @@ import pytest
 from benchmarks.synth.random_model import SynthModel
 from tests.support.paths import ROOT
 from tests.support.small_models import MODEL, fine_tuned_state, write_base, write_checkpoint, write_sam2
+from tests.support.traces import traced_once
 from vessel_export.bundle.bundle_writer import ExportRequest
 from vessel_rt.formats.recipe import load_recipe
 
@@ -48,7 +49,8 @@ def _export(small: ExportRequest, precision: str) -> Path:
     from vessel_export.bundle.bundle_writer import export_bundle
 
     out = small.out.with_name(f"small-{precision}")
-    export_bundle(dataclasses.replace(small, out=out, recipe=dataclasses.replace(small.recipe, precision=precision)))
+    with traced_once():
+        export_bundle(dataclasses.replace(small, out=out, recipe=dataclasses.replace(small.recipe, precision=precision)))
     return out
 
 
@@ -67,6 +69,13 @@ def small_bundle(request: pytest.FixtureRequest) -> Path:
     """The random small model's bundle, in each precision."""
     bundle: Path = request.getfixturevalue(request.param)
     return bundle
+
+
+@pytest.fixture(name="traced_once")
+def _traced_once() -> Iterator[None]:
+    """Exports of this test trace only what was not traced before in this session."""
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.support.disks import SmallDisk, limited_files, mounted
 from tests.support.frames import make_frame
 from tests.support.paths import Tiny
 from tests.support.standin import build_standin
@@ -51,30 +49,19 @@ def tiny_frames(tiny: Tiny) -> list[Path]:
     return sorted(tiny.frames.glob("*.jpg"))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    with _mounted(tmp_path / "small_disk", "size=1m") as place:
-        yield place
-
-
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A file system that nobody, not even root, can write to."""
-    with _mounted(tmp_path / "read_only", "ro,size=1m") as place:
-        yield place
-
-
 class _Header(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("process", ctypes.c_int))
 
 
-_VERSION, _OVERRIDE = 0x20080522, 0b110  # of Linux's capabilities; CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+# Of Linux's capabilities: the interface's version; CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH. Of prctl: what it gets and sets, and the
+# bit without which a program that root starts has all capabilities again.
+_VERSION, _OVERRIDE = 0x20080522, 0b110
+_GET_SECUREBITS, _SET_SECUREBITS, _NOROOT = 27, 28, 1
 
 
 @pytest.fixture
 def unprivileged() -> Iterator[None]:
-    """Permissions count for this thread and those it starts, though it be root's; not for processes that it starts."""
+    """Permissions count for this thread and for the threads and processes that it starts, even when root runs the tests."""
     if os.name != "posix" or os.geteuid() != 0:
         yield
         return
@@ -83,20 +70,33 @@ def unprivileged() -> Iterator[None]:
     library, header = ctypes.CDLL(None), _Header(_VERSION, 0)
     before, less = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
     assert library.capget(ctypes.byref(header), before) == 0
+    if not before[0] & _OVERRIDE:
+        yield
+        return
+    bits = library.prctl(_GET_SECUREBITS)
     less[:] = [before[0] & ~_OVERRIDE, *before[1:]]
+    assert library.prctl(_SET_SECUREBITS, bits | _NOROOT) == 0
     assert library.capset(ctypes.byref(header), less) == 0
     try:
         yield
     finally:
         assert library.capset(ctypes.byref(header), before) == 0
+        assert library.prctl(_SET_SECUREBITS, bits) == 0
 
 
-@contextmanager
-def _mounted(place: Path, how: str) -> Iterator[Path]:
-    place.mkdir()
-    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("a file system of its own may not be mounted here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
+@pytest.fixture
+def read_only(tmp_path: Path, unprivileged: None) -> Iterator[Path]:
+    """A folder that neither the test nor a process that it starts may write to."""
+    if os.name != "posix":
+        pytest.skip("folders have no such permission here")
+    folder = tmp_path / "read_only"
+    folder.mkdir(0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.fixture(params=["limit", pytest.param("mount", marks=pytest.mark.slow)])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SmallDisk]:
+    """A folder where space ends soon: files of limited size anywhere, a file system of 1 MiB where one may be mounted."""
+    with (limited_files if request.param == "limit" else mounted)(tmp_path / "small_disk") as disk:
+        yield disk

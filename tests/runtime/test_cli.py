@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import vessel_rt
+from tests.support.disks import SmallDisk
 from tests.support.frames import make_frame
 from tests.support.paths import ROOT
 from vessel_rt.cli import main
@@ -116,27 +117,30 @@ def test_a_folder_that_cannot_be_written_to(
 ) -> None:
     for output in (read_only, read_only / "out"):
         assert main(["infer", str(frames), "-o", str(output), "-q", devices]) == 1
-        assert capsys.readouterr().err == f"vessel-rt: error: {output}: cannot be written (Read-only file system)\n"
+        assert capsys.readouterr().err == f"vessel-rt: error: {output}: cannot be written (Permission denied)\n"
 
 
 @pytest.mark.parametrize("devices", ["--devices=cpu:1", "--devices=cpu:2"])
 def test_a_disk_that_fills_up_keeps_what_is_done(
-    engines: Path, tmp_path: Path, small_disk: Path, devices: str, capfd: pytest.CaptureFixture[str]
+    engines: Path, tmp_path: Path, small_disk: SmallDisk, devices: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
-    for number in range(60):
+    for number in range(40):
         make_frame(seed=number).resize((200, 140)).save(tmp_path / "in" / f"{number:02}.png")
-    run = ["infer", str(tmp_path / "in"), "-o", str(small_disk / "out"), "-q", devices]
-    assert main(run) == 1
+    out = small_disk.folder / "out"
+    run = ["infer", str(tmp_path / "in"), "-o", str(out), "-q", devices]
+    with small_disk.full(20_000):  # bytes: more than any file of a frame, fewer than the journal of 40 frames
+        assert main(run) == 1
     [line] = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"vessel-rt: error: {small_disk / 'out'}")
-    assert line.endswith("cannot be written (No space left on device)")
-    files = {path.relative_to(small_disk / "out").as_posix() for path in (small_disk / "out").rglob("*.*")}
-    listed = {file for line in _lines_so_far(small_disk / "out") for file in line["files"]}
+    assert line.startswith(f"vessel-rt: error: {out}")
+    assert line.endswith(f"cannot be written ({small_disk.message})")
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*.*")}
+    listed = {file for line in _lines_so_far(out) for file in line["files"]}
+    assert 0 < len(listed) < 3 * 40
     assert files - {"journal.jsonl", "results.jsonl", "timings.jsonl"} == listed
-    shutil.copytree(small_disk / "out", tmp_path / "out")
+    shutil.copytree(out, tmp_path / "out")
     assert main([*run[:3], str(tmp_path / "out"), devices]) == 0
-    assert f"images: 60, {len(listed) // 3} of them done before, failed: 0" in capfd.readouterr().out
+    assert f"images: 40, {len(listed) // 3} of them done before, failed: 0" in capfd.readouterr().out
 
 
 def _lines_so_far(output: Path) -> list[Any]:

@@ -37,7 +37,9 @@ from vessel_rt.formats.recipe import LanguageModelRecipe
 from vessel_rt.model.segmenter import Segmenter
 
 
+@pytest.mark.parametrize("small_bundle", ["small_fp32", pytest.param("small_fp16", marks=pytest.mark.slow)], indirect=True)
 def test_the_same_bytes_each_time(small: ExportRequest, small_bundle: Path, tmp_path: Path) -> None:
+    """Exported again, and traced again in another process."""
     precision = Bundle.load(small_bundle).precision
     again = export_bundle(
         dataclasses.replace(small, out=tmp_path / "again", recipe=dataclasses.replace(small.recipe, precision=precision))
@@ -89,6 +91,7 @@ def following(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> ExportR
     return dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "iter_10000.pth", state), out=tmp_path / "iter_10000")
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_what_training_freezes_is_not_written_again(following: ExportRequest) -> None:
     export = export_bundle(following)
     first, second = Bundle.load(following.out.with_name("iter_12192")), export.bundle
@@ -103,6 +106,7 @@ def test_what_training_freezes_is_not_written_again(following: ExportRequest) ->
         segmenter.segment(Image.new("RGB", (64, 64)), "Please segment vessel in this image.")
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_whole_bundle_again_writes_no_weights(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> None:
     shutil.copytree(small_fp32, tmp_path / "bundle")
     export = export_bundle(dataclasses.replace(small, out=tmp_path / "bundle", overwrite=True))
@@ -112,6 +116,7 @@ def test_the_whole_bundle_again_writes_no_weights(small: ExportRequest, small_fp
     export.bundle.verify_files()
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("position", [9, -1], ids=["first bytes", "last byte"])
 def test_a_damaged_neighbour_is_not_taken_for_equal(following: ExportRequest, small_fp32: Path, position: int) -> None:
     """Its bundle.json still promises the hash: only the bytes tell."""
@@ -137,6 +142,7 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(following: ExportRequest) -> None:
     """Killed early, midway and late: the older bundle stays whole, no half-written one appears, the next run completes."""
     folder = following.out.parent
@@ -159,6 +165,7 @@ def test_killed_at_any_moment(following: ExportRequest) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["iter_10000", "iter_10000.pth", "iter_12192"]
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_the_native_layout_gives_the_same_bundle(small: ExportRequest, small_fp32: Path, tmp_path: Path) -> None:
     native = _to_native_layout(Path(small.base), tmp_path / "base-hf")
     exported = export_bundle(dataclasses.replace(small, base=str(native), out=tmp_path / "b")).bundle
@@ -261,6 +268,7 @@ def test_a_configuration_of_another_size(small: ExportRequest, tmp_path: Path) -
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = dataclasses.replace(small, out=tmp_path / "bundle", overwrite=True)
     before = export_bundle(request).bundle
@@ -279,6 +287,7 @@ def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
     state = fine_tuned_state()
     state["mllm.model.mlp1.1.bias"][0] = 1e5
@@ -290,6 +299,7 @@ def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
         export_bundle(request)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "silent.pth", fine_tuned_state(), alpha=None)
     request = dataclasses.replace(small, checkpoint=checkpoint, out=tmp_path / "b")
@@ -298,6 +308,7 @@ def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) 
     assert export_bundle(dataclasses.replace(request, lora_alpha=8)).bundle.provenance.lora_alpha == 8
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_an_unknown_tensor_can_be_left_out_by_name(small: ExportRequest, tmp_path: Path) -> None:
     state = fine_tuned_state() | {"ema.steps": torch.ones(1)}
     request = dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "more.pth", state), out=tmp_path / "b")
@@ -348,6 +359,7 @@ def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
         export_bundle(request)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_command_line(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     arguments = ["export", "--ckpt", str(small.checkpoint), "--base", small.base, "--sam2", small.sam2, "--recipe", "engines/cpu.toml"]

@@ -54,7 +54,7 @@ def _obstacle() -> str | None:
     return None if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") else "there is no C compiler"
 
 
-pytestmark = pytest.mark.skipif(_obstacle() is not None, reason=str(_obstacle()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_obstacle() is not None, reason=str(_obstacle()))]
 
 
 @pytest.fixture(scope="module")

@@ -174,7 +174,7 @@ def test_keys_that_share_a_bias_need_it_taken_from_them(planted_fp16: Path, expe
     assert _error(hidden[0], expected.hidden_states) > TOLERANCES["fp16"].relative_error
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_whole_bundle_in_emulation(reference: Reference, precision: str, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.load(request.getfixturevalue(f"planted_{precision}"))
     report = verify(emulate(bundle), reference, drawn_samples()[:1], [QUESTION], threads=1)

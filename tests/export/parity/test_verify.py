@@ -37,10 +37,11 @@ def command(*arguments: object) -> int:
     return main(["verify", *map(str, arguments)])
 
 
+@pytest.mark.parametrize("frames", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["two frames", "every frame"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_parity_on_every_frame(tiny: Tiny, reference: Reference, precision: str, request: pytest.FixtureRequest) -> None:
+def test_parity(tiny: Tiny, reference: Reference, precision: str, frames: int | None, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.load(request.getfixturevalue(f"{precision}_bundle"))
-    samples = read_samples([tiny.frames])
+    samples = read_samples(sorted(tiny.frames.glob("*.jpg"))[:frames])
     report = verify(deploy(bundle, Device("cpu")), reference, samples, QUESTIONS, threads=1)
     assert report.passed, "\n" + report.table()
     assert report.runs == 2 * len(samples)

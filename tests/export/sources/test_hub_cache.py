@@ -49,6 +49,7 @@ def test_a_block_that_fails_does_not_wait(tmp_path: Path, monkeypatch: pytest.Mo
         raise RuntimeError("first")
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_an_export_from_a_damaged_cache_leaves_nothing(small: ExportRequest, tmp_path: Path) -> None:
     for path in Path(small.base).iterdir():
         cached(tmp_path / "cache", path.name, path.read_bytes())

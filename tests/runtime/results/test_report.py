@@ -229,6 +229,7 @@ def _node(node: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_page_works_in_a_browser(judged: Path, browse: Callable[[Path], Any]) -> None:
     found = browse(write_report(judged))
     labels = [CODES.code(name_of(place)) for place in range(COUNT)]
@@ -266,6 +267,7 @@ def test_the_page_works_in_a_browser(judged: Path, browse: Callable[[Path], Any]
     assert found["focused"] == labels[0]
 
 
+@pytest.mark.slow
 def test_a_page_of_failures_and_hostile_texts_works_in_a_browser(out: Path, browse: Callable[[Path], Any]) -> None:
     failed: dict[str, Any] = {
         "status": "error",
@@ -285,6 +287,7 @@ def test_a_page_of_failures_and_hostile_texts_works_in_a_browser(out: Path, brow
     assert HOSTILE in found["facts"]
 
 
+@pytest.mark.slow
 def test_another_question_may_leave_nothing_of_the_list(
     standin: Bundle, frames: Path, tmp_path: Path, browse: Callable[[Path], Any]
 ) -> None:

@@ -74,6 +74,7 @@ def results(fp32_bundle: Path, many_frames: Path, tmp_path_factory: pytest.TempP
     return lines_of(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [("--device", "cpu"), ("--devices", "cpu:2")], ids=["one", "two"])
 @pytest.mark.parametrize("change", [overwrite, truncate, replace, remove_all])
 def test_the_run_ends_in_order(

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.disks import SmallDisk
 from tests.support.frames import make_frame, placed
 from tests.support.journals import QUESTIONS, S, box_mask, content, do, files, look, opened, result_with, run
 from vessel_rt.errors import VesselError
@@ -180,24 +182,25 @@ def test_whatever_ends_a_run_what_is_done_is_listed_and_nothing_else_is_there(ab
     assert [line["image"] for line in read_results(tmp_path / "out")] == ["a.jpg"]
 
 
-@pytest.mark.skipif(os.name != "posix" or not shutil.which("mount"), reason="needs a small file system of its own")
-def test_a_full_disk_leaves_whole_entries(tmp_path: Path, small_disk: Path) -> None:
-    """Masks of noise on a file system of a few hundred kilobytes: it is full soon."""
+@pytest.mark.parametrize("limit", [450_000, 300_000], ids=["overlay", "journal"])  # bytes; which file is the first to exceed them
+def test_a_full_disk_leaves_whole_entries(tmp_path: Path, small_disk: SmallDisk, limit: int) -> None:
+    """Masks of noise, and a larger picture for every fifth frame."""
     paths = []
     for number in range(40):
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(paths[-1])
     frames = placed(*paths)
-    noise = np.random.default_rng(0).random((400, 400)) < 0.5
-    full = pytest.raises(VesselError, match=r"cannot be written \(No space left on device\)")
-    with full, opened(small_disk / "out", frames) as record, record:
+    noise = np.random.default_rng(0).random((600, 600)) < 0.5
+    out, refused = small_disk.folder / "out", pytest.raises(VesselError, match=re.escape(f"cannot be written ({small_disk.message})"))
+    with refused, small_disk.full(limit), opened(out, frames) as record, record:
         writer = FrameWriter(record.folder, [frame.name for frame in frames], S)
-        for frame in frames:
-            record.add(writer.write(frame, input_sha256(frame.path), make_frame(400, 400), [result_with(noise)]))
-    done = read_earlier(small_disk / "out").entries.keys()
+        for number, frame in enumerate(frames, start=1):
+            side = 400 if number % 5 else 600
+            record.add(writer.write(frame, input_sha256(frame.path), make_frame(side, side), [result_with(noise[:side, :side])]))
+    done = read_earlier(out).entries.keys()
     assert 0 < len(done) < 40
-    assert {path.stem for path in (small_disk / "out" / "masks").iterdir()} == set(done)
-    assert not list(small_disk.rglob("*.tmp"))
+    assert {path.stem for path in (out / "masks").iterdir()} == set(done)
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_every_mask_that_was_drawn_by_hand_is_kept(abc: list[Frame], tmp_path: Path) -> None:

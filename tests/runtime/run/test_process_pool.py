@@ -45,6 +45,7 @@ def test_two_processes_do_what_one_does(standin: Bundle, tmp_path: Path) -> None
     assert json.loads((tmp_path / "two" / "run.json").read_text())["device"] == "cpu, cpu"
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_started_again(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_process_that_is_killed_is_started_again(
     assert "died (signal 9); it is started again" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_frame_that_kills_is_tried_twice_and_no_other_fails(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is killed by its own graph, for one frame of a size of its own."""
     frames = many(tmp_path / "frames", 12)
@@ -124,6 +126,7 @@ serve()
 """
 
 
+@pytest.mark.slow
 def test_processes_whose_devices_begin_to_fail_are_started_again(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +139,7 @@ def test_processes_whose_devices_begin_to_fail_are_started_again(
     assert "CUDA failure 700" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_devices_that_only_fail_are_given_up_and_no_frame_is_blamed(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +153,7 @@ def test_devices_that_only_fail_are_given_up_and_no_frame_is_blamed(
     assert said.count("is started again") == 2 * RESTARTS
 
 
+@pytest.mark.slow
 def test_a_device_that_is_given_up_leaves_its_frames_to_the_others(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +173,7 @@ def test_a_device_that_is_given_up_leaves_its_frames_to_the_others(
     assert capfd.readouterr().err.count("is given up") == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_makes_no_progress_is_killed_and_its_frames_come_back(
     standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +236,7 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_a_run_that_is_stopped_kills_a_process_that_does_not_answer(standin: Bundle, bitmaps: Path) -> None:
     with begin(standin, bitmaps, "--devices", "cpu:2", before=IMPATIENT) as process:
@@ -244,6 +251,7 @@ def test_a_run_that_is_stopped_kills_a_process_that_does_not_answer(standin: Bun
     assert all(line["status"] == "ok" for line in finished)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_no_process_outlives_a_parent_that_is_killed(standin: Bundle, bitmaps: Path) -> None:
     with begin(standin, bitmaps, "--devices", "cpu:2") as process:
@@ -292,6 +300,7 @@ def bitmaps(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(), ("--devices", "cpu:2")])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
@@ -313,6 +322,7 @@ def test_a_stopped_run_finishes_what_is_in_hand_and_goes_on(
     assert (summary.images, summary.kept, summary.failed) == (300, len(finished), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(), ("--devices", "cpu:2")])
 def test_killed_again_and_again_a_run_ends_as_an_uninterrupted_one(standin: Bundle, bitmaps: Path, devices: tuple[str, ...]) -> None:
     for delay in (0.0, 0.05, 0.15):

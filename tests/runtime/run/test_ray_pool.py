@@ -25,6 +25,8 @@ from vessel_rt.run.infer import infer
 if importlib.util.find_spec("ray") is None:
     pytest.skip("extra ray is not installed", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 TWO = (Device("cpu"), Device("cpu"))
 
 
