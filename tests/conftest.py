@@ -11,6 +11,8 @@ import pytest
 from tests.support.paths import ROOT, Tiny
 from tests.support.shared import made_once
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores: torch's threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime themselves; what the project promises is tested in test_network.py
 
 
