@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test fuzz lint
+.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test test-all fuzz lint
 
 setup: .venv/ready
 
@@ -60,8 +60,15 @@ bench: | setup engines/tiny-fp32 engines/tiny-fp16
 engines/tiny-%: | setup
 	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe cpu --precision $* --out $@
 
+# Both tiers: docs/contributing.md. JOBS processes share the fast one; the slow one kills processes and watches what others do, alone.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(JOBS) --dist loadfile
+
+test-all: test
+	$(PYTEST) -m 'slow or full_width'
 
 # Damages every kind of input at random. Cases that do not end in a result or a one-line error are kept under out/fuzz.
 MINUTES ?= 5

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT, Tiny
+from tests.support.shared import made_once
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that share the cores: torch's threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests import onnxruntime themselves; what the project promises is tested in test_network.py
 
 
@@ -20,20 +23,20 @@ def tiny() -> Tiny:
     return Tiny(folder / "base", folder / "sam2_tiny.pt", checkpoint, folder / "frames", folder / "annotations.json")
 
 
-def _export(tiny: Tiny, out: Path, precision: str) -> Path:
+def _export(tiny: Tiny, factory: pytest.TempPathFactory, precision: str) -> Path:
     from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
     from vessel_rt.formats.recipe import load_recipe
 
-    recipe = dataclasses.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
-    export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), out, recipe))
-    return out
+    name, recipe = f"tiny-{precision}", dataclasses.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
+    inputs = tiny.checkpoint, str(tiny.base), str(tiny.sam2)
+    return made_once(factory, name, lambda folder: export_bundle(ExportRequest(*inputs, folder / name, recipe))) / name
 
 
 @pytest.fixture(scope="session")
 def fp32_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny, tmp_path_factory.mktemp("bundles") / "tiny-fp32", "fp32")
+    return _export(tiny, tmp_path_factory, "fp32")
 
 
 @pytest.fixture(scope="session")
 def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny, tmp_path_factory.mktemp("bundles") / "tiny-fp16", "fp16")
+    return _export(tiny, tmp_path_factory, "fp16")

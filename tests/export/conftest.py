@@ -11,57 +11,62 @@ import pytest
 
 from benchmarks.synth.random_model import SynthModel
 from tests.support.paths import ROOT
+from tests.support.shared import made_once
 from tests.support.small_models import MODEL, fine_tuned_state, write_base, write_checkpoint, write_sam2
 from tests.support.traces import traced_once
 from vessel_export.bundle.bundle_writer import ExportRequest
 from vessel_rt.formats.recipe import load_recipe
 
 
-def _request(folder: Path, model: SynthModel) -> ExportRequest:
-    base, sam2 = write_base(folder / "base", model), write_sam2(folder / "sam2_small.pt", model)
-    checkpoint = write_checkpoint(folder / "iter_12192.pth", fine_tuned_state(model))
-    return ExportRequest(checkpoint, str(base), str(sam2), folder / "bundle", load_recipe(ROOT / "engines" / "cpu.toml"))
+def _request(factory: pytest.TempPathFactory, name: str, model: SynthModel) -> ExportRequest:
+    def write(folder: Path) -> None:
+        write_base(folder / "base", model)
+        write_sam2(folder / "sam2_small.pt", model)
+        write_checkpoint(folder / "iter_12192.pth", fine_tuned_state(model))
+
+    folder = made_once(factory, name, write)
+    inputs = folder / "iter_12192.pth", str(folder / "base"), str(folder / "sam2_small.pt")
+    return ExportRequest(*inputs, folder / "bundle", load_recipe(ROOT / "engines" / "cpu.toml"))
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
     """A random small model's inputs; `out` does not exist yet."""
-    return _request(tmp_path_factory.mktemp("small"), MODEL)
+    return _request(tmp_path_factory, "small", MODEL)
 
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
     """The same with activations beyond FP16's range: see `benchmarks.synth.random_model`."""
-    return _request(tmp_path_factory.mktemp("planted"), dataclasses.replace(MODEL, outliers=True))
+    return _request(tmp_path_factory, "planted", dataclasses.replace(MODEL, outliers=True))
 
 
 @pytest.fixture(scope="session")
-def planted_fp16(planted: ExportRequest) -> Path:
-    return _export(planted, "fp16")
+def planted_fp16(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(planted, tmp_path_factory, "fp16")
 
 
 @pytest.fixture(scope="session")
-def planted_bf16(planted: ExportRequest) -> Path:
-    return _export(planted, "bf16")
+def planted_bf16(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(planted, tmp_path_factory, "bf16")
 
 
-def _export(small: ExportRequest, precision: str) -> Path:
+def _export(request: ExportRequest, factory: pytest.TempPathFactory, precision: str) -> Path:
     from vessel_export.bundle.bundle_writer import export_bundle
 
-    out = small.out.with_name(f"small-{precision}")
+    name, recipe = f"{request.out.parent.name}-{precision}", dataclasses.replace(request.recipe, precision=precision)
     with traced_once():
-        export_bundle(dataclasses.replace(small, out=out, recipe=dataclasses.replace(small.recipe, precision=precision)))
-    return out
+        return made_once(factory, name, lambda folder: export_bundle(dataclasses.replace(request, out=folder / name, recipe=recipe))) / name
 
 
 @pytest.fixture(scope="session")
-def small_fp32(small: ExportRequest) -> Path:
-    return _export(small, "fp32")
+def small_fp32(small: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(small, tmp_path_factory, "fp32")
 
 
 @pytest.fixture(scope="session")
-def small_fp16(small: ExportRequest) -> Path:
-    return _export(small, "fp16")
+def small_fp16(small: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(small, tmp_path_factory, "fp16")
 
 
 @pytest.fixture(scope="session", params=["small_fp32", "small_fp16"])

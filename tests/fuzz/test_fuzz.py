@@ -12,6 +12,7 @@ from tests.fuzz.runner import run_cases
 SECONDS = 120  # for one case: a case that hangs never ends, and a busy machine is slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_damaged_input_is_done_or_refused(kind: str, tmp_path: Path) -> None:
     outcomes = list(run_cases(kind, 0, 40, seconds=SECONDS, keep=tmp_path))

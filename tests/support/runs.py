@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ def lines(folder: Path, file: str = "results.jsonl") -> list[Any]:
     return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
-def many(folder: Path, count: int) -> Path:
-    """Frames of three sizes, that is of 1, 7 and 10 tiles, each with its own picture, and one file that is no image."""
+THREE_SIZES = ((200, 160), (900, 448), (448, 448))  # of 13, 3 and 1 tiles
+ONE_TILE = ((448, 448),)
+
+
+def many(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = THREE_SIZES) -> Path:
+    """Frames of these sizes in turn, each with its own picture, and one file that is no image."""
     folder.mkdir()
     for i in range(count):
-        frame = make_frame(*[(200, 160), (900, 448), (448, 448)][i % 3])
+        frame = make_frame(*sizes[i % len(sizes)])
         frame.rotate(7 * i).save(folder / f"{i:03}.png")
     (folder / "004_text.png").write_text("This is not an image.")
     return folder

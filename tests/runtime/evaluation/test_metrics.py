@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -30,6 +31,7 @@ def box(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
     return mask
 
 
+@functools.cache
 def shapes() -> list[np.ndarray]:
     """Blobs of all sizes that touch the borders, noise, single pixels and lines, and the vessels of the example's frames."""
     rng = np.random.default_rng(0)
@@ -38,13 +40,14 @@ def shapes() -> list[np.ndarray]:
         height, width = rng.integers(5, 150, 2)
         found.append(gaussian_filter(rng.standard_normal((height, width)), rng.uniform(0.3, 6)) > rng.uniform(-0.02, 0.05))
     truth = read_truth(ROOT / "examples" / "tiny" / "annotations.json")
-    for path in sorted((ROOT / "examples" / "tiny" / "frames").iterdir())[:6]:
+    for path in sorted((ROOT / "examples" / "tiny" / "frames").iterdir())[:2]:
         mask = truth.mask({"name": path.stem, "height": 512, "width": 512}, "vessel")
         assert mask is not None
         found.append(mask)
     return [mask for mask in found if mask.any()]
 
 
+@functools.cache
 def pairs() -> list[tuple[np.ndarray, np.ndarray]]:
     """Each shape with itself moved, with itself and noise, and with another of its size."""
     rng = np.random.default_rng(1)

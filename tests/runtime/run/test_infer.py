@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.support.engine_files import write_engines
 from tests.support.frames import CODES, make_frame
-from tests.support.runs import files, lines, many, options
+from tests.support.runs import ONE_TILE, files, lines, many, options
 from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, DeviceError, OutOfMemory, VesselError
@@ -110,16 +110,24 @@ def results(folder: Path) -> list[Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def one_by_one(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of eleven `frames`, and what a run makes of them `single`: one at a time, without drafts."""
+    folder = tmp_path_factory.mktemp("one_by_one")
+    infer(standin, options(many(folder / "frames", 11), folder / "single", draft=False))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("batch", "streams", "draft"), [(2, 1, True), (3, 1, False), (8, 2, True), (100, 1, True), (1, 4, True), (2, 3, False)]
 )
-def test_batches_and_streams_change_nothing_but_the_time(standin: Bundle, tmp_path: Path, batch: int, streams: int, draft: bool) -> None:
-    frames = many(tmp_path / "frames", 11)
-    infer(standin, options(frames, tmp_path / "single", draft=False))
-    summary = infer(standin, options(frames, tmp_path / "batch", batch=batch, streams=streams, draft=draft))
+def test_batches_and_streams_change_nothing_but_the_time(
+    standin: Bundle, one_by_one: Path, tmp_path: Path, batch: int, streams: int, draft: bool
+) -> None:
+    summary = infer(standin, options(one_by_one / "frames", tmp_path / "batch", batch=batch, streams=streams, draft=draft))
     assert (summary.images, summary.failed, summary.batch) == (12, 1, batch)
-    assert results(tmp_path / "batch") == results(tmp_path / "single")
-    assert files(tmp_path / "batch") == files(tmp_path / "single")
+    assert results(tmp_path / "batch") == results(one_by_one / "single")
+    assert files(tmp_path / "batch") == files(one_by_one / "single")
     together = {line["batch"] for line in lines(tmp_path / "batch", "timings.jsonl")} - {None}
     assert together <= {min(batch, 11), 11 % batch}
 
@@ -139,7 +147,7 @@ def test_two_questions_are_two_runs(standin: Bundle, frames: Path, tmp_path: Pat
 
 
 def test_without_memory_for_a_batch_smaller_ones_go_on(
-    standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    standin: Bundle, one_by_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A device that has room for two images stands in for the GPU."""
     run = Segmenter.run
@@ -149,12 +157,10 @@ def test_without_memory_for_a_batch_smaller_ones_go_on(
             raise OutOfMemory("vision_encoder fails: Failed to allocate memory")
         return run(self, batch, questions)
 
-    frames = many(tmp_path / "frames", 11)
-    infer(standin, options(frames, tmp_path / "single"))
     monkeypatch.setattr(Segmenter, "run", run_small)
-    summary = infer(standin, options(frames, tmp_path / "batch", batch=8))
+    summary = infer(standin, options(one_by_one / "frames", tmp_path / "batch", batch=8))
     assert (summary.images, summary.failed, summary.least_batch) == (12, 1, 2)
-    assert results(tmp_path / "batch") == results(tmp_path / "single")
+    assert results(tmp_path / "batch") == results(one_by_one / "single")
     assert json.loads((tmp_path / "batch" / "run.json").read_text())["batch"] == {"streams": 1, "at_first": 8, "least": 2}
     assert "no memory for 8 images at once, going on with 4" in capsys.readouterr().err
 
@@ -174,20 +180,20 @@ def test_a_device_that_begins_to_fail_ends_the_run_and_fails_no_frame(
 
     def run_or_fail(session: Session, feeds: Any, **more: Any) -> Any:
         with session._faults():
-            if next(calls) > 30:
+            if next(calls) > 20:
                 raise Fail("CUDA failure 700: an illegal memory access was encountered")
         return run(session, feeds, **more)
 
-    frames = many(tmp_path / "frames", 24)
+    frames = many(tmp_path / "frames", 15, ONE_TILE)
     with monkeypatch.context() as patch:
         patch.setattr(Session, "run", run_or_fail)
         with pytest.raises(DeviceError, match=r"CUDA failure 700.*is kept"):
             infer(standin, options(frames, tmp_path / "out", streams=streams, batch=batch))
     finished = lines(tmp_path / "out")
-    assert 0 < len(finished) < 24
+    assert 0 < len(finished) < 15
     assert all(line["status"] == "ok" for line in finished if "text" not in line["image"])
     summary = infer(standin, options(frames, tmp_path / "out"))
-    assert (summary.images, summary.failed) == (25, 1)
+    assert (summary.images, summary.failed) == (16, 1)
     infer(standin, options(frames, tmp_path / "once"))
     assert results(tmp_path / "out") == results(tmp_path / "once")
 
@@ -224,7 +230,7 @@ def test_an_interrupted_run_leaves_whole_results_and_nothing_else(
         return run(self, batch, questions)
 
     monkeypatch.setattr(Segmenter, "run", interrupted)
-    frames = many(tmp_path / "frames", 8)
+    frames = many(tmp_path / "frames", 8, ONE_TILE)
     with pytest.raises(KeyboardInterrupt):
         infer(standin, options(frames, tmp_path / "out", streams=streams))
     names = [f"{i:03}.png" for i in range(8)]
@@ -291,9 +297,9 @@ def test_a_run_goes_on_where_it_was(standin: Bundle, frames: Path, tmp_path: Pat
 
 
 def test_fail_fast_stops_at_the_first_failure(standin: Bundle, tmp_path: Path) -> None:
-    summary = infer(standin, options(many(tmp_path / "frames", 40), tmp_path / "out", fail_fast=True))
+    summary = infer(standin, options(many(tmp_path / "frames", 20, ONE_TILE), tmp_path / "out", fail_fast=True))
     assert summary.failed == 1
-    assert 5 <= summary.images < 40
+    assert 5 <= summary.images < 20
     assert not (tmp_path / "out" / "run.json").exists()
     assert len(lines(tmp_path / "out")) == summary.images
 
