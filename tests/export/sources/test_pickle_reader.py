@@ -171,7 +171,8 @@ def _try(first: int, folder: Path) -> None:
 
     from vessel_export.errors import CheckpointError
     from vessel_export.sources.checkpoint import open_checkpoint
-    from vessel_export.sources.inspection import inspect_checkpoint, to_json
+    from vessel_export.sources.inspection import inspect_checkpoint
+    from vessel_export.sources.inspection_report import to_json
 
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
     for number in range(first, first + 100):
