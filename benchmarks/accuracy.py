@@ -1,9 +1,9 @@
-"""The masks of every precision and device, with drafts and without: mean Dice against drawn ones, and IoU with the first run's masks.
+"""Accuracy of every precision and device, with and without drafts: mean Dice against the ground truth, and IoU with the first run's masks.
 
     python -m benchmarks.accuracy [--bundles DIR ...] [--devices cpu cuda ...]
 
-No speed may be bought with masks: all rows have to agree. What the others are compared with is the plainest run: the first bundle on the
-first device, the CPU where all devices are taken, decoding token by token. The last line is JSON.
+Faster runs must not change the masks: all rows have to agree. They are compared with the simplest run: the first bundle on the first device
+(the CPU if all devices are used), decoding token by token. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").partition("\n")[0])
     bundles = [Path("engines") / name for name in _MADE_BY]
     parser.add_argument("--bundles", type=Path, nargs="+", default=bundles, metavar="DIR", help="the others are compared with the first")
-    parser.add_argument("--devices", type=Device.parse, nargs="+", metavar="DEVICE", help="default: all that a bundle runs on")
+    parser.add_argument("--devices", type=Device.parse, nargs="+", metavar="DEVICE", help="default: all that a bundle can run on")
     parser.add_argument("--frames", type=Path, default=_TINY / "frames", metavar="DIR")
     parser.add_argument("--gt", type=Path, default=_TINY / "annotations.json", metavar="JSON", help="in Sa2VA's fine-tuning format")
     arguments = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> int:
     except VesselError as e:
         print(e, file=sys.stderr)
         return 1
-    publish("accuracy", {"images": rows[0]["images"], "least_mask_iou": min(row["least_mask_iou"] for row in rows), "runs": rows})
+    publish("accuracy", {"images": rows[0]["images"], "min_mask_iou": min(row["min_mask_iou"] for row in rows), "runs": rows})
     return 0
 
 
@@ -62,11 +62,11 @@ def _load(folder: Path) -> Bundle:
         return Bundle.load(folder)
     except BundleError:
         command = _MADE_BY.get(folder.name, f"make export CKPT=... OUT={folder}")
-        raise VesselError(f"{folder}: no bundle that this version reads is there; make it with: {command}") from None
+        raise VesselError(f"{folder}: no bundle that this version can read; make one with: {command}") from None
 
 
 def _rows(bundles: Sequence[Bundle], devices: Sequence[Device] | None, frames: Path, annotations: Path) -> Iterator[dict[str, Any]]:
-    """One run each of `bundles`, `devices` and ways of decoding; infer shows the progress of a run."""
+    """One run for each bundle, device and way of decoding. infer shows the progress of a run."""
     first: _Masks | None = None
     for bundle in bundles:
         for device in devices or _usable(bundle):
@@ -89,23 +89,23 @@ def _rows(bundles: Sequence[Bundle], devices: Sequence[Device] | None, frames: P
                     "masks": summary.masks,
                     "concept": score.concept,
                     "mean_dice": round(score.mean["dice"], 6),
-                    "least_mask_iou": round(_least_iou(first, masks), 6),
+                    "min_mask_iou": round(_min_iou(first, masks), 6),
                 }
 
 
 def _usable(bundle: Bundle) -> list[Device]:
-    """The devices that run `bundle`, the CPU first."""
+    """The devices that can run `bundle`, the CPU first."""
     return [report.device for report in reversed(list_devices(bundle)) if report.fault is None]
 
 
 def _masks(output: Path) -> _Masks:
-    """The masks of a run, from its files."""
+    """The masks in a run's files."""
     lines = read_results(output)
     return {(r["image"], r["question"]): [np.asarray(Image.open(output / mask["file"])) > 0 for mask in r["masks"]] for r in lines}
 
 
-def _least_iou(first: _Masks, other: _Masks) -> float:
-    """The least IoU of two masks of one place; 0 where only one of the two runs has a mask."""
+def _min_iou(first: _Masks, other: _Masks) -> float:
+    """The minimum IoU of two masks at the same place; 0 if only one of the runs has a mask."""
     pairs = [(masks, other.get(key, [])) for key, masks in first.items()]
     if any(len(a) != len(b) for a, b in pairs):
         return 0.0

@@ -1,9 +1,9 @@
-"""Building a bundle's engines, stage by stage: seconds, peak memory of the build and all its processes, size of the engine.
+"""Builds a bundle's engines, stage by stage: seconds, peak memory of the build and all its processes, size of the engine.
 
-    python -m benchmarks.build --bundle DIR [--describe sm86] [--parts 4 8]
+    python -m benchmarks.build --bundle DIR [--describe sm86] [--partitions 4 8]
 
-Everything is built anew in a folder of hard links beside the bundle, and a stage's engine is removed once it is measured. `--parts` builds
-the language model once for each number of parts, in place of the recipe's own. The last line is JSON.
+All engines are built in a folder of hard links next to the bundle; each is removed after it is measured. `--partitions` builds the language
+model once for each number of partitions, instead of the recipe's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,28 +29,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.build", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     parser.add_argument("--recipe", type=Path, default=Path("engines/rtx3090.toml"), metavar="TOML")
-    parser.add_argument("--describe", metavar="ARCH", help="build for a GPU that is not here")
+    parser.add_argument("--describe", metavar="ARCH", help="build for a GPU that this machine does not have")
     parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated (default: all)")
-    parser.add_argument("--parts", type=int, nargs="+", metavar="N", help="of the language model (default: the recipe's)")
+    parser.add_argument("--partitions", type=int, nargs="+", metavar="N", help="of the language model (default: the recipe's)")
     arguments = parser.parse_args()
     engines = load_recipe(arguments.recipe).engines
     if engines is None:
-        parser.error(f"{arguments.recipe}: has no [engines]")
+        parser.error(f"{arguments.recipe}: has no [engines]; give --recipe one that has")
     bundle = Bundle.load(arguments.bundle)
     copy = _linked_copy(bundle)
     rows = []
     try:
         for stage in arguments.stage or STAGES:
-            for parts in (arguments.parts or [engines.language_model_parts]) if stage == "language_model" else [1]:
-                row = _measure(copy, stage, arguments.recipe, parts, arguments.describe)
+            for partitions in (arguments.partitions or [engines.language_model_partitions]) if stage == "language_model" else [1]:
+                row = _measure(copy, stage, arguments.recipe, partitions, arguments.describe)
                 if row is None:
                     return 1
                 rows.append(row)
-                print("{stage}, {parts} parts: {seconds} s, {peak_anonymous_gib} GiB, {engine_bytes} bytes".format(**row), flush=True)
+                print(
+                    "{stage}, {partitions} partitions: {seconds} s, {peak_anonymous_gib} GiB, {engine_bytes} bytes".format(**row),
+                    flush=True,
+                )
     finally:
         shutil.rmtree(copy)
     layers, weights = bundle.language_model.layers, sum(record.bytes for record in bundle.files.values())
-    target = {"architecture": engines.architecture, "described": arguments.describe is not None, "precision": bundle.precision}
+    target = {"architecture": engines.architecture, "stub_gpu": arguments.describe is not None, "precision": bundle.precision}
     publish(f"build-{engines.architecture}-{layers}-layers", {**target, "layers": layers, "bundle_bytes": weights, "stages": rows})
     return 0
 
@@ -63,11 +66,11 @@ def _linked_copy(bundle: Bundle) -> Path:
     return copy
 
 
-def _measure(bundle: Path, stage: str, recipe: Path, parts: int, describe: str | None) -> dict[str, Any] | None:
-    """One stage built in `bundle`, and removed again."""
+def _measure(bundle: Path, stage: str, recipe: Path, partitions: int, describe: str | None) -> dict[str, Any] | None:
+    """Build one stage in `bundle` and remove it again."""
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / recipe.name
-        changed.write_text(re.sub(r"language_model_parts *= *\d+", f"language_model_parts = {parts}", recipe.read_text()))
+        changed.write_text(re.sub(r"language_model_partitions *= *\d+", f"language_model_partitions = {partitions}", recipe.read_text()))
         command = [_SCRIPT, "build", "--bundle", bundle, "--recipe", changed, "--stage", stage]
         usage: Usage = run([*command, *(["--describe", describe] if describe else [])])
     if usage.exit_code:
@@ -78,7 +81,7 @@ def _measure(bundle: Path, stage: str, recipe: Path, parts: int, describe: str |
     shutil.rmtree(bundle / ENGINES)
     return {
         "stage": stage,
-        "parts": len(files) - 1,
+        "partitions": len(files) - 1,
         "seconds": round(usage.seconds, 1),
         "peak_anonymous_gib": round(usage.peak_anonymous_bytes / 2**30, 2),
         "engine_bytes": sum(record.bytes for record in files.values()),

@@ -1,14 +1,14 @@
-"""What one run of a stage has to do at least, counted from its ONNX graph: floating-point operations, and bytes moved.
+"""Counts the minimum work of one run of a stage from its ONNX graph: floating-point operations and bytes moved.
 
-Knows nothing of machines, and reads no weights: a graph's own file says how large they are.
+Reads no weights, since the graph's own file has their sizes. Does not know about machines.
 
-Operations are those of the matrix products, a multiplication and an addition each: MatMul, Gemm, Conv, ConvTranspose, Attention. Norms,
-activations, softmax, biases and resizing are left out. Attention counts every query with every key, 4 * batch * heads * queries * keys *
-head_dim, also the pairs that a mask excludes.
+Operations are those of matrix products, with a multiplication and an addition for each term: MatMul, Gemm, Conv, ConvTranspose, Attention.
+Norms, activations, softmax, biases and resizing are not counted. Attention counts every query with every key,
+4 * batch * heads * queries * keys * head_dim, including pairs that a mask excludes.
 
-Bytes are the weights, each read once, the graph's inputs and its outputs; what lies between need not leave the chip, and is left out.
-Of the KV cache only this counts: the `live - sequence` slots that earlier calls wrote are read, and the `sequence` slots of this call
-written; the rest of its capacity is not touched.
+Bytes are the weights, each read once, and the graph's inputs and outputs. Values in between need not leave the chip and are not counted.
+For the KV cache, the `live - sequence` slots that earlier calls wrote are read, and the `sequence` slots of this call are written; the rest
+of its capacity is not touched.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from vessel_rt.formats.bundle import Bundle
 __all__ = ["Cost", "graph_cost", "stage_cost"]
 
 _Shape = tuple[int, ...]
-# Matrix products too, which no graph here has: never to be passed over.
+# Other matrix products. No graph of this project has them, and they must not be ignored.
 _UNCOUNTED = ("Einsum", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv", "DeformConv", "GRU", "LSTM", "RNN")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Floating-point operations of one run, and the bytes that it reads and writes at least."""
+    """The floating-point operations of one run, and the minimum of bytes that it reads and writes."""
 
     flops: int
     bytes: int
 
 
 def stage_cost(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> Cost:
-    """The cost of one run of a stage of `bundle`; `sizes` are those of the dynamic axes of its inputs (docs/architecture.md).
+    """The cost of one run of a stage of `bundle`; `sizes` has the sizes of its inputs' dynamic axes (docs/architecture.md).
 
     Raises:
         ValueError: see `graph_cost`.
@@ -47,18 +47,18 @@ def stage_cost(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> Cost:
 
 
 def graph_cost(model: ir.Model, sizes: Mapping[str, int]) -> Cost:
-    """The cost of one run of `model`, which is changed: its shapes become those of the run.
+    """The cost of one run of `model`. Changes the shapes in `model` to those of the run.
 
     Raises:
-        ValueError: an axis of the inputs has no size, a shape that is needed stays unknown, or a node is of a kind that cannot be counted.
+        ValueError: an input's axis has no size, a required shape cannot be inferred, or a node cannot be counted.
     """
     weights = sum(_bytes(value, _static(value)) for value in model.graph.initializers.values())
     for value in model.graph.inputs:
         value.shape = ir.Shape([_size(value, axis, sizes) for axis in value.shape or ()])
     for node in model.graph:
         for value in node.outputs:
-            value.shape = None  # the exporter's, with names for sizes
-    fold_constants(model, onnx_shape_inference=True)  # a Reshape's target may depend on Shape: shapes are known only with its value
+            value.shape = None  # the exporter's shape, with symbolic sizes
+    fold_constants(model, onnx_shape_inference=True)  # a Reshape's target can depend on Shape, so shapes follow only from constant folding
     flops = sum(_flops(node) for node in model.graph)
     return Cost(flops, weights + sum(_edge_bytes(value, sizes) for value in (*model.graph.inputs, *model.graph.outputs)))
 
@@ -67,26 +67,26 @@ def _size(value: ir.Value, axis: int | ir.SymbolicDim, sizes: Mapping[str, int])
     if isinstance(axis, int):
         return axis
     if axis.value is None or axis.value not in sizes:
-        raise ValueError(f"input {value.name}: its axis {axis.value} was given no size")
+        raise ValueError(f"input {value.name}: its axis {axis.value} has no size")
     return sizes[axis.value]
 
 
 def _static(value: ir.Value) -> _Shape:
-    """The shape of `value`; ValueError where it stays unknown."""
+    """The shape of `value`; ValueError if it is unknown."""
     shape = tuple(axis for axis in value.shape or () if isinstance(axis, int))
     if value.shape is None or len(shape) != len(value.shape):
-        raise ValueError(f"the shape of {value.name} stays unknown")
+        raise ValueError(f"the shape of {value.name} is unknown")
     return shape
 
 
 def _bytes(value: ir.Value, shape: _Shape) -> int:
     if value.dtype is None:
-        raise ValueError(f"the type of {value.name} stays unknown")
-    return math.ceil(math.prod(shape) * value.dtype.itemsize)  # of types below 8 bits, the item is a fraction
+        raise ValueError(f"the type of {value.name} is unknown")
+    return math.ceil(math.prod(shape) * value.dtype.itemsize)  # itemsize is a fraction for types below 8 bits
 
 
 def _edge_bytes(value: ir.Value, sizes: Mapping[str, int]) -> int:
-    """Bytes of an input or output; of the KV cache, [batch, kv_heads, capacity, head_dim], those that are read or written."""
+    """Bytes of an input or output. For the KV cache, [batch, kv_heads, capacity, head_dim], only slots that are read or written."""
     shape, name = _static(value), value.name or ""
     if name.startswith(("past_", "present_")):
         slots = sizes["sequence"] if name.startswith("present_") else max(sizes["live"] - sizes["sequence"], 0)
@@ -123,12 +123,12 @@ def _gemm(node: ir.Node) -> int:
 
 
 def _conv(node: ir.Node) -> int:
-    """Weights [out, in / group, ...]: each output value is a sum over the latter axes. Padding counts like pixels."""
+    """Weights [out, in / group, ...]: each output value is a sum over the other axes. Padding counts as pixels."""
     return 2 * math.prod(_shape(node, node.outputs[0])) * math.prod(_shape(node, node.inputs[1])[1:])
 
 
 def _conv_transpose(node: ir.Node) -> int:
-    """Weights [in, out / group, ...]: each input value goes into as many outputs as the latter axes have."""
+    """Weights [in, out / group, ...]: each input value contributes to as many outputs as the other axes have values."""
     return 2 * math.prod(_shape(node, node.inputs[0])) * math.prod(_shape(node, node.inputs[1])[1:])
 
 

@@ -1,9 +1,9 @@
-"""Exporting a full-size model: its memory, time and bytes against copying the result, and against what one would do without this project.
+"""Exports a full-size model: memory, time and bytes, compared with copying the result and with an export without this project.
 
     python -m benchmarks.export --model DIR [--peer-layers 2 4 8 16]
 
-DIR is written by benchmarks.synth. The peer is `PeftModel.merge_and_unload` and `torch.onnx.export` of the language model alone, with
-as many of its layers as fit in memory; it runs for each of `--peer-layers` until one does not. The last line is JSON.
+benchmarks.synth writes DIR. The peer is `PeftModel.merge_and_unload` and `torch.onnx.export` of the language model alone, with each number
+of `--peer-layers` until one does not fit in memory. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SCRIPT = Path(sys.executable).with_name("vessel-export")
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.export", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="what `python -m benchmarks.synth` wrote")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where bundles are made (default: beside DIR; the bundle stays there)")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a model written by `python -m benchmarks.synth`")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make, which is not removed (default: next to the model)")
     parser.add_argument("--recipe", type=Path, default=Path("engines/rtx3090.toml"), metavar="TOML")
-    parser.add_argument("--peer-layers", type=int, nargs="*", default=[], metavar="N", help="depths at which the peer is tried, rising")
-    parser.add_argument("--peer-limit-gib", type=float, default=20, metavar="GIB", help="anonymous memory at which the peer is ended")
+    parser.add_argument("--peer-layers", type=int, nargs="*", default=[], metavar="N", help="numbers of layers for the peer")
+    parser.add_argument("--peer-limit-gib", type=float, default=20, metavar="GIB", help="anonymous memory at which the peer is killed")
     arguments = parser.parse_args()
     out = arguments.out or arguments.model.with_name(arguments.model.name + "-bundle")
     result = _ours(arguments.model, arguments.recipe, out)
@@ -40,11 +40,11 @@ def main() -> int:
 
 
 def _ours(model: Path, recipe: Path, out: Path) -> dict[str, Any]:
-    """The export, then a copy of its result: both read the disk, and both end with the last byte on it."""
+    """The export, then a copy of its result. Both read from the disk and end when the last byte is on it."""
     [checkpoint], [sam2] = model.glob("iter_*.pth"), model.glob("sam2_*.pt")
     command = [_SCRIPT, "export", "--ckpt", checkpoint, "--base", model / "base", "--sam2", sam2, "--recipe", recipe, "--out", out]
-    shutil.rmtree(out, ignore_errors=True)  # an older bundle would be linked to, not written
-    _forget(model)
+    shutil.rmtree(out, ignore_errors=True)  # files of an older bundle would be linked, not written
+    _drop_from_cache(model)
     usage = run(command)
     synced = time.perf_counter()
     os.sync()
@@ -52,7 +52,7 @@ def _ours(model: Path, recipe: Path, out: Path) -> dict[str, Any]:
     if usage.exit_code:
         print(usage.errors, file=sys.stderr)
         return {}
-    copied = min(_copy(out) for _ in range(2))  # a virtual machine's first touch of its memory is slow, and must not flatter the export
+    copied = min(_copy(out) for _ in range(2))  # a virtual machine's memory is slow at first use, which must not favour the export
     bundle = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {
         "layers": _layers(model),
@@ -69,7 +69,7 @@ def _copy(folder: Path) -> float:
     """Seconds to copy `folder` on its own disk."""
     copy = folder.with_name(f".{folder.name}.copy")
     shutil.rmtree(copy, ignore_errors=True)
-    _forget(folder)
+    _drop_from_cache(folder)
     began = time.perf_counter()
     shutil.copytree(folder, copy)
     os.sync()
@@ -78,8 +78,8 @@ def _copy(folder: Path) -> float:
     return seconds
 
 
-def _forget(folder: Path) -> None:
-    """Take a folder's files out of the system's memory, so that what reads them reads the disk."""
+def _drop_from_cache(folder: Path) -> None:
+    """Drop a folder's files from the page cache, so that they are read from the disk."""
     os.sync()
     for path in folder.rglob("*"):
         if path.is_file():

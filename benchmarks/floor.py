@@ -1,16 +1,16 @@
-"""The least time that each stage can take, on this machine and on NVIDIA's GPUs by their data sheets.
+"""The minimum time of each stage, on this machine and on NVIDIA's GPUs according to their data sheets.
 
     python -m benchmarks.floor [--bundle DIR] [--tiles 1 10]
 
-A stage's floor is the larger of its operations over the machine's rate and its bytes over the machine's bandwidth (benchmarks/costs.py says
-what is counted). The prompt of an image has its tiles' tokens and 64 more. The language model is looked at in three runs: `prefill` over
-the prompt, `decode` of its last token, and `draft` over the prompt and 16 tokens, whose states are kept. This machine's rates are measured:
-FP32 products with NumPy and copies by all threads; FP16 products and copies with torch on a CUDA GPU, where both are there. A data sheet's
-rates are those of FP16 (BF16 has the same) with FP32 sums; for an FP32 bundle they are too high, the floor too low. A bundle that fits in a
-processor's cache, as the tiny ones do, may be read faster than memory is.
+A stage's floor is the larger of operations / rate and bytes / bandwidth (benchmarks/costs.py defines what is counted). An image's prompt
+has the tokens of its tiles and 64 more. The language model has three runs: `prefill` of the prompt, `decode` of its last token, and `draft`
+of the prompt and 16 tokens, whose states are returned. This machine's rates are measured: FP32 products with NumPy and copies with all
+threads, and, if there is a CUDA GPU and torch, FP16 products and copies on it. Data sheets' rates are those of FP16 (the same as BF16) with
+FP32 sums; for an FP32 bundle they are too high, and the floor too low. A bundle that fits in a processor's cache, such as the tiny ones,
+can be read faster than memory.
 
-The result is kept as floor-<layers>-layers.json. Where results/latency.json holds this bundle's latencies, measured on this machine, MFU
-and MBU are the parts of the rate and of the bandwidth that they used. The last line is JSON.
+The result is saved as floor-<layers>-layers.json. If results/latency.json has latencies of this bundle on this machine, MFU and MBU are the
+shares of rate and bandwidth that they reached. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from benchmarks.measure import RESULTS, machine, publish
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import MOST_KEPT, OPT_TEXT_TOKENS
 
-_RUNS = 30  # short ones, of which the fastest counts: other work on the machine slows most of them
+_RUNS = 30  # short ones; the fastest counts, since other load slows most of them
 _COPIED = 1 << 30  # bytes: more than any cache holds
 _SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a machine does at best: floating-point operations a second, bytes a second (reads and writes together)."""
+    """A machine's peak rates: floating-point operations per second, and bytes per second (reads and writes together)."""
 
     flops: float
     bytes: float
 
     def floor_ms(self, cost: Cost, *, of_flops: float = 1, of_bytes: float = 1) -> float:
-        """The least milliseconds for `cost`, at these parts of the two rates."""
+        """The minimum milliseconds for `cost`, at these shares of the two rates."""
         return 1e3 * max(cost.flops / (of_flops * self.flops), cost.bytes / (of_bytes * self.bytes))
 
 
-# FP16 tensor cores, without sparsity, with FP32 sums (on a GeForce half the rate of FP16 sums); memory bandwidth.
+# FP16 tensor cores without sparsity, with FP32 sums (half the rate of FP16 sums on a GeForce), and memory bandwidth.
 _DATA_SHEETS = {
     # appendix A: https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
     "RTX 3090": Rates(71e12, 936e9),
@@ -63,14 +63,14 @@ _DATA_SHEETS = {
     "H100 SXM": Rates(1979e12 / 2, 3.35e12),
 }
 _PROJECTED = "RTX 3090"
-_IMAGE = ("vision_encoder", "draft", "sam2_image_encoder", "sam2_mask_decoder")  # the runs of one image whose draft holds
+_IMAGE = ("vision_encoder", "draft", "sam2_image_encoder", "sam2_mask_decoder")  # the runs of one image whose draft is accepted
 _ASSUMED = {"of_flops": 0.5, "of_bytes": 0.8}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, default=Path("engines/tiny-fp32"), metavar="DIR")
-    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 10], metavar="N", help="of an image (default: 1 10)")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 10], metavar="N", help="tiles of an image (default: 1 10)")
     arguments = parser.parse_args()
     bundle = Bundle.load(arguments.bundle)
     costs = _costs(bundle, arguments.tiles)
@@ -104,7 +104,7 @@ def main() -> int:
 
 
 def _runs(bundle: Bundle, tiles: int) -> dict[str, tuple[str, dict[str, int]]]:
-    """The runs for one image of so many tiles: name -> stage, and the sizes of its dynamic axes."""
+    """The runs for one image of `tiles` tiles: name -> stage and the sizes of its dynamic axes."""
     prompt = tiles * bundle.tiles.tokens_per_tile + OPT_TEXT_TOKENS
     drafted = prompt + MOST_KEPT
     return {
@@ -127,11 +127,11 @@ def _costs(bundle: Bundle, counts: list[int]) -> dict[int, dict[str, Cost]]:
 
 
 def _projection(costs: Mapping[int, Mapping[str, Cost]]) -> dict[str, Any]:
-    """Milliseconds of one image with a draft that holds, by tiles: the floors of its runs, added up."""
+    """Milliseconds of one image whose draft is accepted, by tiles: the sum of the floors of its runs."""
     rates = _DATA_SHEETS[_PROJECTED]
 
-    def total(**parts: float) -> dict[str, float]:
-        return {str(tiles): _short(sum(rates.floor_ms(stages[run], **parts) for run in _IMAGE)) for tiles, stages in costs.items()}
+    def total(**shares: float) -> dict[str, float]:
+        return {str(tiles): _short(sum(rates.floor_ms(stages[run], **shares) for run in _IMAGE)) for tiles, stages in costs.items()}
 
     assumed = f"an assumption, not measured: {_ASSUMED['of_flops']} of the data sheet's rate, {_ASSUMED['of_bytes']} of its bandwidth"
     return {
@@ -146,7 +146,7 @@ def _projection(costs: Mapping[int, Mapping[str, Cost]]) -> dict[str, Any]:
 
 
 def _used(bundle: str, costs: Mapping[int, Mapping[str, Cost]], here: Mapping[str, Rates]) -> dict[str, Any]:
-    """MFU and MBU of this machine's latencies of `bundle`; empty where there are none."""
+    """MFU and MBU of this machine's latencies of `bundle`; empty if there are none."""
     path = RESULTS / "latency.json"
     if not path.exists():
         return {}
@@ -160,7 +160,7 @@ def _used(bundle: str, costs: Mapping[int, Mapping[str, Cost]], here: Mapping[st
     rates = here[device]
     return {
         str(tiles): {
-            run: {  # drafts were on: what ran of the language model is the draft
+            run: {  # drafts were on, so the language model ran `draft`
                 "ms": ms,
                 "mfu": _short(cost.flops / (ms / 1e3) / rates.flops),
                 "mbu": _short(cost.bytes / (ms / 1e3) / rates.bytes),
@@ -173,14 +173,14 @@ def _used(bundle: str, costs: Mapping[int, Mapping[str, Cost]], here: Mapping[st
 
 
 def _here() -> dict[str, Rates]:
-    """This machine's rates, measured: those of its CPU in FP32, and of its GPU in FP16 where torch finds one."""
+    """This machine's measured rates: its CPU's in FP32, and its GPU's in FP16 if torch finds one."""
     rates = {"cpu": Rates(_cpu_flops(), _cpu_bandwidth())}
     gpu = _gpu()
     return rates if gpu is None else {**rates, "gpu": gpu}
 
 
 def _best(what: str, run: Callable[[], object]) -> float:
-    """Seconds of the fastest of several runs, after one that does not count."""
+    """Seconds of the fastest of several runs, after one to warm up."""
     seconds = []
     for _ in tqdm(range(_RUNS + 1), desc=what, file=sys.stderr):
         began = time.perf_counter()
@@ -196,9 +196,9 @@ def _cpu_flops() -> float:
 
 
 def _cpu_bandwidth() -> float:
-    """Bytes a second read and written by copies, each thread copying its share."""
+    """Bytes per second read and written by copies with all threads."""
     threads = os.cpu_count() or 1
-    source, target = np.ones(_COPIED, np.uint8), np.ones(_COPIED, np.uint8)  # written to: pages never touched are not memory yet
+    source, target = np.ones(_COPIED, np.uint8), np.ones(_COPIED, np.uint8)  # ones, so that all pages are allocated
     pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     with ThreadPoolExecutor(threads) as pool:
         seconds = _best("copies", lambda: list(pool.map(lambda pair: np.copyto(*pair), pairs)))

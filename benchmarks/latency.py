@@ -1,17 +1,17 @@
-"""Latency and throughput: the runtime, its plain form, and the PyTorch reference, side by side.
+"""Latency and throughput of the runtime, of a naive loop over its graphs, and of the PyTorch reference.
 
     python -m benchmarks.latency [--bundle DIR] [--model DIR] [--sides 512 1024] [--rounds 3] [--compiled]
 
-Each contender is a process of its own that reads a folder of frames and writes masks, and is watched from outside: how long from its start
-to its first mask, and how many images a second from the first mask to the last. They take turns, A B A B, so that whatever else the machine
-does hits all of them; ratios are those of one round, and their spread is told.
+Each contender is a process that reads a folder of frames and writes masks. It is measured from outside: the time from its start to its
+first mask, and the images per second from the first mask to the last. Contenders take turns, A B A B, so that other load on the machine
+affects all of them. Ratios are computed within a round; the result has their spread.
 
-- runtime: `vessel-rt infer` as it comes. no-draft: the same, decoding token by token.
-- naive: the same graphs, one image after the other, no drafts, nothing at the same time.
-- reference: vessel_export.parity.reference, PyTorch eager, as Sa2VA's own code computes. compiled: its encoders by torch.compile.
+- runtime: `vessel-rt infer` with its defaults. no-draft: the same, decoding token by token.
+- naive: the same graphs, one image after another, without drafts and without overlap.
+- reference: vessel_export.parity.reference, eager PyTorch, as in Sa2VA's own code. compiled: with its encoders compiled by torch.compile.
 
-Then, within one process: each stage's latency for one image at a time (`stages`, by tiles), the milliseconds an image in batches, and the
-part of a run's steady state in which a stream runs no graph (on a CPU; a GPU's graphs overlap). The last line is JSON.
+Then, in one process: the latency of each stage for single images (`stages`, by tiles), the milliseconds per image in batches, and the share
+of a run's steady state in which a stream runs no graph (on a CPU; on a GPU graphs overlap). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ _STAGES = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_en
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, default=Path("engines/tiny-fp32"), metavar="DIR")
-    parser.add_argument("--model", type=Path, default=Path("examples/tiny"), metavar="DIR", help="what the bundle was made of")
+    parser.add_argument(
+        "--model", type=Path, default=Path("examples/tiny"), metavar="DIR", help="the model that the bundle was exported from"
+    )
     parser.add_argument("--frames", type=Path, default=Path("examples/tiny/frames"), metavar="DIR")
     parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024], metavar="PIXELS")
-    parser.add_argument("--count", type=int, default=28, metavar="N", help="frames a contender is given, after one to warm up")
+    parser.add_argument("--count", type=int, default=28, metavar="N", help="frames for each contender, after one to warm up")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
-    parser.add_argument("--device", default="cpu", help="of the runtime; the reference runs where torch has a GPU")
-    parser.add_argument("--compiled", action="store_true", help="also the reference with torch.compile, which takes minutes to begin")
+    parser.add_argument("--device", default="cpu", help="the runtime's device; the reference runs on a GPU if torch finds one")
+    parser.add_argument("--compiled", action="store_true", help="also run the reference with torch.compile, which takes minutes to start")
     parser.add_argument("--worker", choices=sorted(_WORKERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as vessel-rt sets it, for every contender
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # for every contender, as in vessel-rt
     if arguments.worker:
         print(json.dumps(_WORKERS[arguments.worker](arguments)))
         return 0
@@ -72,7 +74,7 @@ def main() -> int:
 
 
 def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]:
-    """Every contender, in turns."""
+    """Run all contenders in turns."""
     infer = [_SCRIPT, "infer", frames, "--bundle", arguments.bundle, "--device", arguments.device, "-o"]
     worker = [*_worker(arguments, frames), "--worker"]
     commands: dict[str, Callable[[Path], list[Any]]] = {
@@ -85,16 +87,16 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
         commands["compiled"] = lambda out: [*worker, "compiled", "--frames", out]
     rounds: list[dict[str, dict[str, float]]] = []
     steps = tqdm(total=arguments.rounds * len(commands), desc=f"latency, {frames.name}", disable=None)
-    least = 1.0
+    min_iou = 1.0
     for turn in range(arguments.rounds):
         rounds.append({})
         with tempfile.TemporaryDirectory() as folder:
-            for name, command in _rotated(list(commands.items()), turn):  # each comes after each other one
+            for name, command in _rotated(list(commands.items()), turn):  # every contender comes after every other one
                 out = Path(folder) / name
                 out.mkdir()
                 rounds[-1][name] = _watch(command(out if name in ("runtime", "no-draft") else _linked(frames, out)), out / "masks")
                 steps.update()
-            least = min(least, *(_least_iou(Path(folder) / "reference" / "masks", Path(folder) / name / "masks") for name in commands))
+            min_iou = min(min_iou, *(_min_iou(Path(folder) / "reference" / "masks", Path(folder) / name / "masks") for name in commands))
             timings = list(iter_lines(Path(folder) / "runtime" / TIMINGS_FILE))
     return {
         "contenders": {name: {key: [r[name][key] for r in rounds] for key in rounds[0][name]} for name in commands},
@@ -105,7 +107,7 @@ def _side_by_side(arguments: argparse.Namespace, frames: Path) -> dict[str, Any]
             }
             for one, other in (("runtime", "reference"), ("runtime", "naive"), ("runtime", "no-draft"), ("naive", "reference"))
         },
-        "least_mask_iou_with_reference": least,
+        "min_mask_iou_with_reference": min_iou,
         "without_decode_steps": statistics.mean(line["decode_steps"] == 0 for line in timings),
     }
 
@@ -115,7 +117,7 @@ def _rotated(items: list[T], by: int) -> list[T]:
 
 
 def _watch(command: Sequence[Any], masks: Path) -> dict[str, float]:
-    """Run `command`, which writes masks: seconds from its start to the first, and images a second from there to the last."""
+    """Run `command`, which writes masks: seconds from its start to the first mask, and images per second from there to the last."""
     began = time.time()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -128,11 +130,11 @@ def _watch(command: Sequence[Any], masks: Path) -> dict[str, float]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 2), "least": round(min(values), 2), "most": round(max(values), 2)}
+    return {"median": round(statistics.median(values), 2), "min": round(min(values), 2), "max": round(max(values), 2)}
 
 
-def _least_iou(theirs: Path, ours: Path) -> float:
-    """Of the masks of the same names in two folders."""
+def _min_iou(theirs: Path, ours: Path) -> float:
+    """The minimum IoU of the masks with the same name in two folders."""
     from vessel_rt.evaluation.metrics import iou
 
     pairs = ((np.asarray(Image.open(path)) > 0, np.asarray(Image.open(ours / path.name)) > 0) for path in theirs.glob("*.png"))
@@ -141,7 +143,7 @@ def _least_iou(theirs: Path, ours: Path) -> float:
 
 @contextmanager
 def _frames(source: Path, side: int, count: int) -> Iterator[Path]:
-    """A folder of `count` frames of `side` x `side` pixels, made of those in `source`."""
+    """A folder of `count` frames of `side` x `side` pixels, made from those in `source`."""
     with tempfile.TemporaryDirectory() as folder:
         frames = Path(folder) / f"{side}x{side}"
         square_frames(source, frames, side, count)
@@ -149,7 +151,7 @@ def _frames(source: Path, side: int, count: int) -> Iterator[Path]:
 
 
 def _linked(frames: Path, out: Path) -> Path:
-    """A folder that a worker reads its frames from, and where it leaves masks."""
+    """A folder with a worker's frames and with room for its masks."""
     (out / "frames").symlink_to(frames)
     (out / "masks").mkdir()
     return out
@@ -176,7 +178,7 @@ def _segmenter(arguments: argparse.Namespace, *, draft: bool) -> Any:
 
 
 def _naive(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One image after the other, and its mask written, with nothing at the same time."""
+    """Segment one image after another and write its mask, without overlap."""
     from vessel_rt.inputs.images import read_image
 
     with _segmenter(arguments, draft=False) as segmenter:
@@ -187,12 +189,12 @@ def _naive(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reference(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Sa2VA's way in PyTorch."""
+    """Sa2VA's computation in PyTorch."""
     return _by_torch(arguments, lambda reference: None)
 
 
 def _compiled(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same with what torch.compile takes: both encoders. The language model's growing cache would compile anew at each step."""
+    """The reference with both encoders compiled. The language model is not: its growing cache would recompile at every step."""
     import torch
 
     def compile_encoders(reference: Any) -> None:
@@ -225,14 +227,14 @@ def _save(mask: Any, path: Path) -> None:
 
 
 def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Each stage's milliseconds for single images, milliseconds an image in batches, and what of a run no graph runs in."""
+    """Milliseconds of each stage for single images, milliseconds per image in batches, and the share of a run outside the graphs."""
     from vessel_rt.device import session
     from vessel_rt.device.providers import Device
     from vessel_rt.formats.bundle import Bundle
     from vessel_rt.inputs.images import read_image
     from vessel_rt.run.infer import infer
 
-    running: list[tuple[float, float]] = []  # begin and end of each run of a graph, from any thread
+    running: list[tuple[float, float]] = []  # begin and end of each run of a graph, in any thread
     run = session.Session.run
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +257,7 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
         batches = {}
         for batch in arguments.batches:
             groups = [pixels[i : i + batch] for i in range(0, len(pixels) - batch + 1, batch)]
-            segmenter.run(groups[0], [_QUESTION])  # the arenas grow
+            segmenter.run(groups[0], [_QUESTION])  # warm up: the arenas grow
             began = time.perf_counter()
             for group in groups:
                 segmenter.run(group, [_QUESTION])
@@ -270,13 +272,13 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "tiles": len(pixels[0].tiles),
         "stages": {stage: {"ms": values["p50"], **values} for stage, values in {**stages, "end to end": _percentiles(totals)}.items()},
-        "batches_ms_an_image": batches,
+        "ms_per_image_by_batch": batches,
         "outside_graphs": round(outside, 4),
     }
 
 
 def _idle(running: Sequence[tuple[float, float]], streams: int) -> float:
-    """The part of the streams' time in which they run no graph, in the middle eight tenths of a run: its steady state."""
+    """The share of the streams' time in which they run no graph, in the middle 80 % of a run, its steady state."""
     first, last = min(began for began, _ in running), max(ended for _, ended in running)
     begin, end = first + 0.1 * (last - first), last - 0.1 * (last - first)
     busy = sum(max(0.0, min(ended, end) - max(began, begin)) for began, ended in running)

@@ -1,4 +1,4 @@
-"""What benchmarks share: a command run under observation, the machine it ran on, and where results are kept."""
+"""Shared by the benchmarks: running a command and measuring it, the machine's description, and saving results."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = ["Usage", "infer_options", "machine", "process_field", "publish", "run
 
 RESULTS = Path(__file__).parent / "results"
 
-_INTERVAL = 0.05  # seconds between two looks at a command's memory
+_INTERVAL = 0.05  # seconds between two readings of a command's memory
 _LIBRARIES = ("torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-ep-nv-tensorrt-rtx-cu13")
 
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """One command: wall time, the peak of the anonymous memory of all its processes together, bytes it gave to write(2), its end."""
+    """One command: wall time, peak of the anonymous memory of all its processes together, bytes passed to write(2), exit code, stderr."""
 
     seconds: float
     peak_anonymous_bytes: int
@@ -45,11 +45,11 @@ class Usage:
 
 
 def run(command: Sequence[str | Path], *, limit_bytes: int | None = None) -> Usage:
-    """Run `command` to its end, or until its anonymous memory exceeds `limit_bytes`: then it is killed. Linux only."""
+    """Run `command`; kill it if its anonymous memory exceeds `limit_bytes`. Linux only."""
     began = time.perf_counter()
     peak = written = 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([str(part) for part in command], stdout=sys.stderr, stderr=errors)
+        process = subprocess.Popen([str(word) for word in command], stdout=sys.stderr, stderr=errors)
         while process.poll() is None:
             family = _family(process.pid)
             anonymous = sum(process_field(pid, "status", "RssAnon:") * 1024 for pid in family)
@@ -69,13 +69,13 @@ def _family(pid: int) -> list[int]:
         try:
             for task in Path(f"/proc/{member}/task").iterdir():
                 members += map(int, (task / "children").read_text().split())
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended
             continue
     return members
 
 
 def process_field(pid: int, file: str, name: str) -> int:
-    """A number of /proc/<pid>/<file>; 0 once the process has ended."""
+    """A number in /proc/<pid>/<file>; 0 if the process has ended."""
     try:
         text = Path(f"/proc/{pid}/{file}").read_text()
     except OSError:
@@ -84,12 +84,12 @@ def process_field(pid: int, file: str, name: str) -> int:
 
 
 def infer_options(frames: Path, output: Path, question: str, device: Device, *, draft: bool = True) -> InferOptions:
-    """For a run of `vessel_rt.run.infer.infer` in this process; the key of its study codes is no secret."""
+    """Options for `vessel_rt.run.infer.infer` in this process. The key of its study codes is not secret."""
     return InferOptions((str(frames),), output, Naming(StudyCodes(b"benchmark")), WorkOptions((question,), draft=draft), devices=(device,))
 
 
 def square_frames(source: Path, folder: Path, side: int, count: int) -> None:
-    """Make `folder` with `count` frames of `side` x `side` pixels of those in `source`, turned by a degree a round: no two alike."""
+    """Write `count` frames of `side` x `side` pixels to `folder`, made from those in `source`. Each round is rotated by one more degree."""
     originals = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
     folder.mkdir()
     for number in tqdm(range(count), desc="making frames", disable=None, delay=2, leave=False):
@@ -99,7 +99,7 @@ def square_frames(source: Path, folder: Path, side: int, count: int) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the libraries of this environment."""
+    """This machine and its libraries."""
     cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     versions = {}
@@ -119,7 +119,7 @@ def machine() -> dict[str, Any]:
 
 
 def publish(name: str, result: dict[str, Any]) -> None:
-    """Keep `result` as results/<name>.json, and print it as the last line."""
+    """Save `result` as results/<name>.json, and print it as the last line."""
     document = {"benchmark": name, "machine": machine(), **result}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

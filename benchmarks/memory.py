@@ -1,12 +1,12 @@
-"""Resident memory by phase, of the runtime and of the PyTorch reference, each in a process of its own; where a GPU is, also its memory.
+"""Memory of the runtime and of the PyTorch reference by phase, each in its own process, and GPU memory if there is a GPU.
 
     python -m benchmarks.memory [--bundle DIR] [--frames DIR] [--checkpoint PTH --base DIR --sam2 PT]
 
-Both run on the CPU, the runtime in the bundle's precision, the reference in FP32, and segment the same frames one at a time. Phases are
-what is done so far: everything imported, the model loaded, the first image segmented, all of them. Peak and present size are VmHWM and
-VmRSS of /proc/self/status, so mapped files count as far as they were read; Linux only. The GPU's memory is what the whole device has less
-of than before the process began, so nothing else may run there; it is set against `vessel-rt plan` for one image at once. Figures of the
-CPU are the medians of three runs. The last line is JSON.
+Both run on the CPU, the runtime in the bundle's precision, the reference in FP32, and segment the same frames one at a time. A phase ends
+when everything is imported, when the model is loaded, after the first image, and after all images. Peak and current size are VmHWM and
+VmRSS of /proc/self/status, so mapped files count as far as they were read; Linux only. GPU memory is the decrease of the device's free
+memory since the process started, so nothing else may run there; it is compared with `vessel-rt plan` for one image at once. CPU figures are
+medians of three runs. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tqdm import tqdm
 from benchmarks.measure import process_field, publish
 from vessel_rt.errors import VesselError
 
-if TYPE_CHECKING:  # a worker imports what it measures, and little else
+if TYPE_CHECKING:  # a worker imports little besides what it measures
     from vessel_rt.formats.bundle import Bundle
 
 _MIB = 2**20
-_RUNS = 3  # of each worker: what an allocator keeps differs by a tenth from one run to the next
+_RUNS = 3  # of each worker: the memory that an allocator holds varies by a tenth between runs
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
     except VesselError as e:
         print(e, file=sys.stderr)
         return 1
-    except subprocess.CalledProcessError:  # a worker, which has said why
+    except subprocess.CalledProcessError:  # a worker, which has printed the reason
         return 1
     return 0
 
@@ -70,18 +70,20 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").partition("\n")[0])
     tiny = Path("examples/tiny")
     parser.add_argument("--bundle", type=Path, default=Path("engines/tiny-fp32"), metavar="DIR")
-    parser.add_argument("--frames", type=Path, default=tiny / "frames", metavar="DIR", help="a folder of images, and of nothing else")
-    parser.add_argument("--checkpoint", type=Path, default=tiny / "iter_1000.pth", metavar="PTH", help="what the bundle was made from")
+    parser.add_argument("--frames", type=Path, default=tiny / "frames", metavar="DIR", help="a folder with only images")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=tiny / "iter_1000.pth", metavar="PTH", help="the checkpoint that the bundle was exported from"
+    )
     parser.add_argument("--base", type=Path, default=tiny / "base", metavar="DIR")
     parser.add_argument("--sam2", type=Path, default=tiny / "sam2_tiny.pt", metavar="PT")
-    parser.add_argument("--worker", choices=_WORKERS, help="be the process that is measured: print its memory by phase")
-    parser.add_argument("--device", default="cpu", help="of the runtime's worker")
+    parser.add_argument("--worker", choices=_WORKERS, help="run as the measured process and print its memory by phase")
+    parser.add_argument("--device", default="cpu", help="device of the runtime's worker")
     parser.add_argument("--gpu", type=int, metavar="N", help="the worker prints the free bytes of GPU N, not its own memory")
     return parser.parse_args()
 
 
 def _measure(worker: str, *options: str) -> dict[str, Any]:
-    """What a worker prints, given this command's own options and `options`."""
+    """The output of a worker with this command's options and `options`."""
     print(f"{worker} {' '.join(options)}".rstrip(), file=sys.stderr)
     command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--worker", worker, *options]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -90,12 +92,12 @@ def _measure(worker: str, *options: str) -> dict[str, Any]:
 
 
 def _median(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of what several runs of a worker print: the median of every number."""
+    """The median of every number over several runs of a worker."""
     return {phase: {name: statistics.median(run[phase][name] for run in runs) for name in runs[0][phase]} for phase in runs[0]}
 
 
 def _runtime(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields the name of each phase when it is over, and goes on when its memory has been read."""
+    """Yield the name of each phase at its end; the caller then reads the memory."""
     from vessel_rt.device.deployment import deploy
     from vessel_rt.device.providers import Device, onnxruntime
     from vessel_rt.formats.bundle import Bundle
@@ -115,7 +117,7 @@ def _runtime(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _reference(arguments: argparse.Namespace) -> Iterator[str]:
-    """The same of the PyTorch model."""
+    """As `_runtime`, for the PyTorch model."""
     from PIL import Image
 
     from vessel_export.parity.reference import Reference
@@ -145,22 +147,22 @@ def _frames(folder: Path) -> list[Path]:
 
 
 def _memory(gpu: int | None) -> dict[str, float] | int:
-    """`peak` and `resident` of this process in MiB; the free bytes of a GPU if one is given."""
+    """`peak` and `resident` of this process in MiB, or the free bytes of `gpu` if it is given."""
     if gpu is not None:
         return _free_bytes(gpu)
     return {name: round(process_field(os.getpid(), "status", key) / 1024, 1) for name, key in (("peak", "VmHWM:"), ("resident", "VmRSS:"))}
 
 
 def _gpu_rows(bundle: Bundle) -> Iterator[dict[str, Any]]:
-    """Each GPU under each kind of device that runs `bundle` there: what is taken after each phase, and what was planned."""
+    """For each GPU and each kind of device that runs `bundle` on it: the memory taken after each phase, and the plan."""
     from vessel_rt.device.deployment import AUTO
     from vessel_rt.device.device_report import list_devices
     from vessel_rt.device.memory_plan import make_plan
 
     for report in list_devices(bundle):
-        if report.gpu is None or report.fault or report.device.kind not in AUTO:  # `tensorrt` would build engines in the worker first
+        if report.gpu is None or report.fault or report.device.kind not in AUTO:  # `tensorrt` would first build engines in the worker
             continue
-        before = _free_bytes(report.gpu.index)  # this process keeps the context that it makes here, so the worker's own shows
+        before = _free_bytes(report.gpu.index)  # creates this process's context, so that only the worker's adds to it
         free = _measure("runtime", "--device", str(report.device), "--gpu", str(report.gpu.index))
         taken, planned = {phase: before - free[phase] for phase in free}, make_plan(bundle, 1, report.gpu.memory).total
         yield {
@@ -173,7 +175,7 @@ def _gpu_rows(bundle: Bundle) -> Iterator[dict[str, Any]]:
 
 
 def _free_bytes(gpu: int) -> int:
-    """The memory that GPU `gpu`, of CUDA's order, has free, counting in what this process's context takes (ONNX Runtime uses the same)."""
+    """The free memory of GPU `gpu` in CUDA's order, after this process's context, which ONNX Runtime also uses, is created."""
     cuda = ctypes.CDLL("libcuda.so.1")
     device, context, free, total = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     codes = (
@@ -185,7 +187,7 @@ def _free_bytes(gpu: int) -> int:
         cuda.cuCtxPopCurrent_v2(ctypes.byref(context)),
     )
     if any(codes):
-        raise VesselError(f"NVIDIA's driver does not tell the free memory of GPU {gpu} (CUDA errors {codes}): nvidia-smi may say why")
+        raise VesselError(f"GPU {gpu}: cannot read its free memory (CUDA errors {codes}); nvidia-smi may show the reason")
     return free.value
 
 

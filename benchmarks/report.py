@@ -1,9 +1,9 @@
-"""docs/performance.md from the results: every table and plot in it is made here, from benchmarks/results/*.json.
+"""Writes the tables and plots of docs/performance.md from benchmarks/results/*.json.
 
     python -m benchmarks.report [--check]
 
-The text around them is written by hand. A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; the names are those of _TABLES. Plots
-go to docs/plots/*.svg. `--check` writes nothing, and fails if a table is not what the results say.
+The text around them is written by hand. A table is between `<!-- NAME -->` and `<!-- /NAME -->`; the names are the keys of _TABLES. Plots
+go to docs/plots/*.svg. `--check` writes nothing and fails if a table does not match the results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _DOCUMENT = Path("docs/performance.md")
 _PLOTS = Path("docs/plots")
 _STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample", "end to end")
 _RUNS = ("vision_encoder", "prefill", "decode", "draft", "sam2_image_encoder", "sam2_mask_decoder")
-_GREY, _COLOURS = "#888888", ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # for colour-blind eyes too
+_GREY, _COLOURS = (
+    "#888888",
+    ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"),
+)  # distinguishable for colour-blind readers
 
 
 def main() -> int:
@@ -33,7 +36,7 @@ def main() -> int:
     before = _DOCUMENT.read_text(encoding="utf-8")
     after = filled(before)
     if arguments.check:
-        print(f"{_DOCUMENT}: {'as the results say' if after == before else 'differs from the results; python -m benchmarks.report'}")
+        print(f"{_DOCUMENT}: {'matches the results' if after == before else 'differs from the results; run python -m benchmarks.report'}")
         return int(after != before)
     _DOCUMENT.write_text(after, encoding="utf-8")
     _draw()
@@ -42,7 +45,7 @@ def main() -> int:
 
 
 def filled(document: str) -> str:
-    """`document` with each of its tables made anew; KeyError for a table that is not known."""
+    """`document` with new tables; KeyError for an unknown table."""
     return re.sub(
         r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->",
         lambda found: f"<!-- {found[1]} -->\n{_TABLES[found[1]]()}\n<!-- /{found[1]} -->",
@@ -57,7 +60,7 @@ def _result(name: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SystemExit(f"{path}: no such result; python -m benchmarks.{name.partition('-')[0]} makes it") from None
+        raise SystemExit(f"{path}: no such result; run python -m benchmarks.{name.partition('-')[0]}") from None
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -71,7 +74,7 @@ def _contenders() -> str:
         for name, values in found["contenders"].items():
             first, speed = values["first_mask_seconds"], values["images_per_second"]
             rows.append([f"{side}x{side}", name, _middle(speed), _middle(first)])
-    return _table(["frames", "contender", "images a second", "seconds from start to the first mask"], rows)
+    return _table(["frames", "contender", "images per second", "seconds from start to the first mask"], rows)
 
 
 def _middle(values: Sequence[float]) -> str:
@@ -83,11 +86,9 @@ def _ratios() -> str:
     rows = []
     for side, found in _result("latency")["sides"].items():
         for name, ratio in found["ratios"].items():
-            cells = [
-                f"{ratio[key]['median']} ({ratio[key]['least']} to {ratio[key]['most']})" for key in ("images_per_second", "first_mask")
-            ]
+            cells = [f"{ratio[key]['median']} ({ratio[key]['min']} to {ratio[key]['max']})" for key in ("images_per_second", "first_mask")]
             rows.append([f"{side}x{side}", name, *cells])
-    return _table(["frames", "ratio", "images a second", "time to the first mask"], rows)
+    return _table(["frames", "ratio", "images per second", "time to the first mask"], rows)
 
 
 def _stages() -> str:
@@ -102,8 +103,8 @@ def _percentiles(values: dict[str, float]) -> str:
 
 def _batches() -> str:
     sides = _result("latency")["sides"]
-    batches = list(next(iter(sides.values()))["batches_ms_an_image"])
-    rows = [[f"{side}x{side}", *found["batches_ms_an_image"].values()] for side, found in sides.items()]
+    batches = list(next(iter(sides.values()))["ms_per_image_by_batch"])
+    rows = [[f"{side}x{side}", *found["ms_per_image_by_batch"].values()] for side, found in sides.items()]
     return _table(["frames", *(f"batch {batch}" for batch in batches)], rows)
 
 
@@ -112,12 +113,12 @@ def _verified() -> str:
         [
             f"{side}x{side}",
             f"{found['without_decode_steps']:.0%}",
-            found["least_mask_iou_with_reference"],
+            found["min_mask_iou_with_reference"],
             f"{found['outside_graphs']:.1%}",
         ]
         for side, found in _result("latency")["sides"].items()
     ]
-    return _table(["frames", "answers without a decode step", "least mask IoU with the reference", "wall time outside the graphs"], rows)
+    return _table(["frames", "answers without a decode step", "minimum mask IoU with the reference", "wall time outside the graphs"], rows)
 
 
 def _memory() -> str:
@@ -136,14 +137,14 @@ def _scaling() -> str:
         for _, row in rows
     ]
     unique = list(dict.fromkeys(map(tuple, cells)))
-    return _table(["images", "threads", "streams", "batch", "images a second", "peak memory, MiB"], unique)
+    return _table(["images", "threads", "streams", "batch", "images per second", "peak memory, MiB"], unique)
 
 
 def _flat() -> str:
     found = _result("scaling")
     time, memory = found["time_ratio"], found["memory_ratio"]
     rows = [
-        ["milliseconds an image", f"{time['images'][0]} over {time['images'][1]} images", time["measured"], ""],
+        ["milliseconds per image", f"{time['images'][0]} over {time['images'][1]} images", time["measured"], ""],
         ["peak memory", f"{memory['images'][0]} over {memory['images'][1]} images", memory["measured"], memory["bound"]],
     ]
     return _table(["", "", "ratio", "bound"], rows)
@@ -152,12 +153,12 @@ def _flat() -> str:
 def _resume() -> str:
     found = _result("resume")
     rows = [
-        ["frames, over two processes", found["images"]],
+        ["frames, in two processes", found["images"]],
         [
             "kills, and frames done after the first and the last",
             f"{found['kills']}, {found['done_after_each'][0]} and {found['done_after_each'][-1]}",
         ],
-        ["files compared, but for times", found["files_compared"]],
+        ["files compared, without those with times", found["files_compared"]],
         ["files that differ", found["files_that_differ"]],
     ]
     return _table(["", ""], rows)
@@ -165,10 +166,10 @@ def _resume() -> str:
 
 def _accuracy() -> str:
     rows = [
-        [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['least_mask_iou']:.4f}"]
+        [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['min_mask_iou']:.4f}"]
         for run in _result("accuracy")["runs"]
     ]
-    return _table(["bundle", "device", "drafts", "mean Dice", "least mask IoU with the first"], rows)
+    return _table(["bundle", "device", "drafts", "mean Dice", "minimum mask IoU with the first"], rows)
 
 
 def _floor() -> str:
@@ -223,7 +224,13 @@ def _export_peer() -> str:
 
 def _build() -> str:
     rows = [
-        [stage["stage"], stage["parts"], stage["seconds"], f"{stage['peak_anonymous_gib']} GiB", f"{stage['engine_bytes'] / 1e9:.2f} GB"]
+        [
+            stage["stage"],
+            stage["partitions"],
+            stage["seconds"],
+            f"{stage['peak_anonymous_gib']} GiB",
+            f"{stage['engine_bytes'] / 1e9:.2f} GB",
+        ]
         for stage in _result("build-sm86-28-layers")["stages"]
     ]
     return _table(["stage", "engines", "seconds", "peak memory", "size"], rows)
@@ -250,7 +257,7 @@ _TABLES: dict[str, Callable[[], str]] = {
 
 
 def _draw() -> None:
-    """The plots, in files that are the same for the same results."""
+    """Write the plots. The same results give the same files."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -274,16 +281,16 @@ def _draw_roofline(axes: Any) -> None:
         corner = rates["tflops"] * 1e12 / (rates["gb_per_s"] * 1e9)
         xs = sorted([*intensities, corner])
         axes.loglog(xs, [min(rates["tflops"], x * rates["gb_per_s"] / 1e3) for x in xs], color=colour, label=gpu)
-    for run in (run for run in _RUNS if run != "draft"):  # which would be drawn over prefill
+    for run in (run for run in _RUNS if run != "draft"):  # it would cover prefill
         cost = found["stages"]["10"][run]
         axes.axvline(cost["flops"] / cost["bytes"], color=_GREY, linewidth=0.5)
         axes.text(cost["flops"] / cost["bytes"], 1.2, f" {run}", rotation=90, fontsize=7, color=_GREY, va="bottom")
-    axes.set(xlabel="FLOP a byte (10 tiles, FP16)", ylabel="TFLOP/s", title="InternVL3-8B and SAM2 Hiera-L under the data sheets' roofs")
+    axes.set(xlabel="FLOP per byte (10 tiles, FP16)", ylabel="TFLOP/s", title="InternVL3-8B and SAM2 Hiera-L under the data sheets' roofs")
     axes.legend(fontsize=7, loc="lower right")
 
 
 def _draw_latency(axes: Any) -> None:
-    """Where one image's time goes, at each tile count."""
+    """The time of each step of one image, by number of tiles."""
     stages = _result("latency")["stages"]
     for row, values in enumerate(stages.values()):
         left = 0.0
@@ -296,12 +303,12 @@ def _draw_latency(axes: Any) -> None:
 
 
 def _draw_scaling(axes: Any) -> None:
-    """The cost of an image and the memory against the size of the folder."""
+    """Time per image and memory by the size of the folder."""
     rows = sorted(_result("scaling")["by_size"], key=lambda row: int(row["images"]))
     sizes = [row["images"] for row in rows]
-    axes.semilogx(sizes, [row["ms_per_image"] for row in rows], "o-", color=_COLOURS[0], label="ms an image")
+    axes.semilogx(sizes, [row["ms_per_image"] for row in rows], "o-", color=_COLOURS[0], label="ms per image")
     axes.semilogx(sizes, [row["peak_resident_mib"] for row in rows], "s-", color=_COLOURS[1], label="peak memory, MiB")
-    axes.set(xlabel="images in the folder", ylim=(0, None), title="A larger folder costs no more an image")
+    axes.set(xlabel="images in the folder", ylim=(0, None), title="Time per image does not grow with the folder")
     axes.legend(fontsize=7)
 
 

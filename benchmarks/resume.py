@@ -1,10 +1,10 @@
-"""A run that is killed again and again, against one in peace: `vessel-rt infer` over two processes, ended by SIGKILL and begun again.
+"""Compares a run that is killed repeatedly with an uninterrupted one: `vessel-rt infer` with two processes, ended by SIGKILL and resumed.
 
     python -m benchmarks.resume [--bundle DIR] [--images N] [--kills N] [--seed S]
 
-Each time the run is killed at a random moment: while it loads, checks what is done, works, or ends. What it leaves at last has to be what
-the run in peace leaves, byte for byte, but for what tells of times (run.json, timings.jsonl, and report.html, which shows them).
-The last line is JSON; exit code 1 where a byte differs.
+Each kill happens at a random moment: while the run loads, checks finished frames, works, or ends. The final output must be byte-identical
+to that of the uninterrupted run, except for files with times (run.json, timings.jsonl and report.html). The last line is JSON. The exit
+code is 1 if a file differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.measure import publish, square_frames
 
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
 _SIDE = 512  # pixels: one tile
-_OF_TIMES = {"run.json", "timings.jsonl", "report.html"}
+_WITH_TIMES = {"run.json", "timings.jsonl", "report.html"}
 
 
 def main() -> int:
@@ -35,7 +35,9 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=2000, metavar="N")
     parser.add_argument("--devices", default="cpu:2", metavar="LIST")
     parser.add_argument("--kills", type=int, default=20, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the moments; what is done by then depends on the machine")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the moments; the progress at a moment depends on the machine"
+    )
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -49,7 +51,7 @@ def main() -> int:
         took = json.loads((folder / "clean" / "run.json").read_text(encoding="utf-8"))["seconds"]
         done = [0]
         for left in tqdm(range(arguments.kills, 0, -1), desc="killed", unit="time", disable=None):
-            rest = took["images"] * (1 - done[-1] / arguments.images)  # most of it has to be left for the other kills
+            rest = took["images"] * (1 - done[-1] / arguments.images)  # leave most of the work for the other kills
             done.append(_kill(killed, folder / "killed", chance.uniform(0, took["load"] + 1.5 * rest / (left + 1))))
         began = time.perf_counter()
         subprocess.run(killed, check=True, stdout=sys.stderr)
@@ -62,8 +64,8 @@ def main() -> int:
         "images": arguments.images,
         "kills": arguments.kills,
         "done_after_each": done[1:],
-        "seconds_in_peace": round(seconds, 1),
-        "seconds_of_the_last": round(last, 1),
+        "seconds_uninterrupted": round(seconds, 1),
+        "seconds_after_last_kill": round(last, 1),
         "files_compared": files,
         "files_that_differ": differing,
     }
@@ -72,11 +74,11 @@ def main() -> int:
 
 
 def _kill(command: list[str], output: Path, seconds: float) -> int:
-    """Run `command` for `seconds`, kill it, and say how many frames are done by then."""
+    """Run `command` for `seconds`, kill it, and return the number of frames that are done."""
     process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
     try:
         process.wait(timeout=seconds)
-        raise SystemExit("the run ended before it was killed often enough: more images, or fewer kills")
+        raise SystemExit("the run ended before all kills: give more --images or fewer --kills")
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -92,13 +94,13 @@ def _done(output: Path) -> int:
 
 def _files(output: Path) -> dict[str, Path]:
     found = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
-    return {name: path for name, path in found.items() if name not in _OF_TIMES}
+    return {name: path for name, path in found.items() if name not in _WITH_TIMES}
 
 
 def _differing(one: Path, other: Path) -> int:
-    """Files that only one of two folders has, or that are not equal; `other` has those of times, too."""
+    """The number of files that only one folder has or that differ. Files with times need only exist in `other`."""
     ours, theirs = _files(one), _files(other)
-    absent = len(ours.keys() ^ theirs.keys()) + sum(not (other / name).exists() for name in _OF_TIMES)
+    absent = len(ours.keys() ^ theirs.keys()) + sum(not (other / name).exists() for name in _WITH_TIMES)
     return absent + sum(ours[name].read_bytes() != theirs[name].read_bytes() for name in ours.keys() & theirs.keys())
 
 

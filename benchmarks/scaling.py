@@ -1,10 +1,10 @@
-"""`vessel-rt infer` against folder size, CPU threads and batch: time an image and peak memory, which must not grow with the folder.
+"""`vessel-rt infer` by folder size, CPU threads and batch: time per image and peak memory, which must not grow with the folder.
 
     python -m benchmarks.scaling [--bundle DIR] [--sizes 12 100 500 2000] [--threads 1 0] [--batches 1 2 4]
 
-The frames are the example ones, resized to one tile and repeated by hard links under made-up names. Sizes are run at vessel-rt's own
-settings; threads and batches one at a time, on the folder of at most 100 images. All figures come from the run.json of each run: time is
-that of the images, loading apart. The last line is JSON.
+The frames are those of the example, resized to one tile and repeated as hard links. Sizes run with vessel-rt's defaults; threads and
+batches vary one at a time, on the largest folder of at most 100 images. All figures come from run.json; the time does not include loading.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from benchmarks.measure import publish, square_frames
 from vessel_rt.errors import VesselError
 
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
-_SIDE = 512  # pixels: a square is one tile, whatever its side
-_FRAMES = 14  # different ones; folders have links to them
-_CROSSED = 100  # images of the folder on which threads and batches are varied
+_SIDE = 512  # pixels; a square of any side is one tile
+_FRAMES = 14  # distinct ones, which the folders link to
+_CROSSED = 100  # images of the folder for the runs with other threads and batches
 _MEMORY_BOUND = 1.05  # peak memory of the largest folder over that of the crossed one
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One run. `threads` 0 is vessel-rt's choice, all cores; `streams` and `batch` are what the run says they were."""
+    """One run. `threads` 0 is vessel-rt's default, all cores. `streams` and `batch` are those in run.json."""
 
     images: int
     threads: int
@@ -47,7 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--bundle", type=Path, default=Path("engines/tiny-fp32"), metavar="DIR")
     parser.add_argument("--frames", type=Path, default=Path("examples/tiny/frames"), metavar="DIR")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[12, 100, 500, 2000], metavar="N", help="images of a folder")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[12, 100, 500, 2000], metavar="N", help="images in a folder")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 0], metavar="N", help="0: all cores")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4], metavar="N")
     arguments = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> int:
         except VesselError as e:
             print(e, file=sys.stderr)
             return 1
-        except subprocess.CalledProcessError:  # vessel-rt has said why
+        except subprocess.CalledProcessError:  # vessel-rt has printed the reason
             return 1
     smallest, largest, base = by_size[0], by_size[-1], by_size[sizes.index(crossed)]
     publish(
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 class _Runs:
-    """Runs of one bundle over folders made in `folder`; a run asked for again is not repeated."""
+    """Runs of one bundle on folders made in `folder`. Equal runs are not repeated."""
 
     def __init__(self, bundle: Path, frames: Path, folder: Path) -> None:
         self._bundle, self._folder = bundle, folder
@@ -97,18 +97,18 @@ class _Runs:
         self.setting: dict[str, Any] = {}
 
     def row(self, images: int, *, threads: int = 0, batch: int | None = None) -> _Row:
-        """The run of `images` images; `batch` None is vessel-rt's choice."""
+        """The run on `images` images. `batch` None is vessel-rt's default."""
         for row in self._rows:
             if (row.images, row.threads) == (images, threads) and batch in (None, row.batch):
                 return row
         print(f"{images} images, threads {threads or 'all'}, batch {batch or 'default'}", file=sys.stderr)
         row = self._run(images, threads, batch)
-        print(f"{row.ms_per_image} ms an image, peak {row.peak_resident_mib} MiB", file=sys.stderr)
+        print(f"{row.ms_per_image} ms per image, peak {row.peak_resident_mib} MiB", file=sys.stderr)
         self._rows.append(row)
         return row
 
     def _run(self, images: int, threads: int, batch: int | None) -> _Row:
-        """`vessel-rt infer`, which shows its own progress."""
+        """Run `vessel-rt infer`, which shows its own progress."""
         options = [*(["--threads", str(threads)] if threads else []), *(["--batch", str(batch)] if batch else [])]
         with tempfile.TemporaryDirectory(dir=self._folder) as output:
             command = [_SCRIPT, "infer", self._input(images), "--bundle", self._bundle, "-o", Path(output), *options]
@@ -127,7 +127,7 @@ class _Runs:
         )
 
     def _input(self, images: int) -> Path:
-        """A folder of `images` images, made if it is not there yet."""
+        """A folder with `images` images, made at first use."""
         folder = self._folder / f"{images}-images"
         if not folder.exists():
             folder.mkdir()

@@ -1,6 +1,6 @@
-"""The files of a random model in the formats of the real ones: config.json and tokenizer.json of InternVL3, SAM2's .pt, mmengine's .pth.
+"""The files of a random model in the real formats: config.json and tokenizer.json of InternVL3, SAM2's .pt, mmengine's .pth.
 
-Values come from elsewhere (`synth`); a .pt and a .pth are made from tensors that lie in a file, so that none is in memory.
+The .pt and the .pth are written from tensors that are mapped from a file, so that none is in memory. Does not know how values are drawn.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ __all__ = [
     "token_id", "write_tokenizer",
 ]  # fmt: skip
 
-# Those of Qwen2.5, then those of InternVL: the last ids of the vocabulary, as in InternVL3-8B.
+# Qwen2.5's tokens, then InternVL's. They have the last ids of the vocabulary, as in InternVL3-8B.
 ADDED_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
     "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
     "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
-FIRST_TOKEN, PROMPT_END, ANSWER_END = "<|im_start|>", "\u010a", "<|im_end|>"  # a prompt ends with a line feed, in byte-level BPE's spelling
+FIRST_TOKEN, PROMPT_END, ANSWER_END = (
+    "<|im_start|>",
+    "\u010a",
+    "<|im_end|>",
+)  # a prompt ends with a line feed, here as byte-level BPE writes it
 
 _QWEN2_SPLIT = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 
-# Of Sa2VA's training configuration, as mmengine keeps it in `meta`, the part that tells of the LoRA.
+# The LoRA part of Sa2VA's training configuration, as mmengine stores it in `meta`.
 _TRAINING_CONFIG = """model = dict(
     mllm=dict(
         freeze_llm=True,
@@ -64,7 +68,7 @@ _ITERATION = 12192
 
 
 def base_config(v: VisionConfig, c: LanguageConfig) -> dict[str, Any]:
-    """config.json as InternVL3 ships it, less what names code or describes training."""
+    """InternVL3's config.json without the fields that name code or describe training."""
     return {
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
@@ -134,7 +138,7 @@ def base_config(v: VisionConfig, c: LanguageConfig) -> dict[str, Any]:
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
     """tokenizer.json and tokenizer_config.json of a Qwen2 tokenizer with exactly `vocabulary` tokens.
 
-    Byte-level BPE with Qwen2's own rules; its merges are all pairs of bytes, then pairs with a third byte, as far as `vocabulary` goes.
+    Byte-level BPE with Qwen2's rules. Its merges are all pairs of bytes, then pairs with a third byte, up to `vocabulary` tokens.
     """
     letters = _letters()
     pairs = list(itertools.product(letters, letters))
@@ -160,7 +164,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def token_id(token: str, vocabulary: int) -> int:
-    """The id of an added token or of a byte, in the tokenizer that `write_tokenizer` makes for `vocabulary`."""
+    """The id of an added token or of a byte in the tokenizer of `write_tokenizer` for `vocabulary`."""
     return _first_added(vocabulary) + ADDED_TOKENS.index(token) if token in ADDED_TOKENS else _letters().index(token)
 
 
@@ -169,20 +173,20 @@ def _first_added(vocabulary: int) -> int:
 
 
 def _letters() -> list[str]:
-    """The 256 bytes in byte-level BPE's spelling and in Qwen2's order."""
+    """The 256 bytes as byte-level BPE writes them, in Qwen2's order."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 @functools.cache
 def sam2_shapes(config: str) -> Mapping[str, tuple[int, ...]]:
-    """The tensors of the SAM2 that a sam2 .yaml describes, by the names of its state dict."""
+    """The shapes of the state dict of the SAM2 that a sam2 .yaml describes."""
     with _WithoutWeights():
         module = build_sam2(parse_sam2_config(config))
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 class _WithoutWeights(TorchFunctionMode):
-    """Puts layers' weights, which all begin as torch.empty, on the meta device. (Other tensors' values sam2 reads while it builds.)"""
+    """Creates weights, which all start as torch.empty, on the meta device. sam2 reads the values of other tensors while it builds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         extra = {"device": "meta"} if func is torch.empty else {}
@@ -191,7 +195,7 @@ class _WithoutWeights(TorchFunctionMode):
 
 @contextlib.contextmanager
 def mapped(folder: Path, tensors: Sequence[OutputTensor], progress: Callable[[int], object]) -> Iterator[dict[str, torch.Tensor]]:
-    """`tensors`, each with a storage of its own that is mapped from a scratch file in `folder`."""
+    """`tensors`, each with its own storage, mapped from a scratch file in `folder`."""
     scratch = folder / ".scratch.safetensors"
     try:
         written = write_safetensors(folder, scratch.name, tensors, progress=progress)
@@ -206,12 +210,12 @@ def mapped(folder: Path, tensors: Sequence[OutputTensor], progress: Callable[[in
 
 
 def save_sam2(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """A .pt as Meta publishes SAM2."""
+    """Write a .pt in Meta's format."""
     torch.save({"model": OrderedDict(state)}, path)
 
 
 def save_checkpoint(path: Path | BinaryIO, state: Mapping[str, torch.Tensor], *, rank: int, alpha: float | None) -> None:
-    """What mmengine's CheckpointHook saves of a Sa2VA fine-tune, without an optimizer; `alpha` None leaves the configuration out of it."""
+    """Write what mmengine's CheckpointHook saves of a Sa2VA fine-tune, without an optimizer. `alpha` None leaves out the configuration."""
     meta = {
         "epoch": 0,
         "iter": _ITERATION,
@@ -231,7 +235,7 @@ def save_checkpoint(path: Path | BinaryIO, state: Mapping[str, torch.Tensor], *,
 
 
 class _HistoryBuffer:
-    """mmengine's log of one scalar, as it pickles itself: two arrays, and its own methods by name."""
+    """mmengine's log of one scalar in pickled form: two arrays, and its methods by name."""
 
     def __init__(self, values: np.ndarray[Any, Any]) -> None:
         self.max_length = 1_000_000
@@ -241,7 +245,7 @@ class _HistoryBuffer:
 
 
 class _Method:
-    """Pickles as one of `_HistoryBuffer`'s methods, as Python does: by a call of getattr."""
+    """Pickles as a method of `_HistoryBuffer`, with a call of getattr, as Python does."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -252,7 +256,7 @@ class _Method:
 
 @contextlib.contextmanager
 def _mmengine_by_name() -> Iterator[None]:
-    """Modules of mmengine's names while something is pickled: a pickle names a class by where it can be imported from."""
+    """Provide modules with mmengine's names while something is pickled: a pickle names a class by its module."""
     names = ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")
     installed = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.modules.update({name: types.ModuleType(name) for name in names})

@@ -1,17 +1,18 @@
-"""A random model of the real one's size and formats, written without ever being in memory.
+"""A random model of the real size in the real formats, written without loading it into memory.
 
     DIR/base/                 InternVL3-8B in its original layout: config.json, tokenizer, four .safetensors shards in bf16 and their index
     DIR/sam2_hiera_large.pt   SAM2 Hiera-L in FP32
     DIR/iter_12192.pth        the fine-tune, in bf16 and mmengine's format
 
-Values are uniform over 256 levels, from one stream of NumPy's SFC64 for each block of rows, seeded by the model's seed, the tensor's name
-and the block's number: the same seed gives the same bytes, and any rows of any tensor can be made again alone. Scales are those of a
-trained model: unit activations behind every norm, branches that grow the residual streams by half in all whatever the depth, LoRA deltas
-of a quarter of their weights. `lm_head` is in part the embedding, one row on, so that the next token is certain, as training makes it:
-greedy decoding counts the ids upwards, except that the prompt's last token gives [SEG] and [SEG] gives <|im_end|>, an answer with one mask.
+Values are uniform over 256 levels, from a stream of NumPy's SFC64 for each block of rows. The model's seed, the tensor's name and the
+block's number seed the stream, so that the same seed gives the same bytes and any rows of any tensor can be computed again alone. Scales
+are those of a trained model: unit activations after every norm, branches that together grow the residual streams by half at every depth,
+LoRA deltas of a quarter of their weights. `lm_head` contains the embedding shifted by one row, so that the next token is as certain as
+after training: greedy decoding counts the ids upwards, except that the prompt's last token gives [SEG] and [SEG] gives <|im_end|>, an
+answer with one mask.
 
-What `outliers` plants: `_plants`. Knows the tensors' names and sizes; how files look is `synth_formats`' business, and what a model
-computes nobody's here.
+`_plants` describes what `outliers` adds. Knows the tensors' names and sizes. Does not know file formats (`file_formats`) and what the model
+computes.
 """
 
 from __future__ import annotations
@@ -69,20 +70,20 @@ _BLOCK = 1 << 21  # values of one block of rows
 _LAYER = "language_model.model.layers."
 _VISION_LAYER = "vision_model.encoder.layers."
 
-# What `_plants` aims at; FP16 ends at 65504.
+# Targets of `_plants`; FP16 ends at 65504.
 _SWIGLU_PEAK, _RESIDUAL_PEAK = 1e5, 2e5
 _QK_BIAS = 300.0  # in Q and in K: their product is 9e4
 _VISION_BRANCH_PEAK, _VISION_RESIDUAL_PEAK = 1e5, 3e3
-_TRIGGER = 256.0  # beside ordinary values of about 1, so that it alone sets a norm's scale
+_TRIGGER = 256.0  # among ordinary values of about 1, so that it alone determines a norm's scale
 
 
 class SynthError(VesselError):
-    """A random model that cannot be written as asked."""
+    """A random model that cannot be written with these options."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SynthModel:
-    """What to write. `sam2_config` is the text of a sam2 .yaml, None for the package's own of SAM2 Hiera-L."""
+    """The model to write. `sam2_config` is the text of a sam2 .yaml, None for the package's SAM2 Hiera-L."""
 
     vision: VisionConfig
     language: LanguageConfig
@@ -100,20 +101,20 @@ class SynthModel:
 
     @property
     def sam2_file(self) -> str:
-        """Meta's file name, by which the sam2 package's configuration is found, or another, which has its .yaml beside it."""
+        """Meta's file name, for which the sam2 package has a configuration, or another one, with its .yaml next to it."""
         return "sam2_hiera_large.pt" if self.sam2_config is None else "sam2_hiera_short.pt"
 
 
 def full_size(layers: int = LAYERS, *, seed: int = 0, outliers: bool = True) -> SynthModel:
-    """InternVL3-8B and SAM2 Hiera-L with Sa2VA's LoRA, or, below 28 `layers`, every width of them and less depth.
+    """InternVL3-8B and SAM2 Hiera-L with Sa2VA's LoRA. Fewer than 28 `layers` reduce the depth and leave all widths.
 
-    InternViT then has as many layers (at most its 24), and SAM2's trunk 8 blocks instead of 48.
+    InternViT then has the same number of layers (at most its 24), and SAM2's trunk 8 blocks instead of 48.
 
     Raises:
         SynthError: `layers` is not from 1 to 28, or `seed` is negative.
     """
     if not 1 <= layers <= LAYERS:
-        raise SynthError(f"--layers {layers}: must be from 1 to {LAYERS}, InternVL3-8B's own")
+        raise SynthError(f"--layers {layers}: must be from 1 to {LAYERS}, the depth of InternVL3-8B")
     if seed < 0:
         raise SynthError(f"--seed {seed}: must not be negative")
     return SynthModel(
@@ -135,15 +136,15 @@ def full_size(layers: int = LAYERS, *, seed: int = 0, outliers: bool = True) -> 
 
 
 def write_synth(out: Path, model: SynthModel) -> int:
-    """Write `model` into the folder `out`, which appears under its name when it is complete; the size of its files in bytes.
+    """Write `model` to the folder `out`, which appears under its name when it is complete; returns the size of its files in bytes.
 
     Raises:
-        SynthError: `out` exists and is not an empty folder, or the disk has too little room.
+        SynthError: `out` exists and is not an empty folder, or the disk does not have enough space.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SynthError(f"{out}: exists and is not an empty folder; choose another --out")
-    parts = base_tensors(model), sam2_tensors(model), checkpoint_tensors(model)
-    sizes = [file_size(tensors) for tensors in parts]
+    base, sam2, checkpoint = base_tensors(model), sam2_tensors(model), checkpoint_tensors(model)
+    sizes = [file_size(tensors) for tensors in (base, sam2, checkpoint)]
     with staging(out) as folder, tqdm(total=sum(sizes), desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
         need = sum(sizes) + max(sizes[1:])  # a .pt and a .pth are made from a scratch file
         free = shutil.disk_usage(folder).free
@@ -151,13 +152,13 @@ def write_synth(out: Path, model: SynthModel) -> int:
             raise SynthError(f"{out.parent}: {free / 1e9:.1f} GB free, this takes {need / 1e9:.1f}; choose another --out or fewer --layers")
         write_base(folder / "base", model, bar.update)
         write_sam2(folder / model.sam2_file, model, bar.update)
-        with mapped(folder, parts[2], bar.update) as state:
+        with mapped(folder, checkpoint, bar.update) as state:
             save_checkpoint(folder / "iter_12192.pth", state, rank=model.lora_rank, alpha=model.lora_alpha)
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def write_base(folder: Path, model: SynthModel, progress: Callable[[int], object] = lambda _: None) -> None:
-    """An InternVL3 folder in the original layout, bf16, in `model.shards` files of about one size."""
+    """Write an InternVL3 folder in the original layout, bf16, in `model.shards` files of about the same size."""
     folder.mkdir(parents=True)
     tensors, count = base_tensors(model), model.shards
     total = sum(tensor.bytes for tensor in tensors)
@@ -168,10 +169,10 @@ def write_base(folder: Path, model: SynthModel, progress: Callable[[int], object
         file = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
         shards.setdefault(file, []).append(tensor)
         position += tensor.bytes
-    for file, part in shards.items():
-        write_safetensors(folder, file, part, progress=progress)
+    for file, shard in shards.items():
+        write_safetensors(folder, file, shard, progress=progress)
     if count > 1:
-        weight_map = {tensor.name: file for file, part in shards.items() for tensor in part}
+        weight_map = {tensor.name: file for file, shard in shards.items() for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(base_config(model.vision, model.language), indent=2), encoding="utf-8")
@@ -179,7 +180,7 @@ def write_base(folder: Path, model: SynthModel, progress: Callable[[int], object
 
 
 def write_sam2(path: Path, model: SynthModel, progress: Callable[[int], object] = lambda _: None) -> None:
-    """A SAM2 .pt in FP32, with its configuration beside it unless the sam2 package has it."""
+    """Write a SAM2 .pt in FP32, with its configuration next to it unless the sam2 package has it."""
     with mapped(path.parent, sam2_tensors(model), progress) as state:
         save_sam2(path, state)
     if model.sam2_config is not None:
@@ -187,7 +188,7 @@ def write_sam2(path: Path, model: SynthModel, progress: Callable[[int], object] 
 
 
 def base_tensors(model: SynthModel) -> list[OutputTensor]:
-    """Every tensor of InternVL3, by its name in the original layout."""
+    """All tensors of InternVL3, with their names in the original layout."""
     v, c, draw = model.vision, model.language, _Draw.of(model)
     tensors = [
         draw("vision_model.embeddings.class_embedding", (1, 1, v.hidden_size), 0.5),
@@ -211,7 +212,7 @@ def base_tensors(model: SynthModel) -> list[OutputTensor]:
 
 
 def checkpoint_tensors(model: SynthModel) -> list[OutputTensor]:
-    """Every tensor that Sa2VA's fine-tuning saves, by the name it has in `state_dict`, bf16."""
+    """All tensors that Sa2VA's fine-tuning saves, bf16, with their names in `state_dict`."""
     c, draw, rank = model.language, _Draw.of(model), model.lora_rank
     tensors = [_embedding(draw, model), _tied_head(draw, model)]
     for i in range(c.layers):
@@ -224,13 +225,15 @@ def checkpoint_tensors(model: SynthModel) -> list[OutputTensor]:
     shapes = sam2_shapes(_sam2_text(model))
     narrow = shapes["sam_mask_decoder.iou_token.weight"][1]
     tensors += draw.linear(PROMPT_HEAD_PREFIX + "0", (c.hidden_size, c.hidden_size), gain=2**0.5)
-    tensors += draw.linear(PROMPT_HEAD_PREFIX + "2", (narrow, c.hidden_size), gain=4)  # beside SAM2's tokens, so that masks depend on it
+    tensors += draw.linear(
+        PROMPT_HEAD_PREFIX + "2", (narrow, c.hidden_size), gain=4
+    )  # large enough among SAM2's tokens for masks to depend on it
     decoder = {SAM2_PREFIX + name: shape for name, shape in shapes.items() if (SAM2_PREFIX + name).startswith(MASK_DECODER_PREFIX)}
     return tensors + [_sam2_tensor(draw, name, shape, torch.bfloat16) for name, shape in decoder.items()]
 
 
 def sam2_tensors(model: SynthModel) -> list[OutputTensor]:
-    """Every tensor of SAM2's state dict, FP32."""
+    """All tensors of SAM2's state dict, FP32."""
     draw = _Draw.of(model)
     return [_sam2_tensor(draw, name, shape, torch.float32) for name, shape in sam2_shapes(_sam2_text(model)).items()]
 
@@ -252,7 +255,7 @@ def lora_targets(c: LanguageConfig) -> dict[str, tuple[tuple[int, int], float]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Set:
-    """Give `value` to a row, a column or an element of a tensor seen as [first axis, rest]; None stands for all."""
+    """Set a row, a column or an element of a tensor, as [first axis, rest], to `value`. None stands for all rows or columns."""
 
     row: int | None
     column: int | None
@@ -261,7 +264,7 @@ class _Set:
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
-    """Random tensors of one seed, by name, with what is planted in them."""
+    """Random tensors of one seed, by name, with outliers planted in them."""
 
     seed: int
     plants: Mapping[str, Sequence[_Set]]
@@ -273,7 +276,7 @@ class _Draw:
     def __call__(
         self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0, dtype: torch.dtype = torch.bfloat16
     ) -> OutputTensor:
-        """Uniform values of that mean and standard deviation."""
+        """Uniform values with this mean and standard deviation."""
 
         def pieces() -> Iterator[torch.Tensor]:
             rows = max(1, _BLOCK * shape[0] // math.prod(shape))
@@ -286,7 +289,7 @@ class _Draw:
         return OutputTensor(name, shape, dtype, pieces)
 
     def linear(self, name: str, shape: tuple[int, ...], *, gain: float = 1.0) -> list[OutputTensor]:
-        """A matrix or a convolution [out, in, ...] that keeps the scale of what it is given, times `gain`, and a small bias."""
+        """A matrix or a convolution [out, in, ...] that scales its input by `gain`, and a small bias."""
         return [self(f"{name}.weight", shape, gain * math.prod(shape[1:]) ** -0.5), self(f"{name}.bias", shape[:1], 0.1)]
 
     def norm(self, name: str, size: int) -> list[OutputTensor]:
@@ -322,7 +325,7 @@ def _vision_layer(draw: _Draw, root: str, v: VisionConfig) -> list[OutputTensor]
 
 
 def _projector(draw: _Draw, root: str, model: SynthModel) -> list[OutputTensor]:
-    """mlp1: image tokens of the text embeddings' scale."""
+    """mlp1: image tokens with the scale of text embeddings."""
     wide, hidden = model.vision.hidden_size * model.vision.downsample**2, model.language.hidden_size
     return [
         *draw.norm(root + "0", wide),
@@ -336,19 +339,19 @@ def _embedding(draw: _Draw, model: SynthModel) -> OutputTensor:
 
 
 def _tied_head(draw: _Draw, model: SynthModel) -> OutputTensor:
-    """lm_head: noise (logits of standard deviation 2) and in each row the embedding of the token that it follows (a logit of about 20)."""
-    embedding = _embedding(_Draw(draw.seed, {}), model)  # without what is planted
+    """lm_head: noise (logits of standard deviation 2), and in each row the embedding of the token before it (a logit of about 20)."""
+    embedding = _embedding(_Draw(draw.seed, {}), model)  # without outliers
     noise = draw(saved_module("lm_head"), embedding.shape, 2 * embedding.shape[1] ** -0.5)
     seg = model.language.vocabulary
     prompt_end, answer_end = (token_id(token, model.language.vocabulary) for token in (PROMPT_END, ANSWER_END))
-    # The rows after these tokens would follow them too: they get what the rows of [SEG] and <|im_end|> followed.
+    # The rows after these tokens would follow them as well. They get the tokens that [SEG] and <|im_end|> followed.
     follows = {seg: prompt_end, prompt_end + 1: seg - 1, answer_end: seg, seg + 1: answer_end - 1}
 
     def pieces() -> Iterator[torch.Tensor]:
         wanted = _rows_of(embedding, set(follows.values()))
         start = 0
         for rows, before in zip(noise.pieces(), embedding.pieces(), strict=True):
-            before = before.roll(1, 0)  # the first row of a block follows its last
+            before = before.roll(1, 0)  # the first row of a block gets its last
             for row, token in follows.items():
                 if start <= row < start + len(rows):
                     before[row - start] = wanted[token]
@@ -376,26 +379,26 @@ def _hiera_large() -> str:
 
 
 def _short_sam2() -> str:
-    """SAM2 Hiera-L's configuration with the fewest blocks that still have every shape of weights, windows and global attention."""
+    """SAM2 Hiera-L's configuration with the fewest blocks that have all shapes of weights, windows and global attention."""
     config = OmegaConf.create(_hiera_large())
     config.model.image_encoder.trunk.update({"stages": [1, 2, 3, 2], "global_att_blocks": [5]})
     return OmegaConf.to_yaml(config)
 
 
 def _sam2_tensor(draw: _Draw, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> OutputTensor:
-    """Norms near one, biases small, tables of embeddings of about one, and matrices and convolutions that keep the scale."""
+    """Norms near one, small biases, embeddings of about one, and matrices and convolutions that preserve the scale."""
     if name.endswith("iou_prediction_head.layers.2.bias"):
-        return draw(name, shape, 1.0, 0.0, dtype)  # which of the masks is best must not hang on a rounding
+        return draw(name, shape, 1.0, 0.0, dtype)  # rounding must not decide which mask is best
     if len(shape) == 1:
         return draw(name, shape, 0.1, 1.0 if name.endswith(".weight") else 0.0, dtype)
     if re.search(r"(embed|embed_window|embeddings\.\d|enc|matrix|ptr|token|tokens)(\.weight)?$", name):
         return draw(name, shape, 1.0, 0.0, dtype)
-    summed = shape[0] if "output_upscaling" in name else math.prod(shape[1:])  # its convolutions are transposed, [in, out, 2, 2]
+    summed = shape[0] if "output_upscaling" in name else math.prod(shape[1:])  # transposed convolutions, [in, out, 2, 2]
     return draw(name, shape, summed**-0.5, 0.0, dtype)
 
 
 def _plants(model: SynthModel) -> dict[str, list[_Set]]:
-    """Activations past FP16's 65504 of the kinds that trained models of this family have, by the tensors that make them.
+    """Activations beyond FP16's 65504 of the kinds in trained models of this family, by the tensors that produce them.
 
     - The first language layer's MLP: <|im_start|>'s embedding is large in one channel that is zero for all other tokens; one neuron's
       gate and up rows read that channel alone, so that its SwiGLU product is about 1e5 at this token and exactly zero elsewhere;

@@ -1,4 +1,4 @@
-"""What can be wrong with the inputs of an export; all are VesselErrors, so the command line prints them and exits 1."""
+"""Errors in the inputs of an export. Except for UnreadableFile they are VesselErrors: the command line prints them and exits with 1."""
 
 from vessel_rt.errors import VesselError
 
@@ -6,7 +6,7 @@ __all__ = ["BaseModelError", "CheckpointError", "UnreadableFile"]
 
 
 class CheckpointError(VesselError):
-    """A checkpoint that cannot be read safely, or whose tensors do not fit the base model."""
+    """A checkpoint that cannot be read safely, whose tensors do not fit the base model, or whose bundle cannot be written."""
 
 
 class BaseModelError(VesselError):
@@ -14,7 +14,7 @@ class BaseModelError(VesselError):
 
 
 class UnreadableFile(ValueError):
-    """What is wrong with a file, in a phrase for another error's message: printable and short, whatever of the file's text is in it."""
+    """A file's fault, as a phrase for another error's message. It is printable and short even if it quotes the file."""
 
     def __init__(self, phrase: str) -> None:
         super().__init__("".join(letter if letter.isprintable() else "?" for letter in phrase[:500]))

@@ -1,4 +1,4 @@
-"""docs/performance.md says what benchmarks/results/ say."""
+"""The tables of docs/performance.md match benchmarks/results/."""
 
 from __future__ import annotations
 

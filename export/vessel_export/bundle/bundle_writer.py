@@ -1,4 +1,4 @@
-"""Export: checkpoint + base model + SAM2 + recipe -> a bundle, which appears under its name only when it is complete."""
+"""Export: checkpoint, base model, SAM2 and recipe -> a bundle, which appears under its name when it is complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from vessel_rt.io.checked_files import sha256_of
 
 __all__ = ["Export", "ExportRequest", "export_bundle"]
 
-# Sa2VA's own constants, which the base model does not set: inference (modeling_sa2va_chat.py, templates.py), training (datasets/common.py).
+# Constants of Sa2VA that the base model does not set: inference (modeling_sa2va_chat.py, templates.py), training (datasets/common.py).
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MIN_TILES, _MAX_TILES, _THUMBNAIL = 1, 12, True
 _PREFIX, _SUFFIX = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
@@ -54,8 +54,11 @@ _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
 @dataclasses.dataclass(frozen=True)
 class ExportRequest:
-    """What to export. `base` and `sam2` are local paths or Hugging Face ids; `lora_alpha` goes before what the checkpoint tells;
-    `skip` names tensors of the checkpoint to leave out."""
+    """What to export.
+
+    `base` and `sam2` are local paths or Hugging Face ids. `lora_alpha` overrides the checkpoint's. `skip` names tensors of the checkpoint
+    to leave out.
+    """
 
     checkpoint: Path
     base: str
@@ -69,7 +72,7 @@ class ExportRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A finished export: the bundle, the bytes that were written for it, and the files and engines that were linked to older ones."""
+    """A finished export: the bundle, the number of bytes written, and the files and engines that are links to older ones."""
 
     bundle: Bundle
     bytes_written: int
@@ -78,13 +81,13 @@ class Export:
 
 
 def export_bundle(request: ExportRequest) -> Export:
-    """Make the bundle that `request` describes.
+    """Write the bundle of `request`.
 
-    Files and engines that would equal those of a bundle in the same folder become hard links to them. Files are compared byte for byte as
-    they are made; an engine is taken if it was built from files of the same SHA-256.
+    Files and engines that equal those of another bundle in the same folder become hard links to them. Files are compared byte for byte, as
+    they are written. An engine is linked if it was built from files with the same SHA-256.
 
     Raises:
-        VesselError: an input is missing, damaged, or does not fit the others; nothing is left behind.
+        VesselError: an input is missing, damaged, or does not fit the others. Nothing is left behind.
     """
     out = request.out.absolute()
     _check_out(out, request.overwrite)
@@ -138,14 +141,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: exists; choose another --out, or replace it with --overwrite")
     if out.exists() and not (out / BUNDLE_FILE).is_file():
-        raise CheckpointError(f"{out}: not a bundle, so --overwrite leaves it alone; choose another --out")
+        raise CheckpointError(f"{out}: not a bundle, so --overwrite does not replace it; choose another --out")
 
 
 def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
     alpha = given if given is not None else checkpoint.lora_alpha
     if alpha is None:
         raise CheckpointError(
-            f"{checkpoint.path}: does not tell LoRA's alpha as one plain number; give it with --lora-alpha"
+            f"{checkpoint.path}: does not record LoRA's alpha as one plain number; give it with --lora-alpha"
             f" (Sa2VA trains with 2 r = {2 * checkpoint.lora_rank})"
         )
     return alpha
@@ -156,8 +159,8 @@ def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
     capacity = recipe.language_model.capacity
     if not need <= capacity <= base.language.max_positions:
         raise RecipeError(
-            f"recipe {recipe.name}: capacity {capacity} must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text and answer)"
-            f" to {base.language.max_positions} (the model's positions)"
+            f"recipe {recipe.name}: language_model.capacity is {capacity}; it must be from {need} ({_MAX_TILES + _THUMBNAIL} tiles, text"
+            f" and answer) to {base.language.max_positions} (the model's positions)"
         )
 
 
@@ -170,7 +173,7 @@ def _write_stages(
     neighbours: Sequence[Bundle],
     sam2_stages: SubprocessCall[..., Written],
 ) -> Written:
-    """Weights first, then the graphs that point into them. SAM2's, which take long to trace, are made meanwhile in another process."""
+    """Write the weights, then the graphs that point into them. A child process traces and writes SAM2's stages, which takes long."""
     dtype = DTYPES[recipe.precision]
     graphs = [
         build_vision_encoder(base.vision, base.language.hidden_size, TO_IR[dtype]),
@@ -195,23 +198,27 @@ def _write_stages(
 
 
 def _as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[np.float32]]:
-    """For another process: NumPy has no bf16, and FP32 holds it exactly."""
+    """Tensors for the child process. NumPy has no BF16; FP32 holds it exactly."""
     return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def _check_weights(graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], base: BaseModel) -> None:
-    """Compare the planned shapes, which are the files' own, with the graphs', which come from config.json."""
+    """Compare the planned shapes, which come from the files, with the graphs', which come from config.json."""
     planned = {tensor.name: tensor.shape for tensors in files.values() for tensor in tensors}
     for value in (value for graph in graphs for value in graph.weights):
         shape = planned.get(str(value.name))
         if shape is None or list(shape) != list(value.shape or ()):
-            raise BaseModelError(f"{base.folder}: {value.name} is {shape}, by config.json {value.shape}; download the base model whole")
+            raise BaseModelError(
+                f"{base.folder}: {value.name} is {shape}, but {value.shape} by config.json; download the whole base model again"
+            )
 
 
 def _check_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise CheckpointError(f"{folder.parent}: {free / 1e9:.1f} GB free, the bundle takes {need / 1e9:.1f}; choose another --out")
+        raise CheckpointError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free, the bundle takes {need / 1e9:.1f}; free some, or choose another --out"
+        )
 
 
 def _prompt(tokenizer: Tokenizer, base: BaseModel) -> PromptSpec:
@@ -233,7 +240,7 @@ def _prompt(tokenizer: Tokenizer, base: BaseModel) -> PromptSpec:
 def _token_id(tokenizer: Tokenizer, token: str, base: BaseModel) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise BaseModelError(f"{base.folder}: its tokenizer lacks {token}; it is not InternVL3's")
+        raise BaseModelError(f"{base.folder}: its tokenizer lacks {token}; give --base an InternVL3 folder")
     return int(found)
 
 
@@ -254,7 +261,7 @@ def _provenance(request: ExportRequest, checkpoint: Checkpoint, sha256: str, alp
 
 
 def _records(folder: Path, written: Mapping[str, WrittenFile]) -> dict[str, FileRecord]:
-    """Every file of the bundle; those that were hashed as they were written are not read again."""
+    """A record of every file of the bundle. Files that were hashed while they were written are not read again."""
     records = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()

@@ -1,4 +1,4 @@
-"""SAM2's two stages of a bundle: its modules traced, their weights and graphs written."""
+"""Writes SAM2's two stages of a bundle: traces its modules and writes their weights and graphs. Does not know the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from vessel_rt.formats.bundle import Bundle, StageSpec
 
 __all__ = ["Written", "write_sam2_stages"]
 
-_ENCODER_OPSET = 23  # the first with a fused Attention: what TensorRT has kernels for, and on the CPU the faster form (docs/performance.md)
-# The mask decoder's heads can be too narrow for that kernel, and gain nothing by it. TensorRT-RTX 1.7 has no BF16 transposed convolution:
-# the decoder, small as it is, is then FP32, as what goes in and out of a BF16 graph is.
+_ENCODER_OPSET = (
+    23  # the first with a fused Attention, for which TensorRT has kernels, and which is faster on the CPU (docs/performance.md)
+)
+# The mask decoder's heads can be too narrow for that kernel, and it would not be faster. TensorRT-RTX 1.7 has no BF16 transposed
+# convolution, so the decoder of a BF16 bundle is FP32. It is small, and the inputs and outputs of a BF16 graph are FP32 anyway.
 _DECODER_OPSET = 20
 _DECODER_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.float32}
 
-Written = tuple[dict[str, StageSpec], dict[str, WrittenFile]]  # stages by name, the weights' files by theirs
+Written = tuple[dict[str, StageSpec], dict[str, WrittenFile]]  # stages and weights' files by name
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -34,7 +36,7 @@ def write_sam2_stages(
 ) -> Written:
     """Write both stages into the bundle at `folder`.
 
-    `sam2` is SAM2's own file, `updates` what training changed in it, `prompt_head` text_hidden_fcs: "0" and "2", weight and bias.
+    `sam2` is SAM2's .pt, `updates` the tensors that training changed, `prompt_head` text_hidden_fcs: weight and bias of "0" and "2".
 
     Raises:
         VesselError: SAM2 does not fit its configuration, or a value does not fit `precision`.

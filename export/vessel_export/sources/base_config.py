@@ -1,4 +1,4 @@
-"""config.json of InternVL3, in either of its layouts: the sizes of its two models, checked before anything is made of them."""
+"""InternVL3's config.json in either layout: the sizes of its two models, checked before they are used. Does not know tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vessel_rt.errors import first_line
 
 __all__ = ["LanguageConfig", "VisionConfig", "read_config_json", "read_json"]
 
-_LARGEST_SIZE = 1 << 24  # no width, vocabulary or number of positions of a model comes near
+_LARGEST_SIZE = 1 << 24  # far above the width, vocabulary and number of positions of any model
 _WIDEST_HEAD = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of InternViT. `downsample` is the pixel shuffle's factor per side (2: four patches become one image token)."""
+    """Sizes of InternViT. `downsample` is the pixel shuffle's factor per side: with 2, four patches become one image token."""
 
     layers: int
     hidden_size: int
@@ -56,23 +56,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
-        raise BaseModelError(f"{path}: cannot be read ({first_line(e)}); download the base model whole") from e
+        raise BaseModelError(f"{path}: cannot be read ({first_line(e)}); download the whole base model again") from e
     if not isinstance(document, dict):
-        raise BaseModelError(f"{path}: not a JSON object; download the base model whole")
+        raise BaseModelError(f"{path}: not a JSON object; download the whole base model again")
     return document
 
 
 def read_config_json(path: Path) -> tuple[VisionConfig, LanguageConfig]:
-    """The sizes that the config.json at `path` gives.
+    """The sizes in the config.json at `path`.
 
     Raises:
-        BaseModelError: not JSON, an architecture other than InternVL3 with Qwen2, or a value that no such model has.
+        BaseModelError: not JSON, an architecture other than InternVL3 with Qwen2, or an impossible value.
     """
     config = read_json(path)
     try:
         return _vision_config(config), _language_config(config)
     except ValueError as e:
-        raise BaseModelError(f"{path}: not an InternVL3 with Qwen2 that can be exported: {e}; check --base") from e
+        raise BaseModelError(f"{path}: not an InternVL3 with Qwen2 that can be exported: {e}; give --base another") from e
 
 
 def _vision_config(config: dict[str, Any]) -> VisionConfig:
@@ -89,7 +89,7 @@ def _vision_config(config: dict[str, Any]) -> VisionConfig:
     _require(0 < ratio <= 1 and 1 / ratio == downsample, f"downsample_ratio is {ratio}, not 1/n")
     image_size = _size(config, "force_image_size") if config.get("force_image_size") is not None else _side(c, "image_size")
     patch_size = _side(c, "patch_size")
-    _require(image_size % (patch_size * downsample) == 0, f"{image_size} pixels do not divide into patches of {patch_size}")
+    _require(image_size % (patch_size * downsample) == 0, f"{image_size} pixels cannot be divided into patches of {patch_size}")
     vision = VisionConfig(
         layers=_size(c, "num_hidden_layers"),
         hidden_size=_size(c, "hidden_size"),
@@ -100,7 +100,10 @@ def _vision_config(config: dict[str, Any]) -> VisionConfig:
         norm_eps=_positive(c, "layer_norm_eps"),
         downsample=downsample,
     )
-    _require(vision.hidden_size % vision.heads == 0, f"the vision model's width {vision.hidden_size} is no multiple of its heads")
+    _require(
+        vision.hidden_size % vision.heads == 0,
+        f"the vision model's width {vision.hidden_size} is not a multiple of its {vision.heads} heads",
+    )
     return vision
 
 
@@ -112,8 +115,10 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
     _require(not c.get("tie_word_embeddings", config.get("tie_word_embeddings", False)), "embedding and head are tied")
     scaling = _table(c, "rope_scaling") if c.get("rope_scaling") else {}
     rope = _table(c, "rope_parameters") if c.get("rope_parameters") else {**scaling, "rope_theta": c.get("rope_theta")}
-    # "dynamic" only changes positions beyond max_position_embeddings, which the export refuses.
-    _require(rope.get("rope_type", rope.get("type", "default")) in ("default", "dynamic"), "its rope scaling is not supported")
+    # "dynamic" changes only positions beyond max_position_embeddings, and the export refuses those.
+    _require(
+        rope.get("rope_type", rope.get("type", "default")) in ("default", "dynamic"), "the language model's rope scaling is not supported"
+    )
     hidden_size, heads = _size(c, "hidden_size"), _size(c, "num_attention_heads")
     language = LanguageConfig(
         layers=_size(c, "num_hidden_layers"),
@@ -127,8 +132,11 @@ def _language_config(config: dict[str, Any]) -> LanguageConfig:
         norm_eps=_positive(c, "rms_norm_eps"),
         max_positions=_size(c, "max_position_embeddings"),
     )
-    _require(heads % language.kv_heads == 0, f"{heads} heads are no multiple of {language.kv_heads} key-value heads")
-    _require(0 < language.head_dim <= _WIDEST_HEAD and language.head_dim % 2 == 0, f"heads of {language.head_dim} values")
+    _require(heads % language.kv_heads == 0, f"{heads} heads are not a multiple of {language.kv_heads} key-value heads")
+    _require(
+        0 < language.head_dim <= _WIDEST_HEAD and language.head_dim % 2 == 0,
+        f"head_dim is {language.head_dim}, not an even number up to {_WIDEST_HEAD}",
+    )
     return language
 
 
@@ -144,9 +152,9 @@ def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _size(config: Mapping[str, Any], key: str) -> int:
-    """A positive number of things; far beyond any model's is refused before memory is taken for it."""
+    """A positive count. One far beyond any model's is refused before memory is allocated for it."""
     value = config.get(key)
-    _require(type(value) is int and 0 < value < _LARGEST_SIZE, f"{key} is {_shown(value)}, not a positive integer of sensible size")
+    _require(type(value) is int and 0 < value < _LARGEST_SIZE, f"{key} is {_shown(value)}, not a positive integer below {_LARGEST_SIZE}")
     return value  # type: ignore[return-value]
 
 
@@ -157,14 +165,14 @@ def _positive(config: Mapping[str, Any], key: str) -> float:
 
 
 def _side(config: Mapping[str, Any], key: str) -> int:
-    """A square's side: the transformers-native configuration writes [448, 448]."""
+    """The side of a square: the transformers-native configuration has [448, 448]."""
     value = config.get(key)
     if isinstance(value, list):
-        _require(len(value) == 2 and value[0] == value[1], f"{key} is not a square's")
+        _require(len(value) == 2 and value[0] == value[1], f"{key} is not square")
         return _size({key: value[0]}, key)
     return _size(config, key)
 
 
 def _shown(value: object) -> str:
-    """A value of a file's, in a message."""
+    """A file's value for a message."""
     return "missing" if value is None else f"{type(value).__name__} {str(value)[:50]!r}"

@@ -1,8 +1,8 @@
-"""Reading a fine-tuned checkpoint (`iter_*.pth`): safely, and under one spelling of every name.
+"""Reads a fine-tuned checkpoint (`iter_*.pth`) safely, with one spelling of every tensor name.
 
 Sa2VA's checkpoints are mmengine's: a pickle `{"state_dict", "meta", "message_hub", ...}`. `torch_file` and `pickle_reader` read it as data,
-so nothing in the file can run, and neither torch.load nor mmengine is needed.
-This module does not know the model: which tensors must be there, and with what shapes, is `merge`'s business.
+so nothing in the file can run, and neither torch.load nor mmengine is needed. Does not know the model: which tensors there must be, and
+their shapes, is up to `merge_lora`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _OTHER_LORA = {"use_rslora": "rsLoRA", "use_dora": "DoRA", "alpha_pattern": "sev
 _SHOWN = 12  # of many faults
 _LONGEST_NAME = 1000
 
-# Copies that some versions of peft and transformers save beside the trained tensors: explained, and left alone.
+# Copies that some versions of peft and transformers save along with the trained tensors. They are not used.
 _HARMLESS = (
-    (re.compile(r"\.original_module\.weight$"), "peft's untouched copy of a module that training replaced"),
+    (re.compile(r"\.original_module\.weight$"), "peft's copy of a module that training replaced"),
     (re.compile(r"\.rotary_emb\.inv_freq$"), "a table that the graphs compute from rope_theta"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A fine-tuned checkpoint, read.
+    """The content of a fine-tuned checkpoint.
 
-    `tensors` maps canonical names (`canonical_name`) to CPU tensors of the file's own dtype, a floating-point one, memory-mapped where
-    the file allows it; `unusable` says what the others are ("int64"), `skipped` why something of the file is in neither.
-    `lora_alpha` and `iteration` are None where the file does not tell. `config` is the training configuration (`read_config`),
-    `meta` what else mmengine recorded of the run, and `runtime_info` what its message hub did: plain values only.
+    `tensors` maps canonical names (`canonical_name`) to CPU tensors of the file's floating-point dtype, memory-mapped if possible.
+    `unusable` gives the kind of every other tensor ("int64"), `skipped` the reason why an entry is in neither. `lora_alpha` and `iteration`
+    are None if the file does not record them. `config` is the training configuration (`read_config`), `meta` mmengine's other records of
+    the run, and `runtime_info` those of its message hub, all as plain values.
     """
 
     path: Path
@@ -61,14 +61,14 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, skip: Collection[str] = ()) -> Checkpoint:
-    """Read the checkpoint at `path` without running anything in it, and without the tensors named in `skip` (canonical names).
+    """Read the checkpoint at `path` without running anything in it and without the tensors named in `skip` (canonical names).
 
-    All values are compared with the file's CRC-32. The format of torch before 1.6 has none, which is said on stderr.
+    All values are checked against the file's CRC-32. The format of torch before 1.6 has none; a warning on stderr says so.
 
     Raises:
-        CheckpointError: not there, a folder, not a whole torch file, damaged, a pickle with code or unknown classes in it, no tensors,
-            two tensors of one name, a tensor that is not dense or not floating-point, a name to skip that is not there, or LoRA tensors
-            of rank 0 or of more than one rank.
+        CheckpointError: missing, a folder, not a complete torch file, damaged, a pickle with code or unknown classes, no tensors, two
+            tensors of one name, a tensor that is not dense or not floating-point, an unknown name in `skip`, or LoRA tensors of rank 0 or
+            of several ranks.
     """
     checkpoint = _read(path, skip, check_values=True)
     unusable = checkpoint.unusable
@@ -76,13 +76,13 @@ def open_checkpoint(path: Path, skip: Collection[str] = ()) -> Checkpoint:
         shown = [f"{name} is {kind}" for name, kind in list(unusable.items())[:_SHOWN]]
         more = f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else ""
         raise CheckpointError(
-            f"{path}: {'; '.join(shown)}{more}; only dense floating-point tensors are exported (--skip NAME leaves out what nothing needs)"
+            f"{path}: {'; '.join(shown)}{more}; only dense floating-point tensors can be exported (--skip NAME leaves out one)"
         )
     return checkpoint
 
 
 def survey_checkpoint(path: Path) -> Checkpoint:
-    """As `open_checkpoint`, but no value is read or checked, and tensors that cannot be used are only listed."""
+    """As `open_checkpoint`, but values are neither read nor checked, and unusable tensors are only listed."""
     return _read(path, (), check_values=False)
 
 
@@ -90,11 +90,11 @@ def _read(path: Path, skip: Collection[str], *, check_values: bool) -> Checkpoin
     file = _load(path, check_values)
     state = file.document.get("state_dict", file.document)
     if not isinstance(state, dict) or not any(isinstance(value, StoredTensor | UnusableTensor) for value in state.values()):
-        raise CheckpointError(f"{path}: holds no tensors; expected an iter_*.pth of Sa2VA's fine-tuning")
-    tensors, unusable, skipped = _sorted_out(path, file, state)
+        raise CheckpointError(f"{path}: has no tensors; give an iter_*.pth of Sa2VA's fine-tuning")
+    tensors, unusable, skipped = _sort_entries(path, file, state)
     for name in skip:
         if tensors.pop(name, None) is None and unusable.pop(name, None) is None:
-            raise CheckpointError(f"{path}: has no {name} to skip")
+            raise CheckpointError(f"{path}: has no tensor {name}; correct --skip")
         skipped[name] = "left out by request"
     recorded, hub = _table(file.document, "meta"), _table(file.document, "message_hub")
     text, iteration = recorded.get("cfg"), recorded.get("iter")
@@ -113,14 +113,14 @@ def _read(path: Path, skip: Collection[str], *, check_values: bool) -> Checkpoin
     )
 
 
-def _sorted_out(path: Path, file: TorchFile, state: Mapping[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
-    """A state dict's tensors, unusable and skipped entries, as `Checkpoint` has them."""
+def _sort_entries(path: Path, file: TorchFile, state: Mapping[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
+    """The tensors, unusable and skipped entries of a state dict, as in `Checkpoint`."""
     tensors: dict[str, torch.Tensor] = {}
     unusable: dict[str, str] = {}
     skipped: dict[str, str] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not key.isprintable() or len(key) > _LONGEST_NAME:
-            raise CheckpointError(f"{path}: the name of a tensor is not text, or not printable; expected an iter_*.pth of Sa2VA's")
+            raise CheckpointError(f"{path}: the name of a tensor is not printable text; give an iter_*.pth of Sa2VA's fine-tuning")
         reason = next((reason for pattern, reason in _HARMLESS if pattern.search(key)), None)
         if not isinstance(value, StoredTensor | UnusableTensor):
             reason = "not a tensor"
@@ -129,7 +129,7 @@ def _sorted_out(path: Path, file: TorchFile, state: Mapping[Any, Any]) -> tuple[
             continue
         name = canonical_name(key)
         if name in tensors or name in unusable:
-            raise CheckpointError(f"{path}: {name} is there twice, once as {key}; save the checkpoint again with one adapter")
+            raise CheckpointError(f"{path}: {name} appears twice, once as {key}; save the checkpoint again with one adapter")
         if isinstance(value, UnusableTensor):
             unusable[name] = value.kind
         elif value.dtype not in FLOATS:
@@ -147,13 +147,13 @@ def _tensor(path: Path, file: TorchFile, name: str, stored: StoredTensor) -> tor
 
 
 def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What stands under `key`, if it is a dictionary; else an empty one."""
+    """The dictionary at `key`; an empty one if there is none."""
     value = document.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def _scalars(table: Mapping[str, Any]) -> dict[str, Scalar]:
-    """The entries of `table` that can be shown in a line."""
+    """The entries of `table` that can be printed in one line."""
     found = {}
     for key, value in table.items():
         if not isinstance(key, str):
@@ -165,7 +165,7 @@ def _scalars(table: Mapping[str, Any]) -> dict[str, Scalar]:
 
 
 def canonical_name(key: str) -> str:
-    """The one spelling of a tensor's name: no leading `module.`, no adapter's name, no `modules_to_save`."""
+    """A tensor's name without leading `module.`, adapter name and `modules_to_save`."""
     while key.startswith("module."):
         key = key.removeprefix("module.")
     key = re.sub(r"\.(lora_[AB])\.default\.", r".\1.", key)
@@ -173,57 +173,57 @@ def canonical_name(key: str) -> str:
 
 
 def faults_in(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """A line for each tensor that is empty or holds NaN or infinity."""
+    """A phrase for each tensor that is empty or has NaN or infinity."""
     faults = []
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             faults.append(f"{name} is empty")
-        elif tensor.is_floating_point() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN passes through
-            faults.append(f"{name} holds NaN or infinity")
+        elif tensor.is_floating_point() and not all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):  # NaN propagates
+            faults.append(f"{name} has NaN or infinity")
     return faults
 
 
 def _load(path: Path, check_values: bool) -> TorchFile:
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder, not a checkpoint file; a DeepSpeed folder is collected with its zero_to_fp32.py first")
+        raise CheckpointError(f"{path}: a folder, not a checkpoint file; convert a DeepSpeed folder with its zero_to_fp32.py first")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no checkpoint there; give the path of an iter_*.pth")
+        raise CheckpointError(f"{path}: no such checkpoint; give the path of an iter_*.pth")
     try:
         file = read_torch_file(path, check_values=check_values)
     except PickleRefused as e:
-        raise CheckpointError(f"{path}: refused: {e}; only tensors and mmengine's own records are read") from e
+        raise CheckpointError(f"{path}: refused: {e}; give an iter_*.pth with only tensors and mmengine's records") from e
     except DamagedFile as e:
-        raise CheckpointError(f"{path}: not a whole torch checkpoint: {e}; copy it again") from e
+        raise CheckpointError(f"{path}: not a complete torch checkpoint: {e}; copy it again") from e
     except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({first_line(e)})") from e
+        raise CheckpointError(f"{path}: cannot be read ({first_line(e)}); check its permissions, or copy it again") from e
     if not isinstance(file.document, dict):
-        raise CheckpointError(f"{path}: holds a {type(file.document).__name__}, not a checkpoint's dictionary")
+        raise CheckpointError(f"{path}: is a {type(file.document).__name__}, not a checkpoint's dictionary; give an iter_*.pth")
     if check_values and not file.checksums:
         print(
-            f"vessel-export: warning: {path}: torch's format before 1.6 has no checksums, so its values are not checked for damage;"
-            " to have them, load it and torch.save it again",
+            f"vessel-export: warning: {path}: the format of torch before 1.6 has no checksums, so values are not checked for damage;"
+            " save it again with a newer torch to add them",
             file=sys.stderr,
         )
     return file
 
 
 def _lora_rank(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
-    """The rank all `lora_A` [rank, in] share; 0 without any."""
+    """The rank of all `lora_A` [rank, in]; 0 without any."""
     adapter = {name: tensor for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}
     for name, tensor in adapter.items():
         if tensor.ndim != 2 or len(tensor) == 0:
             raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}, not [rank, in]; save the checkpoint again")
     ranks = {len(tensor) for tensor in adapter.values()}
     if len(ranks) > 1:
-        raise CheckpointError(f"{path}: LoRA tensors of ranks {sorted(ranks)}; one rank is expected")
+        raise CheckpointError(f"{path}: LoRA tensors have ranks {sorted(ranks)}; only one rank can be exported")
     return next(iter(ranks), 0)
 
 
 def _lora_alpha(path: Path, config: Mapping[str, Any]) -> float | None:
-    """alpha, if the training configuration gives one value for it, and that a plain positive number."""
+    """alpha, if the training configuration has exactly one value for it, a plain positive number."""
     for key, kind in _OTHER_LORA.items():
         if any(value not in (False, None, {}) for value in find_all(config, key)):
-            raise CheckpointError(f"{path}: trained with {kind} ({key}), which scales differently; only plain LoRA is exported")
+            raise CheckpointError(f"{path}: trained with {kind} ({key}), which scales differently; only plain LoRA can be exported")
     match find_all(config, "lora_alpha"):
         case [int() | float() as alpha, *others] if 0 < alpha < math.inf and others.count(alpha) == len(others) and alpha is not True:
             return float(alpha)

@@ -1,4 +1,4 @@
-"""Files of Hugging Face's cache, whose names are their SHA-256: hashed by a thread, while something else reads them too."""
+"""Checks files of Hugging Face's cache, whose names are their SHA-256, in a thread while others read them. Does not know models."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from vessel_export.io.files import drop_from_cache
 
 __all__ = ["hashing", "recorded_sha256"]
 
-_PIECE = 1 << 22  # bytes hashed between two looks at whether to go on
-_FLUSH = 1 << 26  # bytes between two of the times at which what was read is let go of
+_PIECE = 1 << 22  # bytes hashed between two checks of whether to stop
+_FLUSH = 1 << 26  # bytes after which what was read is dropped from the page cache
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """The SHA-256 that the cache has for `path`: `snapshots/<revision>/<name>` is a link to `blobs/<sha256>`. None for other files."""
+    """The SHA-256 that the cache records for `path`: `snapshots/<revision>/<name>` links to `blobs/<sha256>`. None for other files."""
     real = path.resolve()
     return real.name if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) else None
 
 
 @contextlib.contextmanager
 def hashing(files: Sequence[Path]) -> Iterator[Callable[[], None]]:
-    """Within the block, `files` of the cache are hashed; call what it gives, once, to wait for the end. Other files are not read.
+    """Hash those of `files` that are in the cache while the block runs. Call the value of the block once to wait for the result.
 
     Raises:
-        BaseModelError: (by that call) a file is not what was downloaded.
+        BaseModelError: (by that call) a file is not the one that was downloaded.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as thread:
@@ -56,4 +56,4 @@ def _check(path: Path, sha256: str, stop: threading.Event) -> None:
                 drop_from_cache(file)
                 unflushed = 0
     if not stop.is_set() and digest.hexdigest() != sha256:
-        raise BaseModelError(f"{path}: damaged: its SHA-256 is not {sha256[:12]}..., the one it was downloaded with; download it again")
+        raise BaseModelError(f"{path}: damaged, its SHA-256 is not {sha256[:12]}... as when it was downloaded; download it again")

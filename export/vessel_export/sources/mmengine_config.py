@@ -1,4 +1,4 @@
-"""mmengine's training configuration, which a checkpoint holds as Python text: read as data, never run."""
+"""mmengine's training configuration, stored in a checkpoint as Python source. It is read as data and never run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TypeGuard
 
 __all__ = ["UNKNOWN", "find", "find_all", "read_config"]
 
-UNKNOWN = "unknown"  # in place of what the text does not tell, or tells by code
+UNKNOWN = "unknown"  # stands for values that are missing or computed by code
 
 _LONGEST_TEXT = 1 << 20  # characters; Sa2VA's configuration has about 20,000
-_DEEPEST = 50  # lists and dictionaries in each other
-_LARGEST = 1 << 20  # values and characters in all, where names stand for what was assigned before
+_DEEPEST = 50  # nested lists and dictionaries
+_LARGEST = 1 << 20  # values and characters in total, with names replaced by their values
 
 
 class _TooLarge(ValueError):
@@ -21,15 +21,15 @@ class _TooLarge(ValueError):
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The assignments of `text`: literals, lists, tuples, dictionaries and `dict(...)`, and names assigned before; all else is UNKNOWN.
+    """The assignments in `text`: literals, lists, tuples, dictionaries, `dict(...)`, and names assigned before. Anything else is UNKNOWN.
 
-    Text that is not Python, or that means more than a configuration of sensible size, gives an empty dictionary.
+    Text that is not Python, or that is larger than a configuration can be, gives an empty dictionary.
     """
     if len(text) > _LONGEST_TEXT:
         return {}
     reader = _Reader()
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the text's escapes
+        with warnings.catch_warnings(action="ignore"):  # about escapes in the text
             body = ast.parse(text).body
         for statement in body:
             if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
@@ -40,7 +40,7 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """Turns expressions into plain values, each a copy of its own, as long as all of them together stay small."""
+    """Turns expressions into plain values, each a separate copy, up to a limit on their total size."""
 
     def __init__(self) -> None:
         self.names: dict[str, Any] = {}
@@ -91,12 +91,12 @@ def _is_text(node: ast.expr | None) -> TypeGuard[ast.Constant]:
 
 
 def find(config: Mapping[str, Any], key: str) -> Any:
-    """The first value under `key`, at whatever depth; UNKNOWN if there is none."""
+    """The first value of `key` at any depth; UNKNOWN if there is none."""
     return next(_found(config, key), UNKNOWN)
 
 
 def find_all(config: Mapping[str, Any], key: str) -> list[Any]:
-    """All values under `key`, at whatever depth."""
+    """All values of `key` at any depth."""
     return list(_found(config, key))
 
 

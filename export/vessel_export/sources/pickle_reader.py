@@ -1,7 +1,7 @@
-"""A torch pickle read as data: plain values, and descriptions of tensors. Nothing that the pickle names is imported or called.
+"""Reads a torch pickle as data: plain values and descriptions of tensors. Nothing that the pickle names is imported or called.
 
-The standard library splits the pickle into opcodes; this module gives meaning to those that torch.save writes, and refuses all others.
-It knows nothing of files and memory: `torch_file` finds a described tensor's values.
+The standard library splits the pickle into opcodes. This module interprets those that torch.save writes and refuses all others.
+Does not know files and memory: `torch_file` finds the values of a described tensor.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from vessel_export.errors import UnreadableFile
 
 __all__ = ["INERT", "Pickle", "PickleRefused", "Storage", "StoredTensor", "UnusableTensor", "read_pickle"]
 
-_MOST_OPCODES = 2_000_000  # a checkpoint of Sa2VA's has 6,000, one with its optimizer's state 100,000; each may take about 100 bytes
+_MOST_OPCODES = 2_000_000  # a Sa2VA checkpoint has 6,000, with its optimizer's state 100,000; each can take about 100 bytes
 
 
 class PickleRefused(UnreadableFile):
-    """A pickle that is damaged, or that holds more than tensors and plain values; the message says which, in a phrase."""
+    """A pickle that is damaged or has more than tensors and plain values. The message is a phrase that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
-    """Something that the pickle names."""
+    """A global that the pickle names."""
 
     name: str
 
 
-INERT = _Named("a value that is not read")  # what stands for everything but plain values and tensors
+INERT = _Named("a value that is not read")  # stands for everything except plain values and tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Memory that tensors are views of: `values` values of `dtype` ("bfloat16"), in the file's record `key`."""
+    """The memory of tensors: `values` values of `dtype` ("bfloat16") in the file's record `key`."""
 
     key: str
     dtype: str
@@ -45,9 +45,9 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A dense tensor of `dtype` ("bfloat16"): where its values lie in the storage `key`.
+    """A dense tensor of `dtype` ("bfloat16") in the storage `key`.
 
-    `offset`, `shape` and `stride` count values. They are non-negative; whether they fit the storage was not checked.
+    `offset`, `shape` and `stride` count values. They are non-negative, but not checked against the storage.
     """
 
     key: str
@@ -59,24 +59,24 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class UnusableTensor:
-    """A tensor of another kind than dense: `kind` says which ("sparse")."""
+    """A tensor that is not dense, of the given `kind` ("sparse")."""
 
     kind: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Pickle:
-    """What a pickle describes. In `value`, an OrderedDict is a dict, and what is no plain value, container or tensor is INERT."""
+    """The content of a pickle. In `value`, an OrderedDict is a dict; INERT stands for all but plain values, containers and tensors."""
 
     value: Any
     storages: Mapping[str, Storage]
 
 
 def read_pickle(file: BinaryIO) -> Pickle:
-    """Read the pickle at the position of `file`, up to its end.
+    """Read the pickle at the current position of `file`.
 
     Raises:
-        PickleRefused: the pickle is damaged, uses other opcodes than torch.save, or names what no checkpoint of mmengine's does.
+        PickleRefused: the pickle is damaged, uses other opcodes than torch.save, or names globals that mmengine's checkpoints do not.
     """
     machine = _Machine()
     try:
@@ -84,7 +84,7 @@ def read_pickle(file: BinaryIO) -> Pickle:
             if count == _MOST_OPCODES:
                 raise PickleRefused(f"its pickle has more than {_MOST_OPCODES:,} opcodes")
             if opcode.name not in _OPERATIONS:
-                raise PickleRefused(f"its pickle has the opcode {opcode.name} at byte {position}, which no checkpoint needs")
+                raise PickleRefused(f"its pickle has the opcode {opcode.name} at byte {position}, which checkpoints do not use")
             _OPERATIONS[opcode.name](machine, argument)
     except PickleRefused:
         raise
@@ -98,7 +98,7 @@ def read_pickle(file: BinaryIO) -> Pickle:
 
 
 class _Machine:
-    """The stack, the marks on it, and the memo of a pickle being read; `foreign` are names that no checkpoint of mmengine's has."""
+    """The state of a pickle being read: stack, marks and memo. `foreign` are globals that mmengine's checkpoints do not name."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -114,7 +114,7 @@ class _Machine:
         self.marks.append(len(self.stack))
 
     def pop(self, count: int) -> list[Any]:
-        """The top `count` values; those under the last mark stay."""
+        """Remove and return the top `count` values, but none below the last mark."""
         start = len(self.stack) - count
         if start < (self.marks[-1] if self.marks else 0):
             raise IndexError
@@ -153,12 +153,12 @@ class _Machine:
             raise TypeError
         for key, value in zip(keys, values, strict=True):
             if not _is_key(key):
-                raise PickleRefused("its pickle has a dictionary whose keys are neither text nor numbers")
+                raise PickleRefused("its pickle has a dictionary key that is neither text nor a number")
             target[key] = value
 
     def name(self, argument: str) -> None:
         module, _, name = argument.partition(" ")
-        full = f"{module.replace('__builtin__', 'builtins')}.{name}"  # protocol 2 has Python 2's name of it
+        full = f"{module.replace('__builtin__', 'builtins')}.{name}"  # protocol 2 uses Python 2's name
         if full not in _KNOWN and not full.startswith(("torch.", "numpy.dtypes.")):
             self.foreign.add(full)
         self.push(_Named(full))
@@ -170,7 +170,7 @@ class _Machine:
         self.push(self.called(function.name, arguments))
 
     def called(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """What stands for the result of calling `name`, which nobody calls."""
+        """The value that represents the result of calling `name`. Nothing is called."""
         if name == "collections.OrderedDict" and not arguments:
             return {}
         if name in _CONTAINED:
@@ -196,7 +196,7 @@ class _Machine:
 
 
 def _is_key(value: object) -> bool:
-    """Hashing a tuple could take for ever, and integers beyond 60 bits can be chosen to collide."""
+    """Hashing a nested tuple could take forever, and integers beyond 60 bits can be chosen to collide."""
     return value is None or isinstance(value, (str, bytes, float)) or (isinstance(value, int) and abs(value) < 1 << 60)
 
 
@@ -246,7 +246,7 @@ _UNUSABLE = {
     "torch._utils._rebuild_device_tensor_from_numpy": "of a foreign device",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "of a foreign device",
 }
-_KNOWN = {  # what checkpoints of mmengine's hold beside tensors, and what torch itself takes for harmless
+_KNOWN = {  # globals in mmengine's checkpoints besides tensors, and those that torch itself considers safe
     "collections.OrderedDict", "collections.Counter", "collections.defaultdict", "_codecs.encode",
     "builtins.getattr", "builtins.set", "builtins.dict", "builtins.list", "builtins.bytearray", "builtins.complex",
     "mmengine.logging.history_buffer.HistoryBuffer", "numpy.dtype", "numpy.ndarray",
@@ -297,6 +297,6 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "GLOBAL": _Machine.name,
     "REDUCE": _Machine.reduce,
     "NEWOBJ": _new_object,
-    "BUILD": lambda machine, _: machine.pop(1)[0],  # an object's state: nobody needs it
+    "BUILD": lambda machine, _: machine.pop(1)[0],  # an object's state, which is not needed
     "BINPERSID": _Machine.storage,
 }

@@ -1,8 +1,7 @@
-"""SAM2's two files: the .pt with its tensors, and the .yaml, which names classes and their arguments.
+"""Reads SAM2's two files: the .pt with its tensors, and the .yaml, which names classes and their arguments.
 
-hydra, with which sam2 reads its yaml, calls whatever that names. Here the parsed document is checked as data before anything of it is
-built: it may name the classes of SAM 2.0 alone, each with the arguments that its own configurations have.
-The exporter and its reference both read SAM2 by this module.
+sam2 reads its .yaml with hydra, which calls whatever the file names. Here the document is checked as data before anything is built from it:
+it may name only classes of SAM 2.0, each with the arguments of its own configurations. The exporter and its reference share this module.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from vessel_rt.errors import first_line
 __all__ = ["build_sam2", "find_sam2_yaml", "parse_sam2_config", "read_sam2_config", "read_sam2_state"]
 
 _LONGEST = 1 << 16  # characters; sam2's have 4,000
-_DEEPEST = 12  # mappings and lists in each other; sam2's have 6
-_LARGEST = 1 << 14  # no size in sam2's comes near, and a layer of that width still fits into memory
-_PACKAGED = {  # Meta's names for its checkpoints: the configuration inside the sam2 package
+_DEEPEST = 12  # nested mappings and lists; sam2's have 6
+_LARGEST = 1 << 14  # far above any size in sam2's; a layer of that width still fits into memory
+_PACKAGED = {  # Meta's name of a checkpoint -> its configuration in the sam2 package
     "sam2_hiera_tiny.pt": "sam2_hiera_t.yaml",
     "sam2_hiera_small.pt": "sam2_hiera_s.yaml",
     "sam2_hiera_base_plus.pt": "sam2_hiera_b+.yaml",
     "sam2_hiera_large.pt": "sam2_hiera_l.yaml",
 }
 
-# Class under sam2.modeling -> its arguments: those of sam2's own four configurations, and the sizes that differ in a smaller model.
+# Class in sam2.modeling -> its arguments in sam2's own four configurations, and the sizes that differ in a smaller model.
 _CLASSES = {
     "sam2_base.SAM2Base": """
         image_encoder memory_attention memory_encoder num_maskmem image_size sigmoid_scale_for_mem_enc sigmoid_bias_for_mem_enc
@@ -64,34 +63,34 @@ _ROOT = "sam2.modeling.sam2_base.SAM2Base"
 
 
 def find_sam2_yaml(weights: Path) -> Path:
-    """The yaml beside the .pt `weights`, else the one that the sam2 package has for Meta's file name.
+    """The .yaml next to the .pt `weights`, or the one in the sam2 package for Meta's file name.
 
     Raises:
         BaseModelError: there is neither.
     """
-    beside = weights.with_suffix(".yaml")
-    if beside.is_file():
-        return beside
+    path = weights.with_suffix(".yaml")
+    if path.is_file():
+        return path
     if weights.name in _PACKAGED:
         return Path(str(importlib.resources.files("sam2").joinpath("configs", "sam2", _PACKAGED[weights.name])))
-    raise BaseModelError(f"{weights}: no configuration for it; put its .yaml beside it as {beside.name}")
+    raise BaseModelError(f"{weights}: no configuration for it; put its .yaml next to it as {path.name}")
 
 
 def read_sam2_config(path: Path) -> dict[str, Any]:
-    """The `model` of the yaml at `path`, checked: plain values, and classes of SAM 2.0 under `_target_`.
+    """The checked `model` of the .yaml at `path`: plain values, and classes of SAM 2.0 at `_target_`.
 
     Raises:
-        BaseModelError: the file is not to be read, not YAML, or holds anything but what SAM 2.0's own configurations do.
+        BaseModelError: the file cannot be read, is not YAML, or has something that SAM 2.0's own configurations do not have.
     """
     try:
         return parse_sam2_config(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:
         reason = UnreadableFile(first_line(e))
-        raise BaseModelError(f"{path}: not a configuration of SAM 2.0: {reason}; take the .yaml that sam2 has for the model") from e
+        raise BaseModelError(f"{path}: not a configuration of SAM 2.0: {reason}; use the .yaml that sam2 has for the model") from e
 
 
 def parse_sam2_config(text: str) -> dict[str, Any]:
-    """As `read_sam2_config`, of the yaml's text; ValueError says what is wrong."""
+    """As `read_sam2_config`, from the .yaml's text. Raises ValueError."""
     _check_syntax(text)
     try:
         document = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
@@ -113,10 +112,10 @@ def parse_sam2_config(text: str) -> dict[str, Any]:
 
 
 def read_sam2_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of SAM2's .pt, `{"model": state_dict}`, by name and memory-mapped; all compared with the file's CRC-32.
+    """The tensors of SAM2's .pt, `{"model": state_dict}`, by name and memory-mapped. Values are checked against the file's CRC-32.
 
     Raises:
-        BaseModelError: damaged, not SAM2's, or with anything else in it than dense floating-point tensors.
+        BaseModelError: damaged, not SAM2's, or with something other than dense floating-point tensors.
     """
     try:
         file = read_torch_file(path, check_values=True)
@@ -124,22 +123,22 @@ def read_sam2_state(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(state, dict) or not state:
             raise DamagedFile("has no tensors under 'model'")
         if not all(isinstance(tensor, StoredTensor) and tensor.dtype in FLOATS for tensor in state.values()):
-            raise DamagedFile("has something else than dense floating-point tensors under 'model'")
+            raise DamagedFile("has something other than dense floating-point tensors under 'model'")
         return {str(name): file.tensor(stored) for name, stored in state.items()}
     except (PickleRefused, DamagedFile, KeyError, OSError) as e:
         raise BaseModelError(f"{path}: not a SAM2 checkpoint: {first_line(e)}; download it again") from e
 
 
 def build_sam2(config: Mapping[str, Any]) -> torch.nn.Module:
-    """sam2's SAM2Base for a configuration that `read_sam2_config` returned, its weights random.
+    """sam2's SAM2Base with random weights, for a configuration from `read_sam2_config`.
 
     Raises:
-        ValueError: the classes do not take these values together.
+        ValueError: the classes do not accept this combination of values.
     """
     try:
         model: torch.nn.Module = _built(config)
-    except Exception as e:  # sam2 raises whatever its values happen to break: asserts, KeyErrors, torch's RuntimeErrors
-        raise ValueError(f"sam2 does not take its values ({type(e).__name__}: {first_line(e)})") from e
+    except Exception as e:  # sam2 fails in many ways: AssertionError, KeyError, torch's RuntimeError
+        raise ValueError(f"sam2 does not accept its values ({type(e).__name__}: {first_line(e)})") from e
     return model
 
 
@@ -152,7 +151,7 @@ def _built(value: Any) -> Any:
 
 
 def _check_syntax(text: str) -> None:
-    """Refuse what could be more than it looks like, before anything is built of it: anchors, tags, interpolations, great depth."""
+    """Refuse anchors, tags, interpolations and deep nesting, which can expand to more than they seem."""
     if len(text) > _LONGEST:
         raise ValueError(f"it has {len(text)} characters; sam2's have fewer than {_LONGEST}")
     depth = 0
@@ -176,10 +175,10 @@ def _check(value: Any, where: str) -> None:
     if isinstance(value, dict):
         target = value.get("_target_")
         if not isinstance(target, str) or target not in _ARGUMENTS:
-            raise ValueError(f"{where} is {str(target)[:100]!r}, no class of SAM 2.0's configurations")
-        foreign = sorted(str(key)[:100] for key in value if key != "_target_" and key not in _ARGUMENTS[target])
-        if foreign:
-            raise ValueError(f"{where} has {', '.join(foreign)}, which {target} does not take")
+            raise ValueError(f"{where} is {str(target)[:100]!r}, not a class of SAM 2.0's configurations")
+        unknown = sorted(str(key)[:100] for key in value if key != "_target_" and key not in _ARGUMENTS[target])
+        if unknown:
+            raise ValueError(f"{where} has {', '.join(unknown)}, which {target} does not accept")
         if value.get("compile_image_encoder"):
             raise ValueError(f"{where}.compile_image_encoder must be false")
         for key, inner in value.items():
@@ -192,6 +191,6 @@ def _check(value: Any, where: str) -> None:
             _check(inner, where)
     elif isinstance(value, int | float):
         if not math.isfinite(value) or abs(value) > _LARGEST:
-            raise ValueError(f"{where} is {value:g}; no value of sam2's is beyond {_LARGEST}")
+            raise ValueError(f"{where} is {value:g}, beyond sam2's largest value, {_LARGEST}")
     elif value is not None and not (isinstance(value, str) and value in ("relu", "gelu", "glu", "nearest", "bilinear")):
-        raise ValueError(f"{where} is no value of SAM 2.0's")
+        raise ValueError(f"{where} is not a value of SAM 2.0's configurations")

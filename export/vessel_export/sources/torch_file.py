@@ -1,7 +1,7 @@
-"""A file of torch.save's, read without torch.load: nothing in it is run, and what is checked is what is mapped.
+"""Reads a file of torch.save without torch.load: nothing in it is run, and tensors are views of the bytes that were checked.
 
-Today's format is an uncompressed ZIP archive: a pickle, and a record a storage, each with its CRC-32. The older one is a row of pickles
-with the storages' bytes behind them; it has no checksums. Knows nothing of models and of names.
+The current format is an uncompressed ZIP archive with a pickle and one record per storage, each with its CRC-32. The older format is a
+sequence of pickles followed by the storages' bytes, without checksums. Does not know models and tensor names.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ FLOATS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.f
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s2H18x2H")  # signature, version, flags, ..., lengths of name and extra field (APPNOTE.TXT 4.3.7)
-_HARMLESS_FLAGS = 0x808  # sizes behind the data, names in UTF-8; all others mean encryption or compression
+_HARMLESS_FLAGS = 0x808  # sizes after the data, names in UTF-8; the others mean encryption or compression
 _UTF8 = 0x800
-_MOST_PICKLE = 1 << 27  # bytes; a long training's logs take about 30 MB
+_MOST_PICKLE = 1 << 27  # bytes; the logs of a long training take about 30 MB
 _PIECE = 1 << 22  # bytes read at a time
-_READERS = 4  # records checked at once; there are two large ones
+_READERS = 4  # records checked at once; two of them are large
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 class DamagedFile(UnreadableFile):
-    """Not a whole file of torch.save's; the message says why, in a phrase."""
+    """Not a complete file of torch.save. The message is a phrase that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """Where a record's bytes lie in the file; `crc` is None in the older format."""
+    """The place of a record's bytes in the file. `crc` is None in the older format."""
 
     name: str
     offset: int
@@ -56,7 +56,7 @@ class _Record:
 
 @dataclasses.dataclass(frozen=True)
 class TorchFile:
-    """A file of torch.save's, memory-mapped. `document` is a `Pickle`'s value; the older format has no `checksums`."""
+    """A memory-mapped file of torch.save. `document` is its pickle's value. The older format has no `checksums`."""
 
     document: Any
     checksums: bool
@@ -64,10 +64,10 @@ class TorchFile:
     _mapped: mmap.mmap
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
-        """The tensor that `stored` describes, of one of FLOATS, as a view of the mapped file where that is aligned, else a copy.
+        """The tensor that `stored` describes, of a dtype in FLOATS: a view of the mapped file if it is aligned, otherwise a copy.
 
         Raises:
-            DamagedFile: the tensor reaches beyond its storage.
+            DamagedFile: the tensor extends beyond its storage.
         """
         record, size = self._records[stored.key], FLOATS[stored.dtype].itemsize
         values, count = record.size // size, math.prod(stored.shape)
@@ -76,7 +76,7 @@ class TorchFile:
             return torch.empty(stored.shape if possible else (0,), dtype=FLOATS[stored.dtype])
         last = stored.offset + sum((length - 1) * step for length, step in zip(stored.shape, stored.stride, strict=True))
         if last >= values or count > values:
-            raise DamagedFile(f"a tensor of {list(stored.shape)} reaches beyond {record.name}, which has {values} values")
+            raise DamagedFile(f"a tensor of {list(stored.shape)} extends beyond {record.name}, which has {values} values")
         if record.offset % size:
             data: Any = bytearray(self._mapped[record.offset : record.offset + record.size])
             flat = torch.frombuffer(data, dtype=FLOATS[stored.dtype])
@@ -87,11 +87,11 @@ class TorchFile:
 
 
 def read_torch_file(path: Path, *, check_values: bool) -> TorchFile:
-    """Read the file at `path`: its structure and its pickle always, and against their CRC-32 all its values where `check_values`.
+    """Read the file at `path`. Its structure and pickle are always checked, its values against their CRC-32 only with `check_values`.
 
     Raises:
-        DamagedFile: not a file of torch.save's, cut short, or (of what was checked) with a record that its CRC-32 does not fit.
-        PickleRefused: its pickle holds more than tensors and plain values.
+        DamagedFile: not a file of torch.save, cut short, or with a checked record that does not match its CRC-32.
+        PickleRefused: its pickle has more than tensors and plain values.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -104,7 +104,9 @@ def read_torch_file(path: Path, *, check_values: bool) -> TorchFile:
         if key not in records:
             raise DamagedFile(f"lacks the record data/{key}")
         if records[key].size != storage.values * getattr(torch, storage.dtype).itemsize:
-            raise DamagedFile(f"{records[key].name} has {records[key].size} bytes, its pickle says {storage.values} {storage.dtype} values")
+            raise DamagedFile(
+                f"{records[key].name} has {records[key].size} bytes, but {storage.values} {storage.dtype} values by its pickle"
+            )
     return TorchFile(pickled.value, is_zip, records, mapped)
 
 
@@ -115,7 +117,7 @@ def _read_zip(file: BinaryIO, path: Path, check_values: bool) -> tuple[Pickle, d
         raise DamagedFile("has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
     if records[pickles[0]].size > _MOST_PICKLE:
-        raise DamagedFile(f"its pickle has {records[pickles[0]].size} bytes; at most {_MOST_PICKLE} are read")
+        raise DamagedFile(f"its pickle has {records[pickles[0]].size} bytes, more than {_MOST_PICKLE}")
     small = [records[name] for name in (pickles[0], folder + "byteorder") if name in records]
     _check(file, list(records.values()) if check_values else small, path)
     if len(small) == 2 and _read(file, small[1]) != b"little":
@@ -126,7 +128,7 @@ def _read_zip(file: BinaryIO, path: Path, check_values: bool) -> tuple[Pickle, d
 
 
 class _SmallReads(io.FileIO):
-    """A file of which nobody reads much at once: a damaged ZIP archive can claim a directory of gigabytes."""
+    """A file that refuses large reads: a damaged ZIP archive can claim a directory of gigabytes."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MOST_PICKLE:
@@ -135,7 +137,7 @@ class _SmallReads(io.FileIO):
 
 
 def _zip_records(file: BinaryIO) -> dict[str, _Record]:
-    """Every record of the archive by its name: with a place of its own in the file, stored as it is."""
+    """Every record of the archive by name. Records may not overlap and must be stored uncompressed."""
     try:
         with _SmallReads(file.fileno(), closefd=False) as raw, zipfile.ZipFile(raw) as archive:
             infos, end = sorted(archive.infolist(), key=lambda info: info.header_offset), archive.start_dir
@@ -146,19 +148,19 @@ def _zip_records(file: BinaryIO) -> dict[str, _Record]:
     for info in infos:
         name = info.orig_filename
         if not 0 <= info.header_offset < end:
-            raise DamagedFile(f"the record {name} reaches beyond the end")
+            raise DamagedFile(f"the record {name} extends beyond the end")
         offset = _data_offset(file, info)
         if info.header_offset < last or name in records:
-            raise DamagedFile(f"the record {name} overlaps another, or is there twice")
+            raise DamagedFile(f"the record {name} overlaps another, or appears twice")
         last = offset + info.file_size
         records[name] = _Record(name, offset, info.file_size, info.CRC)
     if last > end:
-        raise DamagedFile(f"the record {infos[-1].orig_filename} reaches beyond the end")
+        raise DamagedFile(f"the record {infos[-1].orig_filename} extends beyond the end")
     return records
 
 
 def _data_offset(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin, by its local header, which has to agree with the directory."""
+    """The start of a record's bytes. Its local header must agree with the directory."""
     header = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
     if len(header) == _LOCAL_HEADER.size:
         signature, _, flags, name_length, extra_length = _LOCAL_HEADER.unpack(header)
@@ -175,7 +177,7 @@ def _read(file: BinaryIO, record: _Record) -> bytes:
 
 
 def _check(file: BinaryIO, records: Sequence[_Record], path: Path) -> None:
-    """Compare every record with its CRC-32, the largest first, several at once."""
+    """Check every record against its CRC-32, the largest first, several at once."""
     ordered = sorted(records, key=lambda record: -record.size)
     pool = ThreadPoolExecutor(_READERS)
     total = sum(record.size for record in ordered)
@@ -183,7 +185,7 @@ def _check(file: BinaryIO, records: Sequence[_Record], path: Path) -> None:
         with tqdm(total=total, desc=f"checking {path.name}", unit="B", unit_scale=True, disable=None, delay=2) as bar:
             for record, crc in zip(ordered, pool.map(lambda record: _crc(file, record), ordered), strict=True):
                 if crc != record.crc:
-                    raise DamagedFile(f"the record {record.name} is damaged: its CRC-32 is {crc:08x}, recorded is {record.crc:08x}")
+                    raise DamagedFile(f"the record {record.name} is damaged: its CRC-32 is {crc:08x}, not {record.crc:08x}")
                 bar.update(record.size)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -196,22 +198,22 @@ def _crc(file: BinaryIO, record: _Record) -> int:
         piece = memoryview(buffer)[: min(len(buffer), end - position)]
         count = os.preadv(file.fileno(), [piece], position)
         if count == 0:
-            raise DamagedFile(f"the record {record.name} reaches beyond the end")
+            raise DamagedFile(f"the record {record.name} extends beyond the end")
         crc = zlib.crc32(piece[:count], crc)
         position += count
     return crc
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[Pickle, dict[str, _Record]]:
-    """The format before torch 1.6: magic number, version, the machine's sizes, the object, the storages' keys, the storages."""
+    """The format before torch 1.6: magic number, version, sizes of the machine, the object, the storages' keys, the storages."""
     file.seek(0)
     start = io.BytesIO(file.read(_MOST_PICKLE))
     try:
         magic, version = read_pickle(start).value, read_pickle(start).value
     except PickleRefused as e:
-        raise DamagedFile("is not of torch.save's formats") from e
+        raise DamagedFile("is not in a format of torch.save") from e
     if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION:
-        raise DamagedFile("is not of torch.save's formats")
+        raise DamagedFile("is not in a format of torch.save")
     machine = read_pickle(start).value
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise DamagedFile("was saved on a machine of another byte order")
@@ -220,7 +222,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[Pickle, dict[str, _Record]]
         raise DamagedFile("has a damaged list of storages")
     records: dict[str, _Record] = {}
     position = start.tell()
-    for key in keys:  # each begins with its number of values
+    for key in keys:  # each starts with its number of values
         values, storage = int.from_bytes(os.pread(file.fileno(), 8, position), "little"), pickled.storages[key]
         begin, position = position + 8, position + 8 + storage.values * getattr(torch, storage.dtype).itemsize
         if values != storage.values or position > size:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def test_an_output_folder_that_exists_is_kept(small: ExportRequest, tmp_path: Pa
     out = tmp_path / "bundle"
     out.mkdir()
     (out / "mine.txt").write_text("keep")
-    with pytest.raises(CheckpointError, match="exists"):
+    with pytest.raises(CheckpointError, match=re.escape(f"{out}: exists")):
         export_bundle(dataclasses.replace(small, out=out))
     assert (out / "mine.txt").read_text() == "keep"
 
@@ -237,7 +238,7 @@ def test_an_output_folder_that_exists_is_kept(small: ExportRequest, tmp_path: Pa
 def test_overwrite_never_takes_a_folder_that_is_no_bundle(small: ExportRequest, tmp_path: Path) -> None:
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "rtx3090.toml").write_text("precision = 'fp16'")
-    with pytest.raises(CheckpointError, match="not a bundle, so --overwrite leaves it alone"):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / 'engines'}: not a bundle")):
         export_bundle(dataclasses.replace(small, out=tmp_path / "engines", overwrite=True))
     assert (tmp_path / "engines" / "rtx3090.toml").exists()
 
@@ -254,7 +255,7 @@ def test_a_base_cut_short(small: ExportRequest, tmp_path: Path, file: str) -> No
     shutil.copytree(small.base, tmp_path / "base")
     path = tmp_path / "base" / file
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(BaseModelError, match="download the base model whole"):
+    with pytest.raises(BaseModelError, match=re.escape(file)):
         export_bundle(dataclasses.replace(small, base=str(tmp_path / "base"), out=tmp_path / "b"))
 
 
@@ -263,7 +264,7 @@ def test_a_configuration_of_another_size(small: ExportRequest, tmp_path: Path) -
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["vision_config"]["intermediate_size"] *= 2
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseModelError, match=r"mlp.fc1.weight is \(32, 64\), by config.json"):
+    with pytest.raises(BaseModelError, match=r"mlp\.fc1\.weight is \(32, 64\), .*config\.json"):
         export_bundle(dataclasses.replace(small, base=str(tmp_path / "base"), out=tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 
@@ -303,7 +304,7 @@ def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
 def test_alpha_has_to_come_from_somewhere(small: ExportRequest, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "silent.pth", fine_tuned_state(), alpha=None)
     request = dataclasses.replace(small, checkpoint=checkpoint, out=tmp_path / "b")
-    with pytest.raises(CheckpointError, match=r"--lora-alpha \(Sa2VA trains with 2 r = 8\)"):
+    with pytest.raises(CheckpointError, match=r"silent\.pth: .*--lora-alpha .*2 r = 8"):
         export_bundle(request)
     assert export_bundle(dataclasses.replace(request, lora_alpha=8)).bundle.provenance.lora_alpha == 8
 
@@ -314,7 +315,7 @@ def test_an_unknown_tensor_can_be_left_out_by_name(small: ExportRequest, tmp_pat
     request = dataclasses.replace(small, checkpoint=write_checkpoint(tmp_path / "more.pth", state), out=tmp_path / "b")
     with pytest.raises(CheckpointError, match=r"ema.steps is unknown.*--skip NAME"):
         export_bundle(request)
-    with pytest.raises(CheckpointError, match=r"has no ema\.step to skip"):
+    with pytest.raises(CheckpointError, match=r"ema\.step; correct --skip"):
         export_bundle(dataclasses.replace(request, skip=("ema.step",)))
     assert export_bundle(dataclasses.replace(request, skip=("ema.steps",))).bundle.provenance.skipped == ("ema.steps",)
 
@@ -340,7 +341,7 @@ def test_offline_names_the_flag(small: ExportRequest, tmp_path: Path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     request = dataclasses.replace(small, out=tmp_path / "b", **{flag: spec})
-    with pytest.raises(BaseModelError, match=f"give a local path with --{flag}"):
+    with pytest.raises(BaseModelError, match=f"{spec}: .*--{flag}"):
         export_bundle(request)
 
 
@@ -355,7 +356,7 @@ def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
     request = dataclasses.replace(
         small, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, language_model=LanguageModelRecipe(600, 512))
     )
-    with pytest.raises(RecipeError, match="capacity 600 must be from 976"):
+    with pytest.raises(RecipeError, match=r"capacity is 600; .*976"):
         export_bundle(request)
 
 
@@ -371,4 +372,4 @@ def test_command_line(small: ExportRequest, tmp_path: Path, capsys: pytest.Captu
         main(["export", "--precision", "int3"])
     assert usage.value.code == 2
     assert main(["export", "--ckpt", str(tmp_path / "none.pth"), "--recipe", "engines/cpu.toml"]) == 1
-    assert "no checkpoint there" in capsys.readouterr().err
+    assert "none.pth" in capsys.readouterr().err

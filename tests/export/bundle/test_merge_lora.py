@@ -100,7 +100,7 @@ def _poison(state: dict[str, torch.Tensor]) -> None:
     [
         (lambda state: state.pop(Q0), [f"{Q0} is missing"]),
         (_rename, [f"{Q0} is missing", f"{Q0.replace('q_proj', 'query')} is unknown"]),
-        (_poison, ["text_hidden_fcs.0.weight holds NaN or infinity"]),
+        (_poison, ["text_hidden_fcs.0.weight has NaN or infinity"]),
         (lambda state: state.update({"mllm.model.mlp1.0.bias": torch.ones(3)}), ["mllm.model.mlp1.0.bias has shape [3], not [128]"]),
         (lambda state: state.update({"mllm.model.mlp1.0.bias": torch.ones(0)}), ["mllm.model.mlp1.0.bias has shape [0]"]),
         (lambda state: state.update({"ema.weight": torch.ones(3)}), ["ema.weight is unknown"]),

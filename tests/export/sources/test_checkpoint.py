@@ -119,7 +119,7 @@ def test_getattr_is_not_given_out(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint there"):
+    with pytest.raises(CheckpointError, match=r"iter_1\.pth: no such checkpoint"):
         open_checkpoint(tmp_path / "iter_1.pth")
 
 
@@ -141,13 +141,13 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "c.pth")
     torch.save({"meta": {}}, tmp_path / "d.pth")
-    with pytest.raises(CheckpointError, match="holds no tensors"):
+    with pytest.raises(CheckpointError, match=r"d\.pth: has no tensors"):
         open_checkpoint(tmp_path / "d.pth")
 
 
 def test_two_adapters_clash(tmp_path: Path) -> None:
     torch.save(STATE | {A.replace("lora_A", "lora_A.default"): torch.ones(4, 8)}, tmp_path / "c.pth")
-    with pytest.raises(CheckpointError, match="is there twice"):
+    with pytest.raises(CheckpointError, match=r"self_attn\.q_proj\.lora_A\.weight appears twice"):
         open_checkpoint(tmp_path / "c.pth")
 
 
@@ -267,7 +267,7 @@ def test_records_that_cannot_be_shown_are_left_out(tmp_path: Path) -> None:
 
 def test_faults() -> None:
     tensors = {"fine": torch.ones(3), "empty": torch.ones(0), "nan": torch.tensor([1.0, float("nan")]), "inf": torch.tensor([float("inf")])}
-    assert faults_in(tensors) == ["empty is empty", "nan holds NaN or infinity", "inf holds NaN or infinity"]
+    assert [fault.split()[0] for fault in faults_in(tensors)] == ["empty", "nan", "inf"]
 
 
 def test_a_copied_name_with_spaces_and_brackets(tmp_path: Path, tiny: Tiny) -> None:

@@ -229,7 +229,7 @@ def test_a_file_that_grows_no_memory(tmp_path: Path) -> None:
         if 0 in shape:
             assert file.tensor(hostile).numel() == 0
         else:
-            with pytest.raises(DamagedFile, match="reaches beyond"):
+            with pytest.raises(DamagedFile, match="beyond"):
                 file.tensor(hostile)
 
 
