@@ -3,10 +3,9 @@
 `load` is the way in; docs/api.md describes what is here. Importing this module imports no library: `load` and the classes do, on first use.
 """
 
-from typing import TYPE_CHECKING
-
 from vessel_rt.errors import BundleError, DeviceError, EngineError, ImageError, OutOfMemory, VesselError
 
+TYPE_CHECKING = False  # as typing's, whose import would take longer than all of this
 if TYPE_CHECKING:
     from vessel_rt.api import ImageLike, Mask, Model, Result, frame_count, load
 
