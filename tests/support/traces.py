@@ -18,7 +18,7 @@ from vessel_export.bundle import bundle_writer
 from vessel_export.graphs import sam2_image_encoder, sam2_mask_decoder, torch_export
 from vessel_export.graphs.assemble import Graph
 from vessel_export.io.safetensors_writer import OutputTensor
-from vessel_export.io.subprocess_call import Beside
+from vessel_export.io.subprocess_call import SubprocessCall
 
 _Traced = tuple[Graph, list[OutputTensor]]
 
@@ -29,17 +29,17 @@ _traced: dict[tuple[object, ...], _Traced] = {}
 def traced_once() -> Iterator[None]:
     """Exports in this block trace in this process, and only what was not traced before."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundle_writer, "beside", _here)
+        patch.setattr(bundle_writer, "subprocess_call", _here)
         patch.setattr(sam2_image_encoder, "trace", _trace)
         patch.setattr(sam2_mask_decoder, "trace", _trace)
         yield
 
 
 @contextlib.contextmanager
-def _here(function: Callable[..., Any]) -> Iterator[Beside[..., Any]]:
-    """In the place of `subprocess_call.beside`."""
+def _here(function: Callable[..., Any]) -> Iterator[SubprocessCall[..., Any]]:
+    """In the place of `subprocess_call.subprocess_call`."""
     given: dict[str, Any] = {}
-    yield Beside(lambda *args, **kwargs: given.update(args=args, kwargs=kwargs), lambda: function(*given["args"], **given["kwargs"]))
+    yield SubprocessCall(lambda *args, **kwargs: given.update(args=args, kwargs=kwargs), lambda: function(*given["args"], **given["kwargs"]))
 
 
 def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *more: Any, opset: int) -> _Traced:
