@@ -39,7 +39,9 @@ def traced_once() -> Iterator[None]:
 def _here(function: Callable[..., Any]) -> Iterator[SubprocessCall[..., Any]]:
     """In the place of `subprocess_call.subprocess_call`."""
     given: dict[str, Any] = {}
-    yield SubprocessCall(lambda *args, **kwargs: given.update(args=args, kwargs=kwargs), lambda: function(*given["args"], **given["kwargs"]))
+    yield SubprocessCall(
+        lambda *args, **kwargs: given.update(args=args, kwargs=kwargs), lambda: function(*given["args"], **given["kwargs"])
+    )
 
 
 def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *more: Any, opset: int) -> _Traced:
