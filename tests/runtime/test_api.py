@@ -201,7 +201,9 @@ def test_what_is_no_image_is_told_with_what_is_taken(model: vessel_rt.Model, ima
     assert isinstance(error, vessel_rt.ImageError)
 
 
-@pytest.mark.parametrize("image", [np.zeros((0, 5), np.uint8), Image.new("RGB", (0, 0)), np.zeros((1, 9000), np.uint8)], ids=str)
+@pytest.mark.parametrize(
+    "image", [np.zeros((0, 5), np.uint8), Image.new("RGB", (0, 0)), np.zeros((1, 9000), np.uint8)], ids=["no rows", "no pixels", "too wide"]
+)
 def test_sizes_that_are_not_read(model: vessel_rt.Model, image: Any) -> None:
     with pytest.raises(vessel_rt.ImageError, match="pixels"):
         model.segment(image)
