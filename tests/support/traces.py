@@ -44,12 +44,12 @@ def _here(function: Callable[..., Any]) -> Iterator[SubprocessCall[..., Any]]:
     )
 
 
-def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *more: Any, opset: int) -> _Traced:
+def _trace(name: str, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], *more: Any, opset: int, **how: Any) -> _Traced:
     """In the place of `torch_export.trace`."""
     shapes = tuple((key, value.dtype, value.shape) for key, value in inputs.items())
     key = (name, opset, shapes, _sha256(module))
     if key not in _traced:
-        _traced[key] = torch_export.trace(name, module, inputs, *more, opset=opset)
+        _traced[key] = torch_export.trace(name, module, inputs, *more, opset=opset, **how)
     graph, weights = _traced[key]
     return dataclasses.replace(graph, model=graph.model.clone()), weights
 
