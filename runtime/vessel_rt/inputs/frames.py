@@ -1,4 +1,7 @@
-"""The frames of a run: which there are, in which order, and what each is called in outputs and on the screen."""
+"""The frames of a run: which there are, in which order, and what each is called in outputs and on the screen.
+
+Does not know about models, or what is computed from a frame.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ FOLDER_MARK = "__"  # between the folders and the name of a file, in the names o
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """What files are called: `show_names` on the screen and in reports by their names, `pseudonymize` even outputs by study codes."""
+    """How files are called: `show_names` shows file names on screen and in reports, `pseudonymize` uses study codes for outputs too."""
 
     codes: StudyCodes
     show_names: bool = False
@@ -55,7 +58,7 @@ class Naming:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then shard `shard` of `shards`.
+    """Which of the frames to take: `frames` of each multi-frame file, the first `num_images`, then shard `shard` of `shards`.
 
     Without `frames`, all of a DICOM cine are taken, and a TIFF with several pages is an error: its pages need not be frames. `recursive`
     also takes the files in the subfolders of folders.
@@ -72,7 +75,7 @@ class Selection:
 class Frame:
     """One picture to segment: a file, or frame `number` (from 0) of a multi-frame DICOM file or of a TIFF with several pages.
 
-    `index` is its place among all frames that the inputs name, whichever shard of them this run takes. Its outputs are called `name`,
+    `index` is its place among all frames that the inputs name, whichever shard this run takes. Its outputs are called `name`,
     without a suffix; results.jsonl calls its file `image`; `shown` is for the screen.
     """
 
@@ -95,7 +98,7 @@ class _File(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The frames of this shard, the names of those of all shards, and, by input, how many files of each kind were not taken."""
+    """The frames of this shard, the names of those of all shards, and, by input, how many files of each kind were skipped."""
 
     frames: list[Frame]
     names: list[str]
@@ -153,7 +156,7 @@ def frame_count(path: Path) -> int | None:
 
 
 def input_sha256(path: Path) -> str:
-    """Of a file's content. Raises ImageError."""
+    """The SHA-256 of a file's content. Raises ImageError."""
     try:
         require_regular(path)
         return sha256_of(path)
@@ -172,12 +175,12 @@ def flat_stem(path: Path) -> str:
 
 
 def frame_suffix(number: int | None) -> str:
-    """What a name has for a frame of a multi-frame file."""
+    """The end of the name of a frame of a multi-frame file."""
     return "" if number is None else f"_frame_{number:06}"
 
 
 def cine_of(name: str, number: int) -> str:
-    """What the file of the frame `name` is called."""
+    """The name of the file whose frame is called `name`."""
     return name.removesuffix(frame_suffix(number))
 
 
@@ -188,7 +191,7 @@ def _remember(inputs: Sequence[str], naming: Naming) -> None:
 
 
 def _files_of(text: str, place: str, naming: Naming, recursive: bool, output: Path | None) -> tuple[list[_File], Mapping[str, int]]:
-    """The files that an input names, sorted, and how many of each kind are not taken."""
+    """The files that an input names, sorted, and how many of each kind are skipped."""
     path, shown = Path(text), printable(text) if naming.show_names else place
     if os.path.isfile(path):
         return [_File(path, stem_of(path), path.name, place)], {}
@@ -207,8 +210,8 @@ def _files_of(text: str, place: str, naming: Naming, recursive: bool, output: Pa
     images = list(itertools.compress(visible, taken))
     if not images:
         found = f", but {told_kinds(others)}" if others else ""
-        mend = "; --recursive searches subfolders" if "subfolder" in others and not recursive else ""
-        raise VesselError(f"{shown}: {what} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))}){found}{mend}")
+        hint = "; --recursive searches subfolders" if "subfolder" in others and not recursive else ""
+        raise VesselError(f"{shown}: {what} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))}){found}{hint}")
     return [_file(image, base, f"{place}, file {number} of {len(images)}") for number, image in enumerate(images, start=1)], others
 
 
@@ -241,7 +244,7 @@ def _is_same(path: Path, other: Path | None) -> bool:
 
 
 def _is_image(path: Path) -> bool:
-    """Whether it is taken, if only to say that it cannot be read: what is called as an image is, or has no suffix and may be one."""
+    """Whether a path is taken, even if only to report that it cannot be read: it has the suffix of an image, or none and may be one."""
     if os.path.isdir(path):
         return False
     if path.suffix.lower() in SUFFIXES or is_dicom(path):
@@ -250,7 +253,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_unreadable(path: Path) -> bool:
-    """Whether it is a file, or a link to none, that does not let itself be read."""
+    """Whether it is a file that cannot be read, or a broken link."""
     try:
         require_regular(path)
         with path.open("rb") as file:
@@ -263,7 +266,7 @@ def _is_unreadable(path: Path) -> bool:
 
 
 def _kinds(paths: Iterable[Path], show_names: bool) -> dict[str, int]:
-    """How many there are of each kind: of each suffix that says nothing of a patient, which is one that others use."""
+    """How many paths there are of each kind. A suffix is shown only if it is in common use: others may be part of a patient's name."""
     kinds: Counter[str] = Counter()
     for path in paths:
         suffix = path.suffix.lower()
@@ -279,7 +282,7 @@ def _kinds(paths: Iterable[Path], show_names: bool) -> dict[str, int]:
 
 
 def told_kinds(kinds: Mapping[str, int]) -> str:
-    """Such as `1 .gif, 3 .txt, 2 subfolders`."""
+    """For example `1 .gif, 3 .txt, 2 subfolders`."""
     return ", ".join(f"{count} {kind}{'s' * (count > 1 and kind in ('subfolder', 'special file'))}" for kind, count in kinds.items())
 
 
@@ -324,7 +327,7 @@ def _frame(file: _File, number: int | None, index: int, total: int, naming: Nami
 def _remember_file(file: _File, code: str, naming: Naming) -> None:
     remember(file.path, code)
     folders = Path(file.image).parts[:-1]
-    if folders:  # they may be called after patients, too
+    if folders:  # they may carry patients' names too
         remember(file.image, code)
         remember(file.stem, code)
         for folder in folders:
