@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import KINDS, NOTES, Drawn, Fault, Item, concept_of, polygon_fault, read_annotations
-from vessel_rt.inputs.frames import Naming, stem_of
+from vessel_rt.inputs.frames import Naming
 from vessel_rt.inputs.images import SUFFIXES, read_image
+from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable, remember
 from vessel_rt.io.files import replacing, require_regular, writing
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import SAME_MASKS, Item, Mask, Polygon, concept_of, polygon_fault, rasterized, read_annotations
-from vessel_rt.inputs.frames import flat_stem, stem_of
 from vessel_rt.inputs.images import SUFFIXES, read_levels
+from vessel_rt.inputs.input_files import flat_stem, stem_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
 
 __all__ = ["GroundTruth", "concepts_in", "read_truth"]

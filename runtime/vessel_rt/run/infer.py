@@ -9,9 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +24,8 @@ from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES
-from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, told_kinds
+from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames
+from vessel_rt.inputs.input_files import told_kinds
 from vessel_rt.inputs.pseudonyms import printable
 from vessel_rt.io.folder_lock import FolderLock, locked
 from vessel_rt.results.cines import write_cines
@@ -38,10 +37,11 @@ from vessel_rt.run.earlier import read_earlier
 from vessel_rt.run.journal import Record
 from vessel_rt.run.process_pool import ProcessPool
 from vessel_rt.run.ray_pool import RayPool
+from vessel_rt.run.stop import Stop
 from vessel_rt.run.summary import Summary, run_content
 from vessel_rt.run.worker import Job, Worker, WorkOptions, cores
 
-__all__ = ["InferOptions", "Stop", "infer"]
+__all__ = ["InferOptions", "infer"]
 
 _Workers: TypeAlias = Worker | ProcessPool | RayPool
 
@@ -84,33 +84,6 @@ class InferOptions:
             "show_names": naming.show_names,
             "key": naming.codes.key_id,
         }
-
-
-class Stop(threading.Event):
-    """Set when a run has to start no further frame; `signal` is the signal that caused it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """In the block, SIGINT or SIGTERM sets it; the same signal again ends the process at once. Finished results are kept either way."""
-        if threading.current_thread() is not threading.main_thread():  # no handler can be set here
-            yield
-            return
-
-        def stop(number: int, _: object) -> None:
-            self.signal = signal.Signals(number)
-            self.set()
-            signal.signal(number, signal.SIG_DFL)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def infer(bundle: Bundle, options: InferOptions) -> Summary:
