@@ -1,4 +1,4 @@
-"""`--print-completion SHELL`: a script for the shell that completes commands, options and paths."""
+"""`--print-completion SHELL`: a script for the shell that completes commands, options and paths. Does not know the commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["add_completion"]
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the option; what is added to it later is completed, too."""
+    """Add the option to `parser`. Commands and options that are added later are completed too."""
     parser.add_argument(
         "--print-completion", action=_PrintCompletion, metavar="SHELL", help="a script that completes commands: bash, zsh, tcsh"
     )
@@ -30,7 +30,7 @@ class _PrintCompletion(argparse.Action):
 
 
 def _mark_paths(parser: argparse.ArgumentParser, as_file: Any) -> None:
-    """Tell which arguments are paths: those of that type, and positional ones that take several."""
+    """Mark the arguments that are paths: those of type Path, and positional ones that take several values."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

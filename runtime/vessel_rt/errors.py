@@ -1,4 +1,4 @@
-"""The one base class of errors that a user can mend."""
+"""User-facing errors, under one base class. Does not know who raises or prints them."""
 
 __all__ = [
     "BundleError",
@@ -14,14 +14,14 @@ __all__ = [
 
 
 class VesselError(Exception):
-    """Bad input: the message is one line that names the file and the mend; the command line prints it and exits 1.
+    """Bad input. The message is one line: what happened, where, and what to do. The command line prints it and exits 1.
 
     Every other exception is a bug and shows its traceback.
     """
 
 
 class BundleError(VesselError):
-    """A bundle that is missing, incomplete, damaged, or of a schema this version does not read."""
+    """A bundle that is missing, incomplete, damaged, or of a schema that this version does not read."""
 
 
 class RecipeError(VesselError):
@@ -29,25 +29,25 @@ class RecipeError(VesselError):
 
 
 class EngineError(VesselError):
-    """An engine that is missing, damaged, or was built from other files, for another GPU or by another version: never loaded."""
+    """An engine that is missing, damaged, or was built from other files, for another GPU or by another version. It is never loaded."""
 
 
 class ImageError(VesselError):
-    """An image that cannot be read or that the model cannot take: a run goes on, and the image's line in results.jsonl says why."""
+    """An image that cannot be read or that the model cannot take. A run continues, and the image's line in results.jsonl says why."""
 
 
 class OutOfMemory(ImageError):
-    """A device without room for what it was given: a smaller batch may pass."""
+    """A device without enough memory: a smaller batch may fit."""
 
 
 class GraphError(VesselError):
-    """A graph that failed on a device, because of its input or of the device: Segmenter finds out which."""
+    """A graph that failed on a device, because of its input or because of the device. Segmenter finds out which."""
 
 
 class DeviceError(VesselError):
-    """A device that fails on a known-good input, too: the run ends or goes on elsewhere, and no image fails because of it."""
+    """A device that also fails on a known-good input. The run ends or continues on another device, and no image fails because of it."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in one line; its kind where it says nothing."""
+    """The first line of a library's error; its type if it has no text."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs, as CUDA's driver lists them: name, compute capability, memory. Knows nothing of ONNX Runtime."""
+"""NVIDIA's GPUs, as CUDA's driver lists them: name, compute capability, memory. Does not know about ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MIN
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU: its number in CUDA's order, its name, its compute capability as in `sm86`, all of its memory in bytes."""
+    """One GPU: its number in CUDA's order, its name, its compute capability as in `sm86`, its total memory in bytes."""
 
     index: int
     name: str
@@ -29,12 +29,12 @@ def list_gpus() -> tuple[Gpu, ...]:
     """The GPUs that CUDA sees, at least one.
 
     Raises:
-        VesselError: there is no driver, or no GPU, or the driver fails.
+        VesselError: there is no driver or no GPU, or the driver fails.
     """
     try:
         cuda = ctypes.CDLL(_LIBRARY)
     except OSError:
-        raise VesselError(f"there is no NVIDIA driver here ({_LIBRARY} is missing): install it, where there is a GPU") from None
+        raise VesselError(f"there is no NVIDIA driver here ({_LIBRARY} is missing): install it if there is a GPU") from None
     code = cuda.cuInit(0)
     count = ctypes.c_int()
     if code == 0:

@@ -1,7 +1,7 @@
-"""A bundle on a device: which device, which file each stage is loaded from there, and the proof that no such file was changed.
+"""A bundle on a device: which device, which file each stage is loaded from, and whether these files changed. Does not know about images.
 
-Nothing of a bundle is loaded but through `deploy`. Every file that the bundle, a graph or an engine names lies in the bundle's folder and
-was hashed before anything opens it; no other file is opened. `Deployment.guarded` tells whether the files are still what was hashed.
+Bundles are loaded only through `deploy`. Every file that the bundle, a graph or an engine names lies in the bundle's folder and is hashed
+before anything opens it; no other file is opened. `Deployment.guarded` tells whether the files are still what was hashed.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from vessel_rt.io.checked_files import CheckedFiles, changes, leases
 
 __all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "choose_devices", "deploy", "deploy_on", "deployment_fault"]
 
-_NO_BF16 = "ONNX Runtime computes no bf16 on the CPU: run it on a GPU (--device cuda or rtx), or export it with --precision fp32"
+_NO_BF16 = "ONNX Runtime cannot compute bf16 on the CPU: run the bundle on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
-MOST_IMAGES = 8  # of a batch, unless more are asked for
+MOST_IMAGES = 8  # in a batch, unless more are requested
 _CHOOSER = "from vessel_rt.device.deployment import answer_parent; answer_parent()"
-_CHOOSING = 300  # seconds; drivers of many GPUs take a while to start
+_CHOOSING = 300  # seconds; drivers of many GPUs are slow to start
 
-AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which at first spends minutes on building engines
+AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which first builds engines for minutes
 
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A bundle whose files were found unchanged, on a device that works.
+    """A bundle whose files were checked, on a device that works.
 
-    `graphs` has the file of each stage; `batch` images run at once; `files` are all that were hashed.
+    `graphs` has the file of each stage; `batch` images run at once; `files` are all files that were hashed.
     """
 
     bundle: Bundle
@@ -61,11 +61,11 @@ class Deployment:
 
     @contextmanager
     def guarded(self) -> Iterator[Callable[[], None]]:
-        """Watch over the files for a block in which sessions are loaded and run.
+        """Watch the files during a block in which sessions are loaded and run.
 
         Returns:
-            A function that raises the BundleError of a file that was changed since it was hashed, or is about to be. What was computed
-            before a call that raises nothing was computed with the files as they were hashed. A call takes some microseconds.
+            A function that raises BundleError if a file was changed since it was hashed, or is about to be. What was computed before a
+            call that raises nothing was computed with the files as they were hashed. A call takes some microseconds.
 
         Raises:
             BundleError: as that function.
@@ -76,7 +76,7 @@ class Deployment:
             for path, what in wanted or changes(self.files):
                 raise BundleError(
                     f"{self.bundle.folder}: {path.relative_to(self.bundle.folder)} {what} while the bundle is in use; "
-                    "copy or export the bundle again, then start the same run again: what was done before is kept"
+                    "copy or export the bundle again, then give the same command again: finished results are kept"
                 )
 
         with leases(self.files) as in_demand:
@@ -88,7 +88,7 @@ class Deployment:
 
         Raises:
             BundleError: the graph's inputs and outputs are not those of the bundle.
-            EngineError: compiled code would be kept in a folder open to all.
+            EngineError: compiled code would be saved in a folder that anyone may write to.
         """
         spec, path = self.bundle.stages[stage], self.graphs[stage]
         session = Session(path, self.device, threads, cache=self._cache(stage) if self._compiles else None)
@@ -97,15 +97,15 @@ class Deployment:
         return session
 
     def sessions(self, threads: int = 0) -> dict[str, Session]:
-        """Load every stage, side by side; if one cannot be loaded, none stays. See `session`."""
+        """Load all stages at the same time; if one cannot be loaded, none stays loaded. See `session`."""
         with ThreadPoolExecutor(len(self.graphs)) as pool:
             loading = {stage: pool.submit(self.session, stage, threads) for stage in self.graphs}
         return {stage: future.result() for stage, future in loading.items()}
 
     def _cache(self, stage: str) -> EngineCache | None:
-        """In the user's own folder, since engines are code, and named by the bundle's content, since ONNX Runtime looks at no weights.
+        """In the user's own folder, since engines are code, and named by the bundle's hash, since ONNX Runtime ignores weights.
 
-        None where there is no such folder to write to: then nothing is kept.
+        None if that folder cannot be written: then nothing is saved.
         """
         whole = Path.home() / ".cache" / "vessel-rt" / self.bundle.sha256
         folder = whole / stage
@@ -116,7 +116,7 @@ class Deployment:
             return None
         for path in (whole, folder):
             if writable_by_anyone(path):
-                raise EngineError(f"{path}: may be written by anyone; remove it, since what is in it would be run")
+                raise EngineError(f"{path}: anyone may write to it, and its content would be run; remove it")
         workload = Workload(max_batch=self.batch, opt_batch=self.batch)
         return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], workload))
 
@@ -134,17 +134,17 @@ def deploy(
     batch: int | None = None,
     files: CheckedFiles | None = None,
 ) -> Deployment:
-    """Choose the device, and check every file that will be read there; `progress` is told of each bytes read, and of all there are.
+    """Choose the device, and check every file that will be read there. `progress` gets the bytes read each time, and the total.
 
-    `auto` is the first of AUTO that runs this bundle. On `rtx` the graphs' own files are not read, the engines built from them are.
-    `batch` images run at once; None leaves it to the device: one on a CPU, which gains nothing by more (docs/performance.md), on a GPU as
-    many, up to MOST_IMAGES, as its engines take and `vessel-rt plan` finds room for. `files` are what `check_bundle` gave another process
-    for this bundle and device: they are not hashed again.
+    `auto` is the first of AUTO that runs this bundle. On `rtx` the engines are read instead of the graphs' own files. `batch` images run at
+    once; None leaves it to the device: one on a CPU, which gains nothing from more (docs/performance.md); on a GPU, up to MOST_IMAGES, as
+    many as its engines take and `vessel-rt plan` finds room for. `files` is the result of `check_bundle` in another process for this bundle
+    and device: they are not hashed again.
 
     Raises:
-        VesselError: a device asked for by name cannot be used; nothing else is taken in its place.
-        BundleError: a file of the bundle is missing or was changed, or a graph names one that has no hash.
-        EngineError: an engine is missing, was changed, or is not for this bundle, GPU or TensorRT-RTX, or for batches so large.
+        VesselError: a device that was requested by name cannot be used; no other device is used instead.
+        BundleError: a file of the bundle is missing or was changed, or a graph names a file without a hash.
+        EngineError: an engine is missing, was changed, or is not for this bundle, GPU, TensorRT-RTX or batch size.
     """
     return deploy_on(bundle, choose_device(bundle, wanted), progress, batch=batch, files=files)
 
@@ -166,15 +166,15 @@ def deploy_on(
         graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
     else:
         graphs = {name: engines.folder / f"{name}.onnx" for name in bundle.stages}
-    if not files.keys() >= set(graphs.values()):  # another process saw other devices
-        raise VesselError(f"--device {device}: the files that it loads were not checked; start the run again")
+    if not files.keys() >= set(graphs.values()):  # the other process saw other devices
+        raise VesselError(f"--device {device}: the files that it loads were not checked; give the command again")
     return Deployment(bundle, device, graphs, images, files)
 
 
 def check_bundle(
     bundle: Bundle, devices: Sequence[Device], batch: int | None, progress: Callable[[int, int], object] | None = None
 ) -> CheckedFiles:
-    """Check every file that will be read on `devices`, which are chosen already, each file once. `batch` and `progress` as in deploy.
+    """Check every file that will be read on `devices` (already chosen), each file once. `batch` and `progress` as in deploy.
 
     Raises:
         BundleError, EngineError: as in deploy.
@@ -184,7 +184,7 @@ def check_bundle(
 
 
 def _engines_for(bundle: Bundle, device: Device, batch: int | None) -> EngineSet | None:
-    """The engines that `device` runs, None where it runs the graphs; errors as in deploy, none of which needs a file to be read."""
+    """The engines that `device` runs; None if it runs the graphs. Raises what deploy raises before it reads a file."""
     if _lacks_kernels(bundle, device):
         raise BundleError(f"{bundle.folder}: {_NO_BF16}")
     engines = _engines(bundle, device) if device.kind == "rtx" else None
@@ -195,7 +195,7 @@ def _engines_for(bundle: Bundle, device: Device, batch: int | None) -> EngineSet
 
 
 def _check(bundle: Bundle, engines: Sequence[EngineSet | None], progress: Callable[[int, int], object] | None) -> CheckedFiles:
-    """Hash the files of the bundle and of the sets of engines; None among these stands for the graphs themselves."""
+    """Hash the files of the bundle and of the sets of engines; None stands for the graphs themselves."""
     built, graphs = [found for found in engines if found], None in engines
     records = [*bundle.used_files(graphs=graphs).values(), *(record for found in built for record in found.files.values())]
     total = sum(record.bytes for record in records if record)
@@ -211,17 +211,17 @@ def _check(bundle: Bundle, engines: Sequence[EngineSet | None], progress: Callab
 
 
 def _most_images(bundle: Bundle, device: Device, engines: EngineSet | None) -> int:
-    """How many images run at once unless the user says."""
+    """How many images run at once by default."""
     if device.kind == "cpu":
         return 1
-    if engines:  # whose recipe was planned for the card
+    if engines:  # their recipe was planned for the card
         return min(engines.max_batch, MOST_IMAGES)
     memory = list_gpus()[device.index].memory
     return max((images for images in range(2, MOST_IMAGES + 1) if make_plan(bundle, images, memory).fits), default=1)
 
 
 def deployment_fault(bundle: Bundle, device: Device) -> str | None:
-    """Why `bundle` cannot run on `device`, and what would mend it; None if it can. The contents of files are not read."""
+    """Why `bundle` cannot run on `device`, and what to do; None if it can. The content of files is not read."""
     fault = device_fault(device)
     if fault is None and device.kind == "rtx":
         try:
@@ -236,7 +236,7 @@ def _lacks_kernels(bundle: Bundle, device: Device) -> bool:
 
 
 def choose_device(bundle: Bundle, wanted: Device) -> Device:
-    """The device that `deploy` takes for `wanted`. `gpu` is the first kind of AUTO but the CPU that runs this bundle on that GPU.
+    """The device that `deploy` uses for `wanted`. `gpu` is the first kind of AUTO, except the CPU, that runs this bundle on that GPU.
 
     Raises:
         VesselError: it cannot be used.
@@ -253,8 +253,8 @@ def choose_device(bundle: Bundle, wanted: Device) -> Device:
 
 
 def choose_devices(bundle: Bundle, wanted: Sequence[Device], *, apart: bool = False) -> tuple[Device, ...]:
-    """`choose_device` of each. For several GPUs, and with `apart`, a process of its own does it: finding out whether a GPU works takes
-    memory there until the process ends.
+    """`choose_device` for each. For several GPUs, and with `apart`, this happens in a separate process: probing a GPU takes memory there
+    until the process ends.
 
     Raises:
         VesselError: one cannot be used, or the driver crashes or hangs.
@@ -268,7 +268,7 @@ def choose_devices(bundle: Bundle, wanted: Sequence[Device], *, apart: bool = Fa
     except subprocess.TimeoutExpired as e:
         raise VesselError(f"the devices do not answer within {_CHOOSING} seconds: nvidia-smi may say why") from e
     except (EOFError, pickle.UnpicklingError) as e:
-        raise VesselError(f"looking for devices ended with exit code {done.returncode}: nvidia-smi may say why") from e
+        raise VesselError(f"the search for devices ended with exit code {done.returncode}: nvidia-smi may say why") from e
     if isinstance(found, str):
         raise VesselError(found)
     return tuple(found)
@@ -278,7 +278,7 @@ def answer_parent() -> None:
     """The process of `choose_devices`: a bundle and devices come on standard input, devices or an error's text go out."""
     bundle, wanted = pickle.load(sys.stdin.buffer)
     with os.fdopen(os.dup(1), "wb") as replies:
-        os.dup2(2, 1)  # what a library prints is not for the parent
+        os.dup2(2, 1)  # libraries print to standard error instead of the pipe
         try:
             found: Sequence[Device] | str = [choose_device(bundle, device) for device in wanted]
         except VesselError as e:
@@ -290,5 +290,5 @@ def _engines(bundle: Bundle, device: Device) -> EngineSet:
     """The bundle's engines for the GPU `device`. Raises EngineError as EngineSet.open does."""
     version = builder_version(device.kind)
     if version is None:
-        raise EngineError(f"--device {device}: TensorRT-RTX does not tell its version; pip install --force-reinstall 'vessel-rt[rtx]'")
+        raise EngineError(f"--device {device}: the version of TensorRT-RTX is unknown; pip install --force-reinstall 'vessel-rt[rtx]'")
     return EngineSet.open(bundle, Target(device.kind, list_gpus()[device.index].architecture, version))

@@ -1,4 +1,4 @@
-"""`vessel-rt devices`: every kind of device, whether it can be used here, and what it lacks."""
+"""`vessel-rt devices`: every kind of device, whether it can be used here, and what is missing. Loads no graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DeviceReport", "devices_json", "devices_table", "list_devices"]
 
 @dataclasses.dataclass(frozen=True)
 class DeviceReport:
-    """A device, the GPU behind it, and why it cannot be used; None where it can."""
+    """A device, its GPU, and why it cannot be used (None if it can)."""
 
     device: Device
     gpu: Gpu | None
@@ -25,14 +25,14 @@ class DeviceReport:
 
 
 def list_devices(bundle: Bundle | None = None) -> list[DeviceReport]:
-    """Every device there is, and one of every kind that there is not; with `bundle`, whether that runs on it."""
+    """Every device here, and one entry for every kind that is missing. With `bundle`, whether the bundle runs on it."""
     return list(_reports(bundle))
 
 
 def _reports(bundle: Bundle | None) -> Iterator[DeviceReport]:
     try:
         gpus: Sequence[Gpu] = list_gpus()
-    except VesselError:  # the devices' own faults say so
+    except VesselError:  # the faults of the devices say so
         gpus = ()
     for kind in PROVIDERS:
         for gpu in (gpus or (None,)) if kind != "cpu" else (None,):
@@ -41,7 +41,7 @@ def _reports(bundle: Bundle | None) -> Iterator[DeviceReport]:
 
 
 def devices_table(reports: Sequence[DeviceReport]) -> str:
-    """A line a device: its name for --device, its GPU, and `usable`, or why not and what to do."""
+    """A line per device: its name for --device, its GPU, and `usable`, or why not and what to do."""
     rows = [(str(report.device), _gpu_text(report.gpu), report.fault or "usable") for report in reports]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{device:{widths[0]}}  {gpu:{widths[1]}}  {fault}" for device, gpu, fault in rows)
@@ -52,7 +52,7 @@ def _gpu_text(gpu: Gpu | None) -> str:
 
 
 def devices_json(reports: Sequence[DeviceReport]) -> str:
-    """The same for programs: a list of objects with `device`, `usable`, `fault` and `gpu`."""
+    """The same as JSON: a list of objects with `device`, `usable`, `fault` and `gpu`."""
     entries = [
         {
             "device": str(report.device),

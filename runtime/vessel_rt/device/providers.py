@@ -28,10 +28,10 @@ __all__ = ["PROVIDERS", "Device", "EngineCache", "ExecutionProvider", "device_fa
 
 @dataclasses.dataclass(frozen=True)
 class EngineCache:
-    """Where ONNX Runtime keeps what it compiles at run time, and the shapes to compile for.
+    """Where ONNX Runtime saves what it compiles at run time, and the shapes to compile for.
 
-    For `tensorrt` that is engines, for `rtx` the kernels that its engines leave to be compiled for the GPU at hand. The folder must be
-    there, and of one bundle: an engine is found in it by its graph's nodes, which two bundles share, and not by weights.
+    `tensorrt` saves engines; `rtx` saves kernels that its engines leave to be compiled for the GPU at hand. The folder must exist and
+    belong to one bundle: an engine is found by its graph's nodes, which two bundles share, and not by its weights.
     """
 
     folder: Path
@@ -42,9 +42,9 @@ class EngineCache:
 class ExecutionProvider:
     """What runs on a kind of device.
 
-    `name` is ONNX Runtime's, `package` what installs it (None: ONNX Runtime was built with it), `install` how to come by it. `memory` is
-    ONNX Runtime's name for the memory there. `probe` proves a device usable, by an error that says why it is not. `choose` sets the options
-    of a session for a device, and returns what to pass as its `providers`.
+    `name` is ONNX Runtime's name, `package` what installs it (None: it is built into ONNX Runtime), `install` how to get it. `memory` is
+    ONNX Runtime's name for the memory there. `probe` raises an error that says why a device is not usable. `choose` sets the options of a
+    session for a device, and returns what to pass as its `providers`.
     """
 
     name: str
@@ -56,28 +56,28 @@ class ExecutionProvider:
 
     @property
     def installed(self) -> bool:
-        """Whether it is there; it may lack a driver or a library all the same."""
+        """Whether it is installed. A driver or a library may still be missing."""
         return bool(importlib.util.find_spec(self.package)) if self.package else self.name in onnxruntime().get_available_providers()
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Where graphs run: a key of PROVIDERS, or `auto` or `gpu` until one is chosen, and which of several alike."""
+    """Where graphs run: a key of PROVIDERS, or `auto` or `gpu` until one is chosen, and the number of the GPU."""
 
     kind: str
     index: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Device:
-        """`auto`, `cpu`, or `cuda`, `rtx` or `tensorrt`, perhaps with `:N`, as a Device; ValueError says what would do."""
+        """`auto`, `cpu`, or `cuda`, `rtx` or `tensorrt`, optionally with `:N`, as a Device; ValueError says what is valid."""
         match = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
         if not match or match[1] not in ("auto", *PROVIDERS) or (match[2] and match[1] in ("auto", "cpu")):
-            raise ValueError(f"{text!r} is not a device: take auto, cpu, or one of cuda, rtx, tensorrt, with :N for the GPU of that number")
+            raise ValueError(f"{text!r} is not a device: use auto, cpu, or one of cuda, rtx, tensorrt, with :N for GPU number N")
         return cls(match[1], int(match[2] or 0))
 
     @classmethod
     def parse_several(cls, text: str) -> tuple[Device, ...]:
-        """`0,1,2,3` as those GPUs, `cpu:2` as the CPU for two processes, `cuda:0,cuda:1` as Devices; ValueError says what would do."""
+        """`0,1,2,3` as those GPUs, `cpu:2` as the CPU for two processes, `cuda:0,cuda:1` as Devices; ValueError says what is valid."""
         devices: list[Device] = []
         for part in text.split(","):
             if part.isdecimal():
@@ -87,7 +87,7 @@ class Device:
             else:
                 devices.append(cls.parse(part))
         if len({device.kind for device in devices}) > 1 or (devices[0].kind != "cpu" and len(set(devices)) < len(devices)):
-            raise ValueError(f"{text!r}: one kind of device, and each GPU once; such as 0,1,2,3 or cuda:0,cuda:1 or cpu:2")
+            raise ValueError(f"{text!r}: use one kind of device, and each GPU once, such as 0,1,2,3 or cuda:0,cuda:1 or cpu:2")
         return tuple(devices)
 
     def __str__(self) -> str:
@@ -97,13 +97,13 @@ class Device:
 def onnxruntime() -> Any:
     """The onnxruntime module, imported on first use, with its telemetry off. Nothing else imports it.
 
-    Which of its packages is installed is the user's choice. A program that imports onnxruntime before vessel_rt has to set
+    The user chooses which of its packages to install. A program that imports onnxruntime before vessel_rt has to set
     ORT_DISABLE_TELEMETRY=1 itself: the library reads it once, when it is loaded.
 
     Raises:
         VesselError: none is installed.
     """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # disable_telemetry_events() comes too late: the library has begun by then
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # disable_telemetry_events() is too late: the library has started by then
     try:
         import onnxruntime
     except ModuleNotFoundError as e:
@@ -114,22 +114,22 @@ def onnxruntime() -> Any:
 
 
 def _probe_cpu(device: Device) -> None:
-    """Always there."""
+    """Always usable."""
 
 
 def _probe_cuda(device: Device) -> None:
-    """Finds CUDA's and cuDNN's libraries where pip puts them, then has CUDA hold a value. ONNX Runtime prints what it does not find."""
+    """Load CUDA's and cuDNN's libraries from where pip puts them, then allocate a value. ONNX Runtime prints what it does not find."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         onnxruntime().preload_dlls()
     try:
-        _hold_a_value(device)
+        _allocate_a_value(device)
     except Exception as e:  # ONNX Runtime's errors share no base class
         missing = [line for line in said.getvalue().splitlines() if line.startswith("Failed")]
         raise VesselError(missing[0] if missing else first_line(e)) from e
 
 
 def _probe_tensorrt(device: Device) -> None:
-    """As for CUDA; then has ONNX Runtime load TensorRT, as it does before it makes a session."""
+    """As for CUDA, then let ONNX Runtime load TensorRT, as it does before it makes a session."""
     _probe_cuda(device)
     with contextlib.suppress(ImportError):
         import tensorrt  # noqa: F401  # loads its libraries from where pip puts them
@@ -138,7 +138,7 @@ def _probe_tensorrt(device: Device) -> None:
 
 
 def _probe_rtx(device: Device) -> None:
-    """TensorRT-RTX is a library of its own, which is registered with ONNX Runtime once a process."""
+    """TensorRT-RTX is a separate library, which is registered with ONNX Runtime once per process."""
     ort = onnxruntime()  # before the provider's package, which would import it with its telemetry on
     import onnxruntime_ep_nv_tensorrt_rtx as rtx
 
@@ -150,10 +150,10 @@ def _probe_rtx(device: Device) -> None:
         except Exception as e:  # ONNX Runtime's errors share no base class
             raise VesselError(first_line(e).rpartition("with error: ")[2]) from e
     _rtx_device(device.index)
-    _hold_a_value(device)
+    _allocate_a_value(device)
 
 
-def _hold_a_value(device: Device) -> None:
+def _allocate_a_value(device: Device) -> None:
     onnxruntime().OrtValue.ortvalue_from_shape_and_type((1,), np.float32, PROVIDERS[device.kind].memory, device.index)
 
 
@@ -166,7 +166,7 @@ def _choose_cuda(options: Any, device: Device, cache: EngineCache | None) -> Seq
 
 
 def _choose_tensorrt(options: Any, device: Device, cache: EngineCache | None) -> Sequence[tuple[str, dict[str, str]]]:
-    """Strongly typed, since no precision is enabled: the graph's own types decide. CUDA runs what TensorRT leaves."""
+    """Strongly typed, since no precision is enabled: the graph's own types decide. CUDA runs what TensorRT does not."""
     settings = {"device_id": str(device.index)}
     if cache:
         for key in ("trt_engine_cache", "trt_timing_cache"):
@@ -176,7 +176,7 @@ def _choose_tensorrt(options: Any, device: Device, cache: EngineCache | None) ->
 
 
 def _choose_rtx(options: Any, device: Device, cache: EngineCache | None) -> None:
-    """Engines that were built beforehand, and nothing else: none is built here, and no node is left to the CPU."""
+    """Only engines that were built before: none is built here, and no node is left to the CPU."""
     options.add_provider_for_devices([_rtx_device(device.index)], {"nv_runtime_cache_path": str(cache.folder)} if cache else {})
     options.add_session_config_entry("session.disable_model_compile", "1")
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -211,10 +211,10 @@ PROVIDERS = {
 
 
 def open_device(wanted: Device) -> Device:
-    """`wanted` itself, proven to work.
+    """Prove that `wanted` works, load its libraries into this process, and return it.
 
     Raises:
-        VesselError: it cannot be used; nothing else is taken in its place.
+        VesselError: it cannot be used; no other device is used instead.
     """
     fault = device_fault(wanted)
     if fault:
@@ -223,7 +223,7 @@ def open_device(wanted: Device) -> Device:
 
 
 def device_fault(device: Device) -> str | None:
-    """Why graphs cannot run on `device`, and what would mend it; None if they can."""
+    """Why graphs cannot run on `device`, and what to do; None if they can."""
     ort, provider = onnxruntime(), PROVIDERS[device.kind]
     faults = []
     if device.kind != "cpu":
@@ -236,7 +236,7 @@ def device_fault(device: Device) -> str | None:
         faults.append(f"{provider.name} is not installed: {provider.install}")
     if faults:
         return "; ".join(faults)
-    ort.set_default_logger_severity(4)  # of what is found out here, ONNX Runtime would print pages
+    ort.set_default_logger_severity(4)  # otherwise ONNX Runtime prints pages about what is probed here
     try:
         provider.probe(device)
     except Exception as e:  # ONNX Runtime's errors share no base class

@@ -25,19 +25,19 @@ __all__ = ["Session", "Value"]
 
 Value: TypeAlias = "npt.NDArray[Any] | OrtValue"
 
-# TensorProto's numbers, for values of types that NumPy may not have; and a type of the same size that it has.
+# TensorProto's numbers of types, some of which NumPy lacks, and a NumPy type of the same size.
 _ONNX_TYPES = {"float32": (1, np.uint32), "float16": (10, np.uint16), "bfloat16": (16, np.uint16)}
 
 # ONNX Runtime's names of types, and a TensorSpec's.
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 
-# Operators that on the CPU would make a GPU wait: ONNX Runtime places shape arithmetic there by design, these for want of a kernel.
+# Operators that are too slow on the CPU while a GPU waits. ONNX Runtime places shape arithmetic there by design, these without a kernel.
 _HEAVY = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "RotaryEmbedding", "TensorScatter"})
 
-# What ONNX Runtime's arenas, CUDA and TensorRT say when there is none left.
+# What ONNX Runtime's arenas, CUDA and TensorRT say when memory runs out.
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
 
-# What a plain RuntimeError of ONNX Runtime's bindings says when it is the device's; other ones are bugs.
+# What a plain RuntimeError of ONNX Runtime's bindings says if the device caused it; other ones are bugs.
 _OF_THE_DEVICE = re.compile(r"CUDA|CUDNN|CUBLAS|TensorRT", re.IGNORECASE)
 
 
@@ -45,25 +45,25 @@ class Session:
     """One loaded graph. A context manager: leaving it frees the graph's memory.
 
     Args:
-        path: the .onnx file; its external data, or its engines, are found beside it.
-        device: a device that `open_device` returned.
+        path: the .onnx file; its external data or engines are in the same folder.
+        device: a device that `open_device` returned in this process.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime (all physical cores).
-        cache: for `tensorrt` and `rtx`; without it, what they compile at run time is not kept.
+        cache: for `tensorrt` and `rtx`; without it, what they compile at run time is not saved.
 
     Raises:
-        VesselError: ONNX Runtime cannot load the graph, or leaves all of it, or operators that are costly there, to the CPU. (It places
-            shape arithmetic on the CPU by design; `rtx` leaves nothing there.)
+        VesselError: ONNX Runtime cannot load the graph, or it leaves all of the graph, or operators that are slow there, to the CPU. (It
+            places shape arithmetic on the CPU by design; `rtx` leaves nothing there.)
     """
 
     def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None) -> None:
         ort, provider = onnxruntime(), PROVIDERS[device.kind]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        # Threads that wait by spinning take the cores from whatever else there is to do: resizing, writing, another graph.
+        # Threads that spin while they wait take the cores from other work: resizing, writing, another graph.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3  # errors; its warnings are for those who write graphs
+        options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was read as ONNX before
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX
         try:
             session = self._load(path, options, provider.choose(options, device, cache))
         except Exception as e:  # ONNX Runtime's errors share no base class
@@ -89,7 +89,7 @@ class Session:
         }
 
     def _load(self, path: Path, options: Any, providers: Sequence[tuple[str, dict[str, str]]] | None) -> Any:
-        """ONNX Runtime's session of the graph at `path`; a subclass may load another graph in its place."""
+        """ONNX Runtime's session of the graph at `path`. A subclass may load another graph instead."""
         return onnxruntime().InferenceSession(str(path), options, providers=providers, enable_fallback=0)
 
     def __enter__(self) -> Self:
@@ -103,8 +103,8 @@ class Session:
 
         Args:
             feeds: every input by name: a C-contiguous array of the input's exact dtype, or a value already on the device.
-            keep: outputs to leave on the device (OrtValue, fit to be fed again), rather than brought back as arrays.
-            into: outputs to write into given device memory, which may be an input's own (a KV cache grows in place).
+            keep: outputs to leave on the device, as OrtValues that can be fed again, instead of copying them to arrays.
+            into: outputs to write into given device memory, which may be that of an input (a KV cache grows in place).
 
         Returns:
             Every output by name, except those of `into`: arrays, or OrtValues for those in `keep`.
@@ -134,19 +134,19 @@ class Session:
         return {name: value if name in keep else value.numpy() for name, value in zip(fresh, values, strict=True)}
 
     def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
-        """Zeros in this session's device memory, of a TensorSpec's `dtype`: memory as it comes may hold NaN, and 0 times NaN is NaN.
+        """Zeros in this session's device memory, of a TensorSpec's `dtype`: uninitialized memory may hold NaN, and 0 times NaN is NaN.
 
-        ONNX Runtime fills device memory from host arrays only: one of this shape is made, and gone on return.
+        ONNX Runtime fills device memory from host arrays only: one of this shape is allocated for the call.
         """
         number, like = _ONNX_TYPES[dtype]
         with self._faults():
             value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, number, self._memory, self._device.index)
-            value.update_inplace(np.zeros(shape, like))  # takes any type of the same size, and zero is zero in all
+            value.update_inplace(np.zeros(shape, like))  # accepts any type of the same size, and zero bytes are zero in all of them
         return value
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """Turn what ONNX Runtime raises where a device fails into OutOfMemory, known by its text alone, or GraphError."""
+        """Turn what ONNX Runtime raises when a device fails into OutOfMemory, which only its text tells, or GraphError."""
         try:
             yield
         except Exception as e:
@@ -164,6 +164,6 @@ def _operators_on_the_cpu(session: Any) -> set[str]:
 
 
 def _run_faults() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises where a device fails; its errors about wrong feeds are bugs and stay as they are."""
+    """What ONNX Runtime raises when a device fails. Its errors about wrong inputs are bugs and are not caught."""
     state = onnxruntime().capi.onnxruntime_pybind11_state
     return state.Fail, state.RuntimeException, state.EPFail

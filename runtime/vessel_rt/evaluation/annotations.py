@@ -1,6 +1,6 @@
 """Annotations in Sa2VA's fine-tuning format: a list of `{"image": name, "mask": [polygons of an object, ...], "text": [its concept, ...]}`.
 
-The one reader of such a file, for `check-data` and for `evaluate`, so that both judge it alike. Knows nothing of image files.
+The only reader of such files, so that `check-data` and `evaluate` judge them alike. Does not know about image files.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ __all__ = ["KINDS", "NOTES", "SAME_MASKS", "Drawn", "Fault", "Item", "concept_of
 Mask = npt.NDArray[np.bool_]
 Polygon: TypeAlias = Sequence[float]
 
-_FARTHEST = 2 * MAX_SIDE  # pixels from the origin; pycocotools overflows far beyond it, and ends the process
-_LONGEST = 250_000  # pixels of outline: pycocotools takes time and 100 bytes for each, and ends the process where it has no memory
-_DEEPEST = 50  # levels in what an item has besides, which --fix writes as it is
+_FARTHEST = 2 * MAX_SIDE  # pixels from the origin; far beyond it pycocotools overflows and ends the process
+_LONGEST = 250_000  # pixels of outline: each takes pycocotools time and 100 bytes, and it ends the process when it has no memory
+_DEEPEST = 50  # nesting levels of additional fields, which --fix copies
 
-# What each kind of fault means, and what --fix does about it.
+# What each kind of fault means, and what --fix does with it.
 KINDS = {
     "form": "not an annotated image (image: a name, mask: a list, text: a list): dropped",
-    "duplicate image": "an item that says what earlier ones said of its image: dropped",
-    "image named twice": "a further item of an image, with other objects: kept",
+    "duplicate image": "an item that repeats what earlier ones say about its image: dropped",
+    "image named twice": "another item for the same image, with other objects: kept",
     "missing image": "no such file among the images: dropped",
     "unreadable image": "the image cannot be read: dropped",
-    "more masks than texts": "nothing tells which mask is whose: dropped, but kept where all texts are one concept",
-    "more texts than masks": "nothing tells which text is whose: dropped, but the texts beyond are where all are one concept",
-    "no mask": "nothing is drawn: dropped",
-    "empty text": "an object of no concept: the object is dropped",
+    "more masks than texts": "it is unclear which text belongs to which mask: dropped, but kept if all texts are one concept",
+    "more texts than masks": "it is unclear which text belongs to which mask: dropped; only the extra texts if all are one concept",
+    "no mask": "the item has no mask: dropped",
+    "empty text": "an object without a concept: the object is dropped",
     "empty polygon": "fewer than three points: the polygon is dropped",
     "coordinates": f"not a list of pairs of finite numbers, of up to {_FARTHEST:,} pixels: the polygon is dropped",
-    "outside the image": "no pixel of the polygon is in the image: the polygon is dropped",
-    "partly outside the image": "kept as it is: training cuts it off at the border, too",
+    "outside the image": "no pixel of the polygon lies in the image: the polygon is dropped",
+    "partly outside the image": "kept: training clips it at the border too",
     "no area": "the polygon covers no pixel: dropped",
-    "duplicate object": "the same concept and polygons again, of one image: dropped",
-    "without annotation": "an image of the folder that no item names: nothing to fix",
+    "duplicate object": "the same concept and polygons again in one image: dropped",
+    "without annotation": "an image in the folder that no item names: nothing to fix",
 }
-NOTES = frozenset({"image named twice", "partly outside the image", "without annotation"})  # shown, but no faults
+NOTES = frozenset({"image named twice", "partly outside the image", "without annotation"})  # shown, but not counted as faults
 SAME_MASKS = NOTES | {"duplicate image", "duplicate object"}  # the ground truth is the same with and without them
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A mismatch of a kind of KINDS, with what was found; `object` is the number of the object that has it."""
+    """A mismatch: its kind in KINDS, what was found, and the number of the object, if it is about one."""
 
     kind: str
     found: str
@@ -61,7 +61,7 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Object `number` of an item: its polygons `[x0, y0, x1, y1, ...]`, in pixels, each of three points or more."""
+    """Object `number` of an item: its polygons `[x0, y0, x1, y1, ...]`, in pixels, each with at least three points."""
 
     number: int
     text: str
@@ -70,9 +70,9 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One annotated image: its objects, as far as they are well-formed, and the faults of the others.
+    """One annotated image: its well-formed objects, and the faults of the others.
 
-    `image` is None where the item is not an annotated image at all. `content` is the item as it stands in the file.
+    `image` is None if the item is not an annotated image at all. `content` is the item as in the file.
     """
 
     number: int
@@ -83,7 +83,7 @@ class Item:
 
 
 def read_annotations(path: Path) -> list[Item]:
-    """The items of a file, in its order. Raises VesselError where it cannot be read, or is not a list."""
+    """The items of a file, in order. Raises VesselError if it cannot be read or is not a list."""
     items = read_json(path, _object_of)
     if not isinstance(items, list):
         raise VesselError(f"{path}: not a list of annotated images, but {_json_type(items)}")
@@ -91,12 +91,12 @@ def read_annotations(path: Path) -> list[Item]:
 
 
 def concept_of(text: str) -> str:
-    """A concept as training reads it: in lower case, without a final dot."""
+    """A concept as in training: in lower case, without a final dot."""
     return text.lower().removesuffix(".")
 
 
 def polygon_fault(polygon: Polygon, size: tuple[int, int]) -> tuple[str, str] | None:
-    """The kind of what is wrong with a well-formed polygon in an image of `size` (width, height), if anything is, and what was found."""
+    """The fault of a well-formed polygon in an image of `size` (width, height): its kind and what was found, or None."""
     (width, height), xs, ys = size, polygon[::2], polygon[1::2]
     extent = f"x {min(xs):g} to {max(xs):g}, y {min(ys):g} to {max(ys):g}, the image is {width}x{height}"
     if max(xs) <= 0 or max(ys) <= 0 or min(xs) >= width or min(ys) >= height:
@@ -109,9 +109,9 @@ def polygon_fault(polygon: Polygon, size: tuple[int, int]) -> tuple[str, str] | 
 
 
 def rasterized(polygons: Sequence[Polygon], height: int, width: int) -> Mask:
-    """The union [height, width] of polygons `[x0, y0, x1, y1, ...]` in pixels, filled as Sa2VA's training fills them: by pycocotools.
+    """The union [height, width] of polygons `[x0, y0, x1, y1, ...]` in pixels, filled by pycocotools as in Sa2VA's training.
 
-    Raises ValueError for what is not a polygon, or where a side is longer than MAX_SIDE: pycocotools would end the process.
+    Raises ValueError if one is not a polygon, or a side is longer than MAX_SIDE: pycocotools would end the process.
     """
     from pycocotools import mask as coco
 
@@ -126,7 +126,7 @@ def rasterized(polygons: Sequence[Polygon], height: int, width: int) -> Mask:
 
 
 class _Ambiguous(dict[str, Any]):
-    """A JSON object in which one key stands twice: readers differ in which of the values counts."""
+    """A JSON object with a duplicate key: readers differ in which value they take."""
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _form_fault(item: Any) -> str | None:
     if not isinstance(item, dict):
         return _json_type(item)
     if isinstance(item, _Ambiguous):
-        return "a key stands twice"
+        return "a duplicate key"
     for key, kind in (("image", str), ("mask", list), ("text", list)):
         if key not in item:
             return f"no {key!r}"
@@ -180,9 +180,9 @@ def _is_deep(level: list[Any]) -> bool:
 
 
 def _pairs(masks: list[Any], texts: list[str], faults: list[Fault]) -> Iterator[tuple[int, Any, str]]:
-    """Number, polygons and text of each object of which it can be told."""
+    """Number, polygons and text of each object, if masks and texts can be matched."""
     if not masks:
-        faults.append(Fault("no mask", f"{len(texts)} texts, nothing drawn"))
+        faults.append(Fault("no mask", f"{len(texts)} texts, no mask"))
         return
     if len(masks) != len(texts):
         kind = "more masks than texts" if len(masks) > len(texts) else "more texts than masks"
@@ -195,7 +195,7 @@ def _pairs(masks: list[Any], texts: list[str], faults: list[Fault]) -> Iterator[
 
 
 def _drawn(number: int, polygons: Any, text: str, faults: list[Fault]) -> Drawn | None:
-    """The object, with its well-formed polygons; None where there are none, or no concept."""
+    """The object with its well-formed polygons; None if it has none, or no concept."""
     if not concept_of(text).strip():
         faults.append(Fault("empty text", repr(text), number))
         return None
@@ -214,7 +214,7 @@ def _drawn(number: int, polygons: Any, text: str, faults: list[Fault]) -> Drawn 
 
 
 def _shape_fault(polygon: Any) -> tuple[str, str] | None:
-    """What is wrong with a polygon in whatever image: its kind, and what was found."""
+    """The fault of a polygon whatever its image: its kind and what was found, or None."""
     if not isinstance(polygon, list):
         return "coordinates", _json_type(polygon)
     if not all(map(_is_coordinate, polygon)):

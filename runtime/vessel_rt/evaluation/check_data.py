@@ -1,6 +1,7 @@
-"""What is wrong with annotations in Sa2VA's fine-tuning format, and a copy of them without it.
+"""What is wrong with annotations in Sa2VA's fine-tuning format, and a copy without the faults.
 
-Training warns, skips or fails at such items in the middle of an epoch. annotations.py judges what can be told without the images.
+Training warns, skips or fails on such items in the middle of an epoch. annotations.py finds the faults that need no images. Does not know
+about runs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import KINDS, NOTES, Drawn, Fault, Item, concept_of, polygon_fault, read_annotations
-from vessel_rt.inputs.frames import Naming, stem_of
+from vessel_rt.inputs.frames import Naming
 from vessel_rt.inputs.images import SUFFIXES, read_image
+from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable, remember
 from vessel_rt.io.files import replacing, require_regular, writing
 
@@ -29,7 +31,7 @@ _EXAMPLES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One mismatch: of a kind of KINDS, at a place such as `item 12 (3f9a2c71d0e4), object 2`, with what was found there."""
+    """One mismatch: its kind in KINDS, a place such as `item 12 (3f9a2c71d0e4), object 2`, and what was found there."""
 
     kind: str
     place: str
@@ -38,7 +40,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What came of a check: all problems, how many items there are, and those that are sound, or what is sound of them."""
+    """The result of a check: the number of items, all problems, and the sound items, without their unsound objects."""
 
     items: int
     problems: tuple[Problem, ...]
@@ -46,7 +48,7 @@ class Checked:
 
     @property
     def faults(self) -> int:
-        """Problems but for notes."""
+        """The number of problems, without notes."""
         return sum(problem.kind not in NOTES for problem in self.problems)
 
     def by_kind(self) -> dict[str, list[Problem]]:
@@ -57,7 +59,7 @@ class Checked:
 
     def table(self) -> str:
         """For a terminal."""
-        lines = [f"items: {self.items}, sound or mended: {len(self.sound)}, problems: {self.faults}"]
+        lines = [f"items: {self.items}, sound or fixed: {len(self.sound)}, problems: {self.faults}"]
         for kind, problems in self.by_kind().items():
             lines.append(f"{len(problems):6}  {kind}: {KINDS[kind]}")
             lines += [f"          {problem.place}: {problem.found}" for problem in problems[:_EXAMPLES]]
@@ -75,13 +77,13 @@ class Checked:
 
 
 def check_data(annotations: Path, images: Path, naming: Naming) -> Checked:
-    """Look at every item of a file of annotations, and at every image in the folder `images`.
+    """Check every item of a file of annotations, and every image in the folder `images`.
 
     Raises:
-        VesselError: the file is not JSON, or not a list; the folder is not there or cannot be read.
+        VesselError: the file is not JSON or not a list, or the folder does not exist or cannot be read.
     """
     if not os.path.isdir(images):
-        raise VesselError(f"{images}: no such folder; name that of the images with --images")
+        raise VesselError(f"{images}: no such folder; name the folder of the images with --images")
     try:
         files = {name for name in os.listdir(images) if _is_image(images / name)}
     except OSError as e:
@@ -96,7 +98,7 @@ def check_data(annotations: Path, images: Path, naming: Naming) -> Checked:
 
 
 def write_fixed(checked: Checked, path: Path) -> Path:
-    """Write what is sound to `path`, and beside it what was dropped and why; returns the latter's path. Raises VesselError."""
+    """Write the sound items to `path`, and next to it what was dropped and why; returns the path of the latter. Raises VesselError."""
     dropped = dropped_path(path)
     said = [dataclasses.asdict(problem) | {"done": KINDS[problem.kind]} for problem in checked.problems]
     try:
@@ -104,17 +106,17 @@ def write_fixed(checked: Checked, path: Path) -> Path:
             with writing(file), replacing(file) as temporary:
                 temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
     except BaseException:
-        dropped.unlink(missing_ok=True)  # alone it says nothing, and would stand in the way of the next try
+        dropped.unlink(missing_ok=True)  # useless alone, and it would block the next try
         raise
     return dropped
 
 
 def dropped_path(path: Path) -> Path:
-    """Where `write_fixed` says what was dropped. Raises VesselError where a file of either name is there already."""
+    """Where `write_fixed` writes what was dropped. Raises VesselError if either file exists."""
     dropped = path.with_suffix(".dropped.json") if path.name else path
     for file in (path, dropped):
         if os.path.lexists(file):
-            raise VesselError(f"{file}: is there already; name a new file with --fix")
+            raise VesselError(f"{file}: already exists; name a new file with --fix")
     return dropped
 
 
@@ -133,7 +135,7 @@ class _Check:
         self.problems.append(Problem(fault.kind, where, fault.found))
 
     def item(self, item: Item) -> dict[str, Any] | None:
-        """What is sound of an item; None if nothing is."""
+        """The sound part of an item; None if there is none."""
         name = item.image
         if name is None:
             self.note(f"item {item.number}", item.faults[0])
@@ -150,7 +152,7 @@ class _Check:
         found = [whole for drawn in item.objects if (whole := self._inside(drawn, size, place)) is not None]
         if again and found:
             said = all(_key(drawn) in self._seen[name] for drawn in found)
-            self.note(place, Fault("duplicate image" if said else "image named twice", "an earlier item is of this image, too"))
+            self.note(place, Fault("duplicate image" if said else "image named twice", "an earlier item is about this image"))
             if said:
                 return None
         objects = [drawn for drawn in found if self._is_new(name, drawn, place)]
@@ -161,7 +163,7 @@ class _Check:
         return sound if objects else None
 
     def _inside(self, drawn: Drawn, size: tuple[int, int], place: str) -> Drawn | None:
-        """The object with those of its polygons that cover pixels of the image; None where none does."""
+        """The object with its polygons that cover pixels of the image; None if none does."""
         sound = []
         for polygon in drawn.polygons:
             kind, found = polygon_fault(polygon, size) or (None, "")
@@ -174,7 +176,7 @@ class _Check:
     def _is_new(self, name: str, drawn: Drawn, place: str) -> bool:
         key = _key(drawn)
         if key in self._seen[name]:
-            self.note(place, Fault("duplicate object", "drawn before in this image", drawn.number))
+            self.note(place, Fault("duplicate object", "an earlier object of this image is the same", drawn.number))
             return False
         self._seen[name].add(key)
         return True
@@ -186,7 +188,7 @@ class _Check:
 
 
 def _size_of(path: Path) -> tuple[int, int] | Fault:
-    """Width and height of a readable image; else what is wrong with it, without its name."""
+    """Width and height of a readable image, or its fault, without its name."""
     try:
         require_regular(path)
         return read_image(path).size
@@ -194,7 +196,7 @@ def _size_of(path: Path) -> tuple[int, int] | Fault:
         return Fault("unreadable image", str(e))
     except OSError as e:
         if e.errno == errno.ENAMETOOLONG:
-            return Fault("missing image", "its name is longer than a file's can be")
+            return Fault("missing image", "its name is too long for a file")
         if e.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return Fault("missing image", "no such file")
         return Fault("unreadable image", e.strerror or type(e).__name__)
@@ -205,7 +207,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _key(drawn: Drawn) -> str:
-    """The same for objects that are the same."""
+    """Equal for equal objects."""
     return json.dumps([concept_of(drawn.text), drawn.polygons])
 
 

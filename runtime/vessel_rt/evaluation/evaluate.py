@@ -1,4 +1,7 @@
-"""How well the masks of a run agree with drawn ones: each image's metrics, their means, and how sure these are."""
+"""How well the masks of a run agree with the ground truth: metrics of each image, their means and confidence intervals.
+
+Does not know about devices, bundles or how masks were made.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from vessel_rt.results.rle import encode_rle
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
-_ALL = "all masks"  # what a folder's drawn masks are of: it has no names for them
+_ALL = "all masks"  # the concept of masks in a folder, which have no names
 _TITLES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -39,7 +42,7 @@ _TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One mask of an answer with what was drawn. `mask` is its number in the answer, None for all together; `values` may be NaN."""
+    """One mask of an answer and its ground truth. `mask` is its number in the answer, None for all together; `values` may be NaN."""
 
     index: int
     code: str
@@ -55,7 +58,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The means over the images of one question and concept, their 95 % intervals, and how many images a metric is not defined for."""
+    """The means over the images of one question and concept, their 95 % intervals, and the number of images without a defined value."""
 
     question: str
     concept: str
@@ -67,7 +70,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All comparisons and scores; `failed` images have no answer, `without_truth` nothing drawn; `stopped`: the run is not finished."""
+    """All comparisons and scores. `failed` images have no answer, `without_truth` no ground truth; `stopped`: the run is not finished."""
 
     truth: str
     comparisons: tuple[Comparison, ...]
@@ -77,16 +80,16 @@ class Evaluation:
     stopped: bool
 
     def table(self) -> str:
-        """For a terminal; the last lines tell the mean Dice of each concept."""
+        """For a terminal; the last lines are the mean Dice of each concept."""
         several = len({score.question for score in self.scores}) > 1
         lines = [f"{'':14} {'mean':>8}  95 % interval"]
         for score in self.scores:
             asked = f", asked {score.question!r}" if several else ""
             lines.append(f"{score.concept}, {score.images} images{asked}")
             lines += [self._row(score, name) for name in METRICS]
-        lines.append(f"images that failed: {self.failed}, without a drawn mask: {self.without_truth}; they are not counted")
+        lines.append(f"images that failed: {self.failed}, without ground truth: {self.without_truth}; they are not counted")
         if self.stopped:
-            lines.append("the run was stopped before its end: these are the images that it had done")
+            lines.append("the run was stopped before its end: only finished images are included")
         for score in self.scores:
             asked = f", asked {score.question!r}" if several else ""
             lines.append(f"mean Dice {score.concept}: {score.mean['dice']:.3f} over {score.images} images{asked}")
@@ -104,11 +107,11 @@ class Evaluation:
 def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show_names: bool = False) -> Evaluation:
     """Score the run in `output` against `truth` (see read_truth), and write metrics.csv, metrics_mean.csv and evaluation.json there.
 
-    The concepts are those that a question names, in its order: the first mask of an answer is the first concept's, and so on; a mask that
-    an answer does not give counts as empty. A folder of masks has no names: all masks of an answer together are compared.
+    The concepts are those that a question names, in its order: the first mask of an answer belongs to the first concept, and so on. A mask
+    that an answer lacks counts as empty. Masks in a folder have no concept: all masks of an answer together are compared with them.
 
     Raises:
-        VesselError: a file is missing or not what it should be, or the two share no image or no concept.
+        VesselError: a file is missing or malformed, or run and ground truth share no image or no concept.
     """
     drawn, lines = read_truth(truth, codes), read_results(output)
     questions = list(dict.fromkeys(line["question"] for line in lines))
@@ -119,7 +122,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     for question in questions:
         _check_concepts(truth, question, drawn.concepts(question), [line for line in good if line["question"] == question])
     if not comparisons:
-        raise VesselError(f"{truth}: has no drawn mask for any image of {output}; images are found by their files' names")
+        raise VesselError(f"{truth}: has no ground truth for any image of {output}; images are matched by file name")
     groups: dict[tuple[str, str], list[Comparison]] = {}
     for comparison in comparisons:
         groups.setdefault((comparison.question, comparison.concept), []).append(comparison)
@@ -137,14 +140,14 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
 
 
 def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], lines: Sequence[dict[str, Any]]) -> None:
-    """Refuse annotations that lack a concept of the question: nothing would tell which mask of an answer is of which."""
+    """Refuse annotations that lack a concept of the question: it would be unclear which mask belongs to which concept."""
     if None in concepts or not lines:
         return
     usual = statistics.median_high([len(line["masks"]) for line in lines])
     if concepts and usual > len(concepts):
         raise VesselError(
-            f"{truth}: of what {question!r} asks for it has only {', '.join(map(repr, concepts))}, but answers have {usual} masks: which "
-            "is whose cannot be told; ask for one at a time, or compare with a folder of masks"
+            f"{truth}: of the concepts in {question!r} it has only {', '.join(map(repr, concepts))}, but answers have {usual} masks, "
+            "so their concepts are unclear; ask for one concept at a time, or compare with a folder of masks"
         )
 
 
@@ -217,7 +220,7 @@ def _means_rows(scores: Sequence[Score]) -> Iterator[list[Any]]:
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """The content of evaluation.json: what metrics.csv has, and the drawn masks, for report.html."""
+    """The content of evaluation.json: that of metrics.csv, and the ground-truth masks, for report.html."""
     images = [
         {key: value for key, value in dataclasses.asdict(c).items() if key not in ("values", "image", "code")}
         | {name: _rounded(value) for name, value in c.values.items()}

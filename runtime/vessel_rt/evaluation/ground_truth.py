@@ -1,4 +1,4 @@
-"""Drawn masks of frames: from annotations, or from a folder of mask images."""
+"""Ground-truth masks of frames: from annotations, or from a folder of mask images. Does not know about predicted masks."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any, Protocol
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import SAME_MASKS, Item, Mask, Polygon, concept_of, polygon_fault, rasterized, read_annotations
-from vessel_rt.inputs.frames import flat_stem, stem_of
 from vessel_rt.inputs.images import SUFFIXES, read_levels
+from vessel_rt.inputs.input_files import flat_stem, stem_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
 
 __all__ = ["GroundTruth", "concepts_in", "read_truth"]
 
-_ADVICE = "`vessel-rt check-data` shows all that is wrong, and its --fix writes a copy without it"
+_ADVICE = "`vessel-rt check-data` shows all faults, and its --fix writes a copy without them"
 
 
 class GroundTruth(Protocol):
-    """Drawn masks of frames, found by a line of results.jsonl."""
+    """Ground-truth masks, looked up by a line of results.jsonl."""
 
     def concepts(self, question: str) -> list[str | None]:
-        """What the masks of an answer to `question` are of, in their order; None: all of them together are of the one drawn thing."""
+        """The concepts of the masks of an answer to `question`, in order; None: all masks together are one unnamed concept."""
 
     def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
-        """The drawn mask [height, width] of a frame; None where nothing was drawn for it. Raises VesselError."""
+        """The mask [height, width] of a frame; None if it has no ground truth. Raises VesselError."""
 
 
 def read_truth(path: Path, codes: StudyCodes | None = None) -> GroundTruth:
-    """What lies in `path`, a JSON file or a folder; with `codes`, frames are found by their study codes, too.
+    """The ground truth in `path`, a JSON file or a folder. With `codes`, frames are also found by their study codes.
 
     Raises:
-        VesselError: it cannot be read, is not in one of the two forms, or a folder has two masks for one stem.
+        VesselError: it cannot be read, has neither form, or has two masks for one stem.
     """
     return _MaskFolder(path, codes) if path.is_dir() else _Annotations(path, codes)
 
@@ -89,7 +89,7 @@ class _Annotations:
 
 
 def _require_sound(path: Path, items: Sequence[Item]) -> None:
-    """Refuse what `check-data` calls a fault, where the drawn masks would be others without it."""
+    """Refuse the faults of `check-data` that change the masks."""
     faults = [(item, fault) for item in items for fault in item.faults if fault.kind not in SAME_MASKS]
     if not faults:
         return
@@ -100,7 +100,7 @@ def _require_sound(path: Path, items: Sequence[Item]) -> None:
 
 
 class _MaskFolder:
-    """`<stem>_gt`, `<stem>_mask` or, where there is none of these in the folder, `<stem>`: brighter than half of its brightest is drawn."""
+    """`<stem>_gt`, `<stem>_mask`, or `<stem>` if the folder has none of these. Pixels above half of the maximum are the mask."""
 
     def __init__(self, path: Path, codes: StudyCodes | None) -> None:
         self._path = path
@@ -110,9 +110,9 @@ class _MaskFolder:
         for file in marked or files:
             stem = re.sub(r"_(gt|mask)$", "", file.stem)
             if self._files.setdefault(stem, file) != file:
-                raise VesselError(f"{path}: two drawn masks for one stem; move one of them away")
+                raise VesselError(f"{path}: two masks for one stem; remove one of them")
         if not files:
-            raise VesselError(f"{path}: no drawn masks in this folder ({', '.join(SUFFIXES)})")
+            raise VesselError(f"{path}: no masks in this folder ({', '.join(SUFFIXES)})")
         self._places = _by_stem_and_code(self._files, codes)
 
     def concepts(self, question: str) -> list[str | None]:
@@ -122,7 +122,7 @@ class _MaskFolder:
         stem = self._places.get(line["name"])
         if stem is None:
             return None
-        label = f"{self._path}: the drawn mask of frame {line['index'] + 1} ({line['code']})"
+        label = f"{self._path}: the mask of frame {line['index'] + 1} ({line['code']})"
         try:
             levels = read_levels(self._files[stem])
         except ImageError as e:
@@ -134,13 +134,13 @@ class _MaskFolder:
 
 
 def concepts_in(question: str, concepts: Collection[str]) -> list[str]:
-    """The concepts that occur in `question`, in its order; of two that overlap there, the longer."""
+    """The concepts that occur in `question`, in its order; if two overlap, the longer."""
     longest_first = sorted(filter(None, concepts), key=len, reverse=True)
     return list(dict.fromkeys(re.findall("|".join(map(re.escape, longest_first)), question.lower()))) if longest_first else []
 
 
 def _by_stem_and_code(stems: Collection[str], codes: StudyCodes | None) -> dict[str, str]:
-    """What outputs may be called, stems and study codes, to stems. A cine's frames have the code of the cine."""
+    """Names of outputs, as stems and as study codes, to stems. The frames of a cine have the code of the cine."""
     places = {stem: stem for stem in stems}
     for stem in stems if codes else ():
         cine, frame = re.fullmatch(r"(.*?)(_frame_\d{6})?", stem, re.DOTALL).groups(default="")  # type: ignore[union-attr]

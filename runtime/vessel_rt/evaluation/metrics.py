@@ -1,6 +1,6 @@
 """How well one mask agrees with another: pure functions of two boolean arrays [height, width]. docs/metrics.md has definitions and sources.
 
-NaN says that a metric is not defined for a pair; means leave such pairs out, and say how many.
+NaN means that a metric is not defined for a pair; means leave such pairs out and report their number. Does not know about files.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ __all__ = ["METRICS", "bootstrap_interval", "cldice", "dice", "hd95", "iou", "se
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _RESAMPLES = 10_000
-_AT_ONCE = 2**22  # values that are resampled at once
+_AT_ONCE = 2**22  # values resampled at once
 
 
 def dice(predicted: Mask, truth: Mask) -> float:
-    """`2 |P and T| / (|P| + |T|)`; 1 where both are empty."""
+    """`2 |P and T| / (|P| + |T|)`; 1 if both are empty."""
     total = int(predicted.sum()) + int(truth.sum())
     return 2 * int((predicted & truth).sum()) / total if total else 1.0
 
 
 def iou(predicted: Mask, truth: Mask) -> float:
-    """`|P and T| / |P or T|`; 1 where both are empty."""
+    """`|P and T| / |P or T|`; 1 if both are empty."""
     union = int((predicted | truth).sum())
     return int((predicted & truth).sum()) / union if union else 1.0
 
 
 def sensitivity(predicted: Mask, truth: Mask) -> float:
-    """The share of the object's pixels that were found; NaN where there is no object."""
+    """The fraction of the object's pixels that were found; NaN if there is no object."""
     return _share(predicted, truth)
 
 
 def specificity(predicted: Mask, truth: Mask) -> float:
-    """The share of the background's pixels that were left alone; NaN where there is no background."""
+    """The fraction of the background's pixels that are not in the prediction; NaN if there is no background."""
     return _share(~predicted, ~truth)
 
 
 def cldice(predicted: Mask, truth: Mask) -> float:
     """Centreline Dice (Shit et al., CVPR 2021): the harmonic mean of how much of P's skeleton lies in T, and of T's in P.
 
-    Skeletons are those of the authors' code (see `skeletonize`), since others give other figures (docs/metrics.md).
-    1 where both masks are empty, 0 where one is.
+    Skeletons are those of the authors' code (see `skeletonize`); others give other values (docs/metrics.md).
+    1 if both masks are empty, 0 if one is.
     """
     if not (predicted.any() and truth.any()):
         return float(not (predicted.any() or truth.any()))
@@ -60,7 +60,7 @@ def hd95(predicted: Mask, truth: Mask) -> float:
     """The 95th percentile of the Hausdorff distance, in pixels: of the distances from each outline to the other, the larger percentile.
 
     An outline is the mask less its erosion by one pixel along the axes; the image's border is outside. Percentiles are interpolated
-    linearly. 0 where both masks are empty, NaN where one is: any number would be made up.
+    linearly. 0 if both masks are empty, NaN if one is: any number would be arbitrary.
     """
     if not (predicted.any() and truth.any()):
         return float("nan") if predicted.any() or truth.any() else 0.0
@@ -95,9 +95,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 def skeletonize(mask: Mask) -> Mask:
     """The mask thinned to lines a pixel wide, as by scikit-image's `skeletonize` for 2D images, pixel for pixel.
 
-    That is the skeleton of the code that came with clDice. Zhang and Suen, Communications of the ACM 27 (1984) 236, with scikit-image's own
-    decisions where theirs leaves stairs or takes away lines of two pixels. Only the object's pixels are looked at, so the vessels of a
-    1024x1024 frame take milliseconds.
+    That is the skeleton of clDice's own code. Zhang and Suen, Communications of the ACM 27 (1984) 236, with scikit-image's own
+    rules where theirs leaves stairs or removes lines of two pixels. Only the object's pixels are visited, so the vessels of a 1024x1024
+    frame take milliseconds.
     """
     padded = np.pad(mask, 1).astype(np.uint8, order="C")  # so that `flat` is a view of it
     flat, width = padded.reshape(-1), padded.shape[1]
@@ -117,8 +117,8 @@ def skeletonize(mask: Mask) -> Mask:
 
 _RING = ("E", "NE", "N", "NW", "W", "SW", "S", "SE")  # the eight neighbours, anticlockwise
 
-# Where scikit-image does not decide as Zhang and Suen: neighbours of a pixel that goes in neither, in the first, in the second or in both
-# halves of an iteration. tests/runtime/evaluation/test_metrics.py compares with the library.
+# Where scikit-image differs from Zhang and Suen: neighbours of a pixel that is removed in neither, the first, the second or both halves of
+# an iteration. tests/runtime/evaluation/test_metrics.py compares with the library.
 _NEITHER = ("S SE", "NW W")
 _FIRST = ("N NW", "E N NW", "E NE", "NE N", "E NE N", "NW W N", "NE N W", "NW W S", "N W SW", "NE N W SW")
 _SECOND = ("E SE", "E N SE", "E S SE", "SW S", "E SW S", "E NE SW S", "W S SE", "W SW", "W SW S")
@@ -127,11 +127,11 @@ _BOTH = ("E N", "E S", "N W", "W S")
 
 @functools.cache
 def _removable() -> tuple[Mask, Mask]:
-    """For each of the 256 neighbourhoods (a bit for each of _RING), whether a pixel goes: in either half of an iteration."""
+    """For each of the 256 neighbourhoods (a bit for each of _RING), whether the pixel is removed, for both halves of an iteration."""
     first, second = np.zeros(256, np.bool_), np.zeros(256, np.bool_)
     for code in range(256):
         e, _, n, _, w, _, s, _ = ring = [bool(code >> place & 1) for place in range(8)]
-        into = sum(ring[place] and not ring[place - 1] for place in range(8))  # how often the object begins, all the way round
+        into = sum(ring[place] and not ring[place - 1] for place in range(8))  # how often the object begins, going round
         border = 2 <= sum(ring) <= 6 and into == 1
         first[code] = border and not (n and e and s) and not (e and s and w)
         second[code] = border and not (n and e and w) and not (n and s and w)
@@ -148,7 +148,7 @@ def _share(inside: Mask, of: Mask) -> float:
 
 
 def _distances(points: Mask, others: Mask) -> npt.NDArray[np.float64]:
-    """From each of `points` to the nearest of `others`: down its column first, then along the row, which is exact."""
+    """From each of `points` to the nearest of `others`: along columns first, then along rows, which is exact."""
     height, width = others.shape
     rows = np.arange(height)[:, None]
     above = np.maximum.accumulate(np.where(others, rows, -np.inf), axis=0)

@@ -1,14 +1,14 @@
-"""The frames of a run: which there are, in which order, and what each is called in outputs and on the screen."""
+"""The frames of a run: which there are, in which order, and what each is called in outputs and on the screen.
+
+Does not know about models, or what is computed from a frame.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import itertools
-import mimetypes
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,36 +17,29 @@ from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.inputs import dicom
-from vessel_rt.inputs.dicom import DICOM_SUFFIXES, is_dicom, read_dicom
-from vessel_rt.inputs.images import SUFFIXES, Rescale, page_count, read_image, require_regular
+from vessel_rt.inputs.dicom import is_dicom, read_dicom
+from vessel_rt.inputs.images import Rescale, page_count, read_image, require_regular
+from vessel_rt.inputs.input_files import InputFile, files_of, stem_of
 from vessel_rt.inputs.pseudonyms import StudyCodes, printable, remember
 from vessel_rt.io.checked_files import sha256_of
-from vessel_rt.io.files import missing_part
 
 __all__ = [
-    "FOLDER_MARK",
     "Found",
     "Frame",
     "Naming",
     "Selection",
     "cine_of",
     "find_frames",
-    "flat_stem",
     "frame_count",
     "frame_suffix",
     "input_sha256",
     "read_frame",
-    "stem_of",
-    "told_kinds",
 ]
-
-
-FOLDER_MARK = "__"  # between the folders and the name of a file, in the names of its outputs
 
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """What files are called: `show_names` on the screen and in reports by their names, `pseudonymize` even outputs by study codes."""
+    """How files are called: `show_names` shows file names on screen and in reports, `pseudonymize` uses study codes for outputs too."""
 
     codes: StudyCodes
     show_names: bool = False
@@ -55,7 +48,7 @@ class Naming:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which of the frames found to take: `frames` of each multi-frame file, the first `num_images`, then shard `shard` of `shards`.
+    """Which of the frames to take: `frames` of each multi-frame file, the first `num_images`, then shard `shard` of `shards`.
 
     Without `frames`, all of a DICOM cine are taken, and a TIFF with several pages is an error: its pages need not be frames. `recursive`
     also takes the files in the subfolders of folders.
@@ -72,7 +65,7 @@ class Selection:
 class Frame:
     """One picture to segment: a file, or frame `number` (from 0) of a multi-frame DICOM file or of a TIFF with several pages.
 
-    `index` is its place among all frames that the inputs name, whichever shard of them this run takes. Its outputs are called `name`,
+    `index` is its place among all frames that the inputs name, whichever shard this run takes. Its outputs are called `name`,
     without a suffix; results.jsonl calls its file `image`; `shown` is for the screen.
     """
 
@@ -85,17 +78,8 @@ class Frame:
     shown: str
 
 
-class _File(NamedTuple):
-    """A file that an input names: what its outputs are called, what results.jsonl calls it, and its place among the inputs."""
-
-    path: Path
-    stem: str
-    image: str
-    place: str
-
-
 class Found(NamedTuple):
-    """The frames of this shard, the names of those of all shards, and, by input, how many files of each kind were not taken."""
+    """The frames of this shard, the names of those of all shards, and, by input, how many files of each kind were skipped."""
 
     frames: list[Frame]
     names: list[str]
@@ -123,11 +107,11 @@ def find_frames(
     """
     selection = selection or Selection()
     _remember(inputs, naming)
-    files: dict[str, _File] = {}
+    files: dict[str, InputFile] = {}
     skipped: dict[str, Mapping[str, int]] = {}
     for position, text in enumerate(inputs, start=1):
         place = f"input {position} of {len(inputs)}"
-        found, others = _files_of(text, place, naming, selection.recursive, output)
+        found, others = files_of(text, place, naming.show_names, selection.recursive, output)
         if others:
             skipped[place] = others
         for file in found:
@@ -153,7 +137,7 @@ def frame_count(path: Path) -> int | None:
 
 
 def input_sha256(path: Path) -> str:
-    """Of a file's content. Raises ImageError."""
+    """The SHA-256 of a file's content. Raises ImageError."""
     try:
         require_regular(path)
         return sha256_of(path)
@@ -161,23 +145,13 @@ def input_sha256(path: Path) -> str:
         raise ImageError("no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})") from e
 
 
-def stem_of(path: Path) -> str:
-    """A file's name without its suffix; all of `XA.1.2.840.5`, where the last number is not a suffix."""
-    return path.name if path.suffix[1:].isdecimal() else path.stem
-
-
-def flat_stem(path: Path) -> str:
-    """What the outputs of a file in subfolders are called, from its path relative to the input folder: `a__b__x` for `a/b/x.png`."""
-    return FOLDER_MARK.join((*path.parent.parts, stem_of(path)))
-
-
 def frame_suffix(number: int | None) -> str:
-    """What a name has for a frame of a multi-frame file."""
+    """The end of the name of a frame of a multi-frame file."""
     return "" if number is None else f"_frame_{number:06}"
 
 
 def cine_of(name: str, number: int) -> str:
-    """What the file of the frame `name` is called."""
+    """The name of the file whose frame is called `name`."""
     return name.removesuffix(frame_suffix(number))
 
 
@@ -187,105 +161,9 @@ def _remember(inputs: Sequence[str], naming: Naming) -> None:
             remember(text, naming.codes.code(stem_of(Path(text))))
 
 
-def _files_of(text: str, place: str, naming: Naming, recursive: bool, output: Path | None) -> tuple[list[_File], Mapping[str, int]]:
-    """The files that an input names, sorted, and how many of each kind are not taken."""
-    path, shown = Path(text), printable(text) if naming.show_names else place
-    if os.path.isfile(path):
-        return [_File(path, stem_of(path), path.name, place)], {}
-    if os.path.isdir(path):
-        candidates, what, base = _in_folder(path, shown, recursive, output), "this folder", path
-    elif not os.path.lexists(path) and glob.has_magic(text):
-        candidates, what, base = [Path(name) for name in glob.glob(text, recursive=True) if not os.path.isdir(name)], "this pattern", None
-    elif os.path.exists(path):
-        raise VesselError(f"{shown}: not a regular file")
-    else:
-        hint = "" if naming.show_names else "; --show-names shows the path"
-        raise VesselError(f"{shown}: no such file or folder: {missing_part(path)}{hint}")
-    visible = [candidate for candidate in sorted(candidates) if not candidate.name.startswith(".")]
-    taken = [_is_image(candidate) for candidate in visible]
-    others = _kinds((candidate for candidate, is_taken in zip(visible, taken, strict=True) if not is_taken), naming.show_names)
-    images = list(itertools.compress(visible, taken))
-    if not images:
-        found = f", but {told_kinds(others)}" if others else ""
-        mend = "; --recursive searches subfolders" if "subfolder" in others and not recursive else ""
-        raise VesselError(f"{shown}: {what} holds no image ({', '.join((*SUFFIXES, *DICOM_SUFFIXES))}){found}{mend}")
-    return [_file(image, base, f"{place}, file {number} of {len(images)}") for number, image in enumerate(images, start=1)], others
-
-
-def _file(path: Path, base: Path | None, place: str) -> _File:
-    """`base` is the input folder, None for a glob, whose files are called by their names alone."""
-    relative = Path(path.name) if base is None else path.relative_to(base)
-    return _File(path, flat_stem(relative), relative.as_posix(), place)
-
-
-def _in_folder(folder: Path, shown: str, recursive: bool, output: Path | None) -> list[Path]:
-    """What is in a folder, without the content of `output`. Raises VesselError."""
-
-    def refuse(error: OSError) -> None:
-        what = "this folder" if error.filename in (None, str(folder)) else "a subfolder"
-        raise VesselError(f"{shown}: {what} cannot be read ({error.strerror})") from error
-
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=refuse):
-        here = [Path(place, name) for name in folders]
-        enter = recursive and not _is_same(Path(place), output)
-        entered = [path for path in here if enter and not (path.name.startswith(".") or path.is_symlink() or _is_same(path, output))]
-        found += [path for path in here if path not in entered]
-        found += [Path(place, name) for name in files]
-        folders[:] = [path.name for path in entered]
-    return found
-
-
-def _is_same(path: Path, other: Path | None) -> bool:
-    return other is not None and other.exists() and path.samefile(other)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether it is taken, if only to say that it cannot be read: what is called as an image is, or has no suffix and may be one."""
-    if os.path.isdir(path):
-        return False
-    if path.suffix.lower() in SUFFIXES or is_dicom(path):
-        return True
-    return stem_of(path) == path.name and _is_unreadable(path)
-
-
-def _is_unreadable(path: Path) -> bool:
-    """Whether it is a file, or a link to none, that does not let itself be read."""
-    try:
-        require_regular(path)
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError:
-        return True
-    except ImageError:
-        return False
-    return False
-
-
-def _kinds(paths: Iterable[Path], show_names: bool) -> dict[str, int]:
-    """How many there are of each kind: of each suffix that says nothing of a patient, which is one that others use."""
-    kinds: Counter[str] = Counter()
-    for path in paths:
-        suffix = path.suffix.lower()
-        if os.path.isdir(path):
-            kinds["subfolder"] += 1
-        elif os.path.exists(path) and not os.path.isfile(path):
-            kinds["special file"] += 1
-        elif stem_of(path) == path.name:
-            kinds["without a suffix"] += 1
-        else:
-            kinds[printable(suffix) if show_names or mimetypes.guess_type(f"a{suffix}") != (None, None) else "other"] += 1
-    return dict(sorted(kinds.items()))
-
-
-def told_kinds(kinds: Mapping[str, int]) -> str:
-    """Such as `1 .gif, 3 .txt, 2 subfolders`."""
-    return ", ".join(f"{count} {kind}{'s' * (count > 1 and kind in ('subfolder', 'special file'))}" for kind, count in kinds.items())
-
-
 def _places(
-    files: Sequence[_File], chosen: slice | None, naming: Naming, earlier: Mapping[str, Sequence[int]]
-) -> Iterator[tuple[_File, int | None]]:
+    files: Sequence[InputFile], chosen: slice | None, naming: Naming, earlier: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[InputFile, int | None]]:
     """The files, and the chosen frames of each multi-frame file. A header that cannot be read is reported when its frame is read."""
     for file in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
         name = naming.codes.code(file.stem) if naming.pseudonymize else file.stem
@@ -304,7 +182,7 @@ def _numbers(path: Path, chosen: slice | None, earlier: Sequence[int]) -> Sequen
     return [None] if count is None else range(count)[chosen or slice(None)]
 
 
-def _frame(file: _File, number: int | None, index: int, total: int, naming: Naming) -> Frame:
+def _frame(file: InputFile, number: int | None, index: int, total: int, naming: Naming) -> Frame:
     suffix = frame_suffix(number)
     code = naming.codes.code(file.stem) + suffix
     if not naming.show_names:
@@ -321,22 +199,22 @@ def _frame(file: _File, number: int | None, index: int, total: int, naming: Nami
     )
 
 
-def _remember_file(file: _File, code: str, naming: Naming) -> None:
+def _remember_file(file: InputFile, code: str, naming: Naming) -> None:
     remember(file.path, code)
     folders = Path(file.image).parts[:-1]
-    if folders:  # they may be called after patients, too
+    if folders:  # they may carry patients' names too
         remember(file.image, code)
         remember(file.stem, code)
         for folder in folders:
             remember(folder, naming.codes.code(folder))
 
 
-def _check_distinct(files: Sequence[_File], naming: Naming) -> None:
+def _check_distinct(files: Sequence[InputFile], naming: Naming) -> None:
     """Refuse two files whose outputs would have the same name.
 
     Names are compared without case: a folder that is copied to Windows or macOS loses one of `A.png` and `a.png`.
     """
-    seen: dict[str, _File] = {}
+    seen: dict[str, InputFile] = {}
     for file in files:
         name = naming.codes.code(file.stem) if naming.pseudonymize else file.stem
         other = seen.setdefault(name.casefold(), file)

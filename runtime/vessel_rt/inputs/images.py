@@ -1,6 +1,6 @@
-"""Image files as RGB pictures, exactly as training reads them (`Image.open(path).convert("RGB")`), and none that it would misread.
+"""Image files as RGB images, exactly as training reads them (`Image.open(path).convert("RGB")`); files that it would misread are refused.
 
-Does not know what a model makes of a picture.
+Does not know about models, nor which files a run has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from vessel_rt.errors import ImageError, first_line
-from vessel_rt.inputs.tiff import PageFile, check_data, heeding_libtiff, page_offsets
+from vessel_rt.inputs.tiff import PageFile, check_data, page_offsets, raising_libtiff_errors
 
 __all__ = [
     "MAX_SIDE",
@@ -38,19 +38,19 @@ __all__ = [
 ]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
-MAX_SIDE = 8192  # pixels; a square of it stays under the size at which Pillow warns of a decompression bomb
+MAX_SIDE = 8192  # pixels; a square of this side stays below the size at which Pillow warns of a decompression bomb
 
 _FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
-_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits a channel, or fewer
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")  # of 8 bits per channel or fewer
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED, _FLOAT = 2, 3  # sample formats
 
 
 @dataclasses.dataclass(frozen=True)
 class Rescale:
-    """How gray of more than 8 bits becomes 8: `low` becomes 0, `high` 255, what lies outside is clipped.
+    """How gray of more than 8 bits becomes 8 bits: `low` becomes 0, `high` 255, values outside are clipped.
 
-    None stands for the least and the greatest value of the file, in all its pages.
+    None stands for the minimum and maximum of the file, over all its pages.
     """
 
     low: float | None = None
@@ -72,23 +72,23 @@ class Rescale:
             low, high = map(float, text.split(":"))
             return cls(low, high)
         except ValueError:
-            raise ValueError(f"{text!r} is not a range of gray values: take LOW:HIGH, such as 0:4095") from None
+            raise ValueError(f"{text!r} is not a range of gray values: use LOW:HIGH, such as 0:4095") from None
 
 
 def read_image(path: Path, page: int | None = None, rescale: Rescale | None = None) -> Image.Image:
-    """The image in RGB, as Sa2VA's `Image.open(path).convert("RGB")` gives it: pictures of 8 bits a channel or fewer, and no others.
+    """The image in RGB, as Sa2VA's `Image.open(path).convert("RGB")` gives it, if it has 8 bits per channel or fewer.
 
-    So the orientation in EXIF is ignored (but not that in a TIFF's tags), alpha is dropped, and palettes are looked up. Nothing but pixels
-    is taken from the file: Pillow would write a JPEG's comment into whatever is made of it.
+    So the orientation in EXIF is ignored (but not that in a TIFF's tags), alpha is dropped, and palettes are looked up. Only pixels are
+    taken from the file: Pillow would copy a JPEG's comment into files made from the image.
 
     Args:
         path: a JPG, PNG, TIFF, BMP or WebP file.
-        page: of a TIFF with several pages, from 0; None for a file with one picture.
-        rescale: what to make of gray of more than 8 bits (16 or 32, or floating point), which is refused otherwise. Deeper colours, whose
-            low bits Pillow drops, are always refused.
+        page: of a TIFF with several pages, from 0; None for a file with one image.
+        rescale: how to read gray of more than 8 bits (16 or 32, or floating point), which is refused otherwise. Deeper colours are always
+            refused: Pillow drops their low bits.
 
     Raises:
-        ImageError: not a readable file of these kinds, cut short, of several pictures without a `page`, too deep, or a side longer than
+        ImageError: not a readable file of these kinds, cut short, several images without a `page`, too many bits, or a side longer than
             MAX_SIDE. The text does not name the file.
     """
     with _opened(path, page) as image:
@@ -102,7 +102,7 @@ def rgb_image(image: Image.Image, rescale: Rescale | None = None) -> Image.Image
         ImageError: too deep, without pixels, a side longer than MAX_SIDE, or not decodable.
     """
     try:
-        with heeding_libtiff():  # an image that was only opened is decoded here
+        with raising_libtiff_errors():  # an image that was only opened is decoded here
             _check_size(image)
             return _rgb(image, rescale, lambda levels: (float(levels.min()), float(levels.max())))
     except ImageError:
@@ -112,7 +112,7 @@ def rgb_image(image: Image.Image, rescale: Rescale | None = None) -> Image.Image
 
 
 def read_levels(path: Path) -> npt.NDArray[Any]:
-    """The image's gray levels [height, width], of whatever range the file has: for drawn masks. Raises ImageError, as `read_image`."""
+    """The gray levels [height, width] of an image in the range of the file, for ground-truth masks. Raises ImageError, as `read_image`."""
     with _opened(path, None) as image:
         depth = _Depth.of(image)
         if not (depth.is_deep and depth.is_gray):
@@ -122,7 +122,7 @@ def read_levels(path: Path) -> npt.NDArray[Any]:
 
 
 def page_count(path: Path) -> int | None:
-    """How many pages a TIFF with several has; None for any other file. Raises ImageError."""
+    """The number of pages of a TIFF with several; None for any other file. Raises ImageError."""
     with _telling(path):
         require_regular(path)
         count = len(page_offsets(path))
@@ -130,7 +130,7 @@ def page_count(path: Path) -> int | None:
 
 
 def require_regular(path: Path) -> None:
-    """Make sure that opening the path opens a file: a pipe would be waited for, a device may have no end. Raises ImageError and OSError."""
+    """Make sure that the path is a regular file: opening a pipe would wait, and a device may have no end. Raises ImageError and OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ImageError("not a regular file")
 
@@ -145,7 +145,7 @@ def _rgb(image: Image.Image, rescale: Rescale | None, own_range: Callable[[npt.N
         low, high = own_range(levels) if rescale.low is None or rescale.high is None else (rescale.low, rescale.high)
         pixels = Image.fromarray(_rescaled(levels, low, high, depth.inverted)).convert("RGB")
     else:
-        raise ImageError(f"{depth}, not 8 bits a channel; {depth.mend}")
+        raise ImageError(f"{depth}, not 8 bits per channel; {depth.advice}")
     pixels.info = {}
     return pixels
 
@@ -159,18 +159,18 @@ def _check_size(image: Image.Image) -> None:
 
 @contextmanager
 def _opened(path: Path, page: int | None) -> Iterator[ImageFile.ImageFile]:
-    """One picture, found fit to be decoded in the block; what goes wrong there is an ImageError."""
-    with _telling(path), heeding_libtiff(), _file_of(path, page) as file, Image.open(file, formats=_FORMATS) as image:
+    """One image, checked before the block decodes it; errors in the block become ImageErrors."""
+    with _telling(path), raising_libtiff_errors(), _file_of(path, page) as file, Image.open(file, formats=_FORMATS) as image:
         _check_size(image)
         if isinstance(image, TiffImageFile):
             check_data(image, os.fstat(file.fileno()).st_size)
         elif (pictures := getattr(image, "n_frames", 1)) > 1:
-            raise ImageError(f"{pictures} pictures in one {image.format} file; save each as a file of its own")
+            raise ImageError(f"{pictures} images in one {image.format} file; save each as a separate file")
         yield image
 
 
 def _file_of(path: Path, page: int | None) -> IO[bytes]:
-    """The file, so that Pillow finds this page of it first."""
+    """The file, so that Pillow sees this page as the first."""
     _quiet()
     require_regular(path)
     offsets = page_offsets(path)
@@ -181,13 +181,13 @@ def _file_of(path: Path, page: int | None) -> IO[bytes]:
             )
         return path.open("rb")
     if page >= max(len(offsets), 1):
-        raise ImageError(f"it has {max(len(offsets), 1)} pages, and no page {page}")
+        raise ImageError(f"it has {max(len(offsets), 1)} pages and no page {page}")
     return PageFile(path, offsets[page]) if offsets else path.open("rb")
 
 
 @contextmanager
 def _telling(path: Path) -> Iterator[None]:
-    """Make of whatever a broken file brings about in the block an ImageError that does not name it."""
+    """Turn any error that a broken file causes in the block into an ImageError that does not name the file."""
     try:
         yield
     except ImageError:
@@ -196,23 +196,23 @@ def _telling(path: Path) -> Iterator[None]:
         raise ImageError("no such file") from None
     except UnidentifiedImageError as e:
         if page_offsets(path):
-            raise ImageError("a TIFF file whose pixels are damaged, or of a kind that is not read; convert it to 8 bits") from e
+            raise ImageError("a TIFF file whose pixels are damaged, or of a kind that is not supported; convert it to 8 bits") from e
         raise ImageError("an empty file" if path.stat().st_size == 0 else "not a JPG, PNG, TIFF, BMP or WebP image") from e
     except Exception as e:  # a decoder given a broken file may raise anything
-        said = e.strerror if isinstance(e, OSError) and e.strerror else e  # its whole text would name the file
+        said = e.strerror if isinstance(e, OSError) and e.strerror else e  # its text would name the file
         raise ImageError(f"cannot be decoded ({said})") from e
 
 
 @functools.cache
 def _quiet() -> None:
-    """Have Pillow keep its warnings to itself: what matters in a file raises, and the rest would tear the progress bar."""
-    warnings.filterwarnings("ignore", module=r"PIL\b")  # once for the process: warnings.catch_warnings is not for programs with threads
+    """Silence Pillow's warnings: what matters raises, and the rest would tear the progress bar."""
+    warnings.filterwarnings("ignore", module=r"PIL\b")  # once per process: warnings.catch_warnings is not thread-safe
     logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Depth:
-    """The depth of a channel as the file has it. Pillow's modes do not tell: it reads 16-bit colour as 8-bit, without a word."""
+    """The bit depth of a channel in the file. Pillow's modes do not show it: it reads 16-bit colour as 8-bit, without a warning."""
 
     bits: int
     kind: int = 1
@@ -237,7 +237,7 @@ class _Depth:
         return self.bits > 8 or self.kind != 1
 
     @property
-    def mend(self) -> str:
+    def advice(self) -> str:
         return "--rescale scales it (in Python: rescale=True)" if self.is_gray else "convert it to 8 bits"
 
     def __str__(self) -> str:
@@ -246,9 +246,9 @@ class _Depth:
 
 
 def _deep_levels(image: Image.Image, depth: _Depth) -> npt.NDArray[np.float64]:
-    """The values [height, width] of gray that `is_deep`, as stored. Raises ImageError where one of them is no finite number."""
+    """The values [height, width] of gray that `is_deep`, as stored. Raises ImageError if one of them is not finite."""
     levels = np.asarray(image)
-    if (depth.bits, depth.kind) == (8, _SIGNED):  # Pillow takes all of these for unsigned 8 and signed 32 bits
+    if (depth.bits, depth.kind) == (8, _SIGNED):  # Pillow reads these as unsigned 8 and signed 32 bits
         levels = levels.view(np.int8)
     elif (depth.bits, depth.kind) == (32, 1):
         levels = levels.view(np.uint32)
@@ -258,7 +258,7 @@ def _deep_levels(image: Image.Image, depth: _Depth) -> npt.NDArray[np.float64]:
 
 
 def _rescaled(levels: npt.NDArray[np.float64], low: float, high: float, inverted: bool) -> npt.NDArray[np.uint8]:
-    """`low` to 0, `high` to 255, or the other way round where `inverted`, rounded once; all to 0 where there is no range."""
+    """`low` to 0, `high` to 255, or the other way round if `inverted`, rounded once; all to 0 if the range is empty."""
     if low == high:
         return np.zeros(levels.shape, np.uint8)
     gray = np.rint((np.clip(levels, low, high) - low) / (high - low) * 255).astype(np.uint8)
@@ -266,7 +266,7 @@ def _rescaled(levels: npt.NDArray[np.float64], low: float, high: float, inverted
 
 
 def _range(path: Path) -> tuple[float, float]:
-    """The least and the greatest value of all pages of a file whose gray is deep. Raises ImageError."""
+    """The minimum and maximum over all pages of a file of deep gray. Raises ImageError."""
     status = path.stat()
     found = _range_of(path, status.st_mtime_ns, status.st_size)
     if isinstance(found, str):
@@ -276,7 +276,7 @@ def _range(path: Path) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=4)
 def _range_of(path: Path, changed: int, size: int) -> tuple[float, float] | str:
-    """See `_range`; an error as its text, so that it is found once for all pages."""
+    """See `_range`; an error is returned as its text, so that it is cached for all pages."""
     low, high = math.inf, -math.inf
     count = page_count(path)
     for page in [None] if count is None else range(count):
@@ -287,5 +287,5 @@ def _range_of(path: Path, changed: int, size: int) -> tuple[float, float] | str:
                     levels = _deep_levels(image, depth)
                     low, high = min(low, float(levels.min())), max(high, float(levels.max()))
         except ImageError as e:
-            return str(e) if page is None else f"its range of gray is unknown: page {page} {e}"
+            return str(e) if page is None else f"its range of gray values is unknown: page {page} {e}"
     return low, high

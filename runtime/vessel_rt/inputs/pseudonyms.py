@@ -1,6 +1,6 @@
-"""Study codes: what is shown of a file whose name may carry a patient's.
+"""Study codes: what is shown instead of a file's name, which may contain a patient's. Does not know which files a run has.
 
-A bare hash of a ten-digit id is found by trying them all, so a code is an HMAC, and its key stays with the user, apart from any output.
+A plain hash of a ten-digit id can be reversed by trying all of them, so a code is an HMAC. Its key stays with the user, not in the output.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from vessel_rt.io.files import open_regular
 
 __all__ = ["CODE_DIGITS", "StudyCodes", "conceal", "printable", "remember"]
 
-CODE_DIGITS = 12  # hexadecimal: among 10,000 files two share a code once in 5 million folders, and then the run says so and ends
+CODE_DIGITS = 12  # hexadecimal: of 10,000 files two share a code in one of 5 million folders, and the run then ends with a message
 
-_LARGEST = 1024  # bytes of a key's file, most of which would be white space
+_LARGEST = 1024  # bytes of a key file, most of them white space
 
-# Of files that are called so no name is known; in messages and tracebacks these words stand for other things.
+# Files of these names are not concealed by stem: in messages and tracebacks the words have other meanings.
 _COMMON = re.compile("cine|data|error|(file|frame|image|mask|result)s?|folder|input|line|name|output|path|report", re.IGNORECASE)
 
-# How a name is found in a text.
+# How a name is matched in a text.
 _PLAIN = r"(?<![^\W_]){}(?![^\W_])(?!\.pyc?\b)"
 _WHOLE = r"(?<![\w.-]){}(?![\w-])"
 _WITH_SUFFIX = r"(?<![\w.-]){}(?=(?:_\d+|_frame_\d+|_gt|_mask)*\.(?:jpe?g|png|tiff?|bmp|webp|dcm|dicom)(?!\w))"
 
-_known: dict[str, tuple[str, str]] = {}  # what may not be seen: what to show in its place, and the pattern to find it by
+_known: dict[str, tuple[str, str]] = {}  # what to conceal: what to show instead, and the pattern that matches it
 
 
 class StudyCodes:
@@ -44,14 +44,14 @@ class StudyCodes:
 
     @classmethod
     def load(cls, path: Path | None = None, outside: Path | None = None) -> StudyCodes:
-        """The key in `path`, made on first use; None is $VESSEL_KEY, else study-codes.key in the user's configuration folder.
+        """The key in `path`, created on first use; None is $VESSEL_KEY, else study-codes.key in the user's configuration folder.
 
         Raises:
-            VesselError: it cannot be read or made, others may read it, or it lies in the folder `outside`, which may be passed on.
+            VesselError: it cannot be read or created, others may read it, or it lies in the folder `outside`, which may be passed on.
         """
         path = path or _default_path()
         if outside is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(outside)):
-            raise VesselError(f"{path}: the key may not lie among the results, which it would unlock; name another with --key")
+            raise VesselError(f"{path}: the key must not lie in the output folder, whose study codes it reveals; name another with --key")
         try:
             return cls(_read(path) if path.exists() else _make(path))
         except OSError as e:
@@ -63,7 +63,7 @@ class StudyCodes:
 
     @property
     def key_id(self) -> str:
-        """12 hexadecimal digits for the key itself, which do not tell it; no stem has a zero byte."""
+        """12 hexadecimal digits that identify the key without revealing it. No stem contains a zero byte."""
         return self._digits(b"\0key")
 
     def _digits(self, message: bytes) -> str:
@@ -91,15 +91,15 @@ def _read(path: Path) -> bytes:
 
 
 def _make(path: Path) -> bytes:
-    """A new key, or that of another process that was quicker."""
+    """A new key, or that of another process that was faster."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32) + "\n")
         try:
-            os.link(temporary, path)  # unlike a rename, it fails where the other key is there already
-            print(f"vessel-rt: study codes are made with the new key {path}; keep it, and keep it apart from results", file=sys.stderr)
+            os.link(temporary, path)  # unlike a rename, this fails if another key exists
+            print(f"vessel-rt: created the key of study codes {path}; keep it, and keep it apart from results", file=sys.stderr)
         except FileExistsError:
             pass
     finally:
@@ -108,7 +108,7 @@ def _make(path: Path) -> bytes:
 
 
 def remember(path: Path | str, shown: str) -> None:
-    """Have `conceal` put `shown` for this path, its name and its stem, also as Python's repr writes them."""
+    """Let `conceal` replace this path, its name and its stem by `shown`, also in the form of Python's repr."""
     path = Path(path)
     distinct = _is_distinct(path.stem)
     for text in (str(path), os.path.abspath(path), path.name):
@@ -118,18 +118,18 @@ def remember(path: Path | str, shown: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` in one line, with an escape for every character that a terminal would obey or not show: a file's name may hold any."""
+    """`text` in one line, with control and invisible characters escaped: a file name may contain any."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text)
 
 
 def conceal(text: str) -> str:
-    """`text` without the names that `remember` was told: for what libraries say, and for tracebacks.
+    """`text` without the names that were passed to `remember`, for texts of libraries and for tracebacks.
 
-    A path, a name with its suffix, or a distinct stem is found wherever it is not part of a longer word. A stem that is not distinct, such
-    as `1`, `86` or `image`, is found with the suffix of an image only: bare, it would be found in `line 86` and `1 of 78`. What this
-    program says itself never has names in it.
+    A path, a name with its suffix, or a distinct stem is replaced wherever it is not part of a longer word. A stem that is not distinct,
+    such as `1`, `86` or `image`, is replaced only with the suffix of an image: otherwise it would match in `line 86` and `1 of 78`. The
+    messages of this program itself contain no names.
     """
-    names = sorted((name for name in _known if name in text), key=len, reverse=True)  # of two that begin at one place, the longer
+    names = sorted((name for name in _known if name in text), key=len, reverse=True)  # if two begin at the same place, the longer
     if not names:
         return text
     pattern = "|".join(_known[name][1].format(re.escape(name)) for name in names)
@@ -137,7 +137,7 @@ def conceal(text: str) -> str:
 
 
 def _is_distinct(stem: str) -> bool:
-    """Whether a stem would hardly stand in a text by chance: 4 letters or more (2, outside ASCII), or 6 digits; no common word."""
+    """Whether a stem is unlikely to occur in a text by chance: at least 4 letters (2 outside ASCII) or 6 digits, and no common word."""
     signs = re.sub(r"[\W_]", "", stem)
     if signs.isdigit():
         return len(signs) >= 6

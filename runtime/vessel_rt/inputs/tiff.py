@@ -1,4 +1,4 @@
-"""What Pillow does not say of a TIFF file: its pages, whether its pixels are all there, and what libtiff complains of."""
+"""What Pillow does not report about a TIFF file: its pages, missing pixels, and libtiff's errors. Does not decode anything."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from PIL.TiffImagePlugin import PREFIXES, TiffImageFile
 
 from vessel_rt.errors import ImageError
 
-__all__ = ["PageFile", "check_data", "heeding_libtiff", "page_offsets"]
+__all__ = ["PageFile", "check_data", "page_offsets", "raising_libtiff_errors"]
 
 _STRIPS, _TILES = (273, 279), (324, 325)  # StripOffsets and StripByteCounts, TileOffsets and TileByteCounts
-_OLD_JPEG = 6  # a compression whose strips may be described otherwise
+_OLD_JPEG = 6  # a compression whose strips may be described in another way
 _DAMAGED = "damaged: the list of its pages is broken, or cut short"
 
 
 def page_offsets(path: Path) -> tuple[int, ...]:
-    """Where the directory of each page begins, in bytes; empty for a file that is no TIFF.
+    """The byte at which the directory of each page begins; empty for a file that is not a TIFF.
 
     Raises:
-        ImageError: the list of pages leads out of the file, or round in a circle.
+        ImageError: the list of pages leads out of the file, or is circular.
         OSError: the file cannot be read.
     """
     status = path.stat()
@@ -37,7 +37,7 @@ def page_offsets(path: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _page_offsets(path: Path, changed: int, size: int) -> tuple[int, ...]:
-    """Not by Pillow, whose list of pages takes time that grows with the square of their number."""
+    """Not with Pillow: its list of pages takes quadratic time."""
     offsets: list[int] = []
     taken = 0
     with path.open("rb") as file:
@@ -51,7 +51,7 @@ def _page_offsets(path: Path, changed: int, size: int) -> tuple[int, ...]:
             file.seek(at)
             count = layout.number(file.read(layout.count_size))
             length = layout.count_size + layout.entry_size * count + layout.pointer_size
-            taken += length  # directories do not overlap, so there is an end to them
+            taken += length  # directories do not overlap, so their number is bounded
             if count == 0 or at + length > size or taken > size:
                 raise ImageError(_DAMAGED)
             offsets.append(at)
@@ -61,7 +61,7 @@ def _page_offsets(path: Path, changed: int, size: int) -> tuple[int, ...]:
 
 
 class _Layout:
-    """How numbers lie in a TIFF or BigTIFF file, sizes in bytes."""
+    """The layout of numbers in a TIFF or BigTIFF file; sizes in bytes."""
 
     def __init__(self, head: bytes) -> None:
         self._order = "<" if head.startswith(b"II") else ">"
@@ -71,11 +71,11 @@ class _Layout:
 
     @classmethod
     def of(cls, head: bytes) -> _Layout | None:
-        """None where the first 16 bytes are not of a TIFF file."""
+        """None if the first 16 bytes are not those of a TIFF file."""
         return cls(head) if head.startswith(tuple(PREFIXES)) else None
 
     def number(self, data: bytes) -> int:
-        """Raises ImageError where the data are cut short."""
+        """Raise ImageError if the data are cut short."""
         try:
             (number,) = struct.unpack(self._order + {2: "H", 4: "I", 8: "Q"}[len(data)], data)
         except KeyError:
@@ -106,7 +106,7 @@ class PageFile(io.BufferedReader):
 
 
 def check_data(image: TiffImageFile, size: int) -> None:
-    """Make sure that the strips or tiles of a page are all there, in a file of `size` bytes.
+    """Make sure that all strips or tiles of a page are in a file of `size` bytes.
 
     Raises:
         ImageError: some are missing, or lie beyond the end of the file.
@@ -122,7 +122,7 @@ def check_data(image: TiffImageFile, size: int) -> None:
 
 
 def _expected(tags: Any) -> int:
-    """How many strips or tiles a page has."""
+    """The number of strips or tiles of a page."""
     width, height = tags[256], tags[257]
     across, down = (tags.get(322, width), tags.get(323, height)) if _TILES[0] in tags else (width, tags.get(278, height))
     if across < 1 or down < 1:
@@ -132,11 +132,11 @@ def _expected(tags: Any) -> int:
 
 
 @contextmanager
-def heeding_libtiff() -> Iterator[None]:
-    """In the block, what libtiff calls an error is one; it prints nothing, neither here nor later.
+def raising_libtiff_errors() -> Iterator[None]:
+    """In the block, errors of libtiff are raised; it prints nothing, neither here nor later.
 
-    Pillow goes on after most of them with what was decoded so far. Where Pillow's libtiff cannot be reached (it is linked into Pillow
-    itself, as on Windows), such a file still passes.
+    After most of them Pillow continues with what was decoded so far. If Pillow's libtiff cannot be reached (it may be linked into Pillow
+    itself, as on Windows), such a file is still accepted.
 
     Raises:
         ImageError: libtiff could not decode all of the file.
@@ -146,13 +146,13 @@ def heeding_libtiff() -> Iterator[None]:
     try:
         yield
         if _heard.error:
-            raise ImageError("cannot be decoded whole: its compressed pixels are damaged")
+            raise ImageError("cannot be decoded completely: its compressed pixels are damaged")
     finally:
         _heard.error = before
 
 
 class _Heard(threading.local):
-    """Whether libtiff, which speaks in the thread that decodes, has told of an error."""
+    """Whether libtiff has reported an error, in the thread that decodes."""
 
     error = False
 
@@ -163,9 +163,9 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_voi
 
 @functools.cache
 def _listen() -> tuple[Any, ...]:
-    """Put handlers in place of those with which libtiff prints to standard error; they live as long as what is returned.
+    """Replace the handlers with which libtiff prints to standard error; the new ones live as long as the returned value.
 
-    Once for the process: Pillow is the only one that uses its libtiff.
+    Once per process: only Pillow uses its libtiff.
     """
 
     def heed(module: bytes | None, text: bytes | None, arguments: int | None) -> None:
@@ -173,7 +173,7 @@ def _listen() -> tuple[Any, ...]:
 
     error, warning = _HANDLER(heed), _HANDLER(lambda module, text, arguments: None)
     try:
-        library = ctypes.CDLL(_imaging.__file__)  # a symbol is looked for in what it was linked with, too
+        library = ctypes.CDLL(_imaging.__file__)  # a symbol is also found in the libraries that it is linked with
         library.TIFFSetErrorHandler(error)
         library.TIFFSetWarningHandler(warning)
     except (AttributeError, OSError):

@@ -1,7 +1,7 @@
-"""Files whose contents were found to be what a record says, and whether they still are. Knows nothing of bundles.
+"""Files whose content matches a record, and whether it still does. Does not know about bundles.
 
-A file is hashed once. Then its identity tells that it was not touched: device, inode, size, and the times of its last change of content and
-of status, which no write leaves alone. Where the system has leases on files (Linux, on local file systems), a write is even held back.
+A file is hashed once. After that its identity shows that it was not touched: device, inode, size, and the times of the last change of
+content and of status, which every write moves. Where the system has file leases (Linux, on local file systems), writes even wait.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from vessel_rt.io.files import open_regular
 
 __all__ = ["CheckedFiles", "Record", "changes", "check_files", "leases", "sha256_of"]
 
-_CHUNK = 1 << 20  # bytes hashed between two reports of progress
-_READERS = 4  # files hashed at once: a disk gives more than one core can hash
+_CHUNK = 1 << 20  # bytes hashed between two calls of `progress`
+_READERS = 4  # files hashed at once: a disk is faster than one core
 
 
 class Record(Protocol):
-    """What a file is to be: its size in bytes and its SHA-256, in hexadecimal."""
+    """What a file has to be: its size in bytes and its SHA-256, in hexadecimal."""
 
     @property
     def bytes(self) -> int: ...
@@ -38,7 +38,7 @@ class Record(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Identity:
-    """How the file system knows a file. `status_changed` also moves with what leaves the content alone, a new hard link say."""
+    """How the file system identifies a file. `status_changed` also moves without a change of content, for example with a new hard link."""
 
     device: int
     inode: int
@@ -65,11 +65,11 @@ def check_files(
 ) -> tuple[CheckedFiles, tuple[str, ...]]:
     """Compare files of `folder` with their records.
 
-    A name is a relative path; no part of it may be a symbolic link, so that what is read lies in the folder. Several files are read at
-    once; `progress` is told of each bytes read, by one thread at a time.
+    A name is a relative path; no part of it may be a symbolic link, so that the file lies in the folder. Several files are read at
+    once; `progress` gets the number of bytes read each time, from one thread at a time.
 
     Returns:
-        The files that agree, and what is wrong with the others, in words.
+        The files that match, and what is wrong with the others, in words.
     """
     lock, stopped = threading.Lock(), threading.Event()
 
@@ -114,9 +114,9 @@ def _check(folder: Path, name: str, record: Record | None, progress: Callable[[i
 
 
 def changes(files: CheckedFiles) -> Iterator[tuple[Path, str]]:
-    """The files that are not, or may not be, what they were when they were hashed, and what came of them.
+    """The files that changed, or may have changed, since they were hashed, and what happened to them.
 
-    Where nothing but the status has changed, the file is hashed again, and what it is known by is renewed.
+    If only the status has changed, the file is hashed again, and its identity is updated.
     """
     for path, file in list(files.items()):
         try:
@@ -140,11 +140,10 @@ def changes(files: CheckedFiles) -> Iterator[tuple[Path, str]]:
 def leases(paths: Iterable[Path]) -> Iterator[Callable[[], list[Path]]]:
     """Hold read leases in the block: a process that opens one of the files for writing waits until the block ends, 45 s by default.
 
-    There is none on a file of another user, one that is open for writing, or one of most network file systems, nor on other systems than
-    Linux.
+    There are no leases on files of another user, on files that are open for writing, on most network file systems, or outside Linux.
 
     Returns:
-        A function that tells for which files a process waits now, or has waited too long.
+        A function that returns the files that a process waits for now, or has waited for too long.
     """
     held: dict[Path, int] = {}
     with contextlib.ExitStack() as stack:
@@ -160,20 +159,20 @@ def leases(paths: Iterable[Path]) -> Iterator[Callable[[], list[Path]]]:
 def _take_lease(descriptor: int) -> None:
     import fcntl
 
-    # The kernel tells of a writer by a signal: one that is ignored by default, for the default one would end the process.
+    # The kernel announces a writer by a signal. This one is ignored by default; the default one would end the process.
     fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
     fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
 
 
 def _has_lease(descriptor: int) -> bool:
-    """Whether the lease is there and no process waits for its end."""
+    """Whether the lease is held and no process waits for its end."""
     import fcntl
 
     return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal; `progress` is told how many bytes were read, piece by piece."""
+    """The SHA-256 of a file's bytes, in hexadecimal; `progress` gets the number of bytes read, piece by piece."""
     with path.open("rb", buffering=0) as file:
         return _sha256(file, progress)
 

@@ -1,7 +1,7 @@
-"""Regular files that a user names: opened without waiting for anything, and read up to a stated size.
+"""Regular files that a user names: opened without waiting, and read up to a given size.
 
-A FIFO without a writer, a terminal or /dev/zero in the place of a file would make a reader wait or fill the memory. Knows nothing of what
-is in a file: every fault is an OSError, whose `strerror` says what was found.
+A FIFO without a writer, a terminal or /dev/zero in place of a file would make a reader wait, or fill the memory. Does not know what is in
+a file: every fault is an OSError whose `strerror` says what was found.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _KINDS = (
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """What the system says of a regular file, which is not opened; symbolic links are followed.
+    """The status of a regular file, without opening it; symbolic links are followed.
 
     Raises:
-        OSError: there is none, its name is too long or no name at all, it may not be looked at, or it is not a regular file.
+        OSError: it does not exist, its name is too long or invalid, access is denied, or it is not a regular file.
     """
     try:
         return _checked(os.stat(path), path)
@@ -44,9 +44,9 @@ def require_regular(path: Path) -> os.stat_result:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open for reading; never blocks. Raises OSError as `require_regular`, or where it may not be read."""
+    """A regular file, open for reading; never blocks. Raises OSError as `require_regular`, or if it may not be read."""
     require_regular(path)
-    # Another file may have taken the name meanwhile: O_NONBLOCK opens even a FIFO at once, and what was opened is what is checked.
+    # Another file may have taken the name since: O_NONBLOCK opens even a FIFO at once, and the opened file is checked again.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     file = os.fdopen(os.open(path, flags), "rb")
     try:
@@ -58,11 +58,11 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError as `open_regular`, or where the file is larger."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError as `open_regular`, or if the file is larger."""
     with open_regular(path) as file:
         size = min(os.fstat(file.fileno()).st_size, limit)
         content = file.read(size + 1)
-        if size < len(content) <= limit:  # it grows, or is one of /proc, which say that they are empty
+        if size < len(content) <= limit:  # it grows, or is in /proc, where files claim to be empty
             content += file.read(limit - len(content) + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"larger than {_size(limit)}", str(path))
@@ -70,7 +70,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def missing_part(path: Path) -> str:
-    """Which part of a path does not exist, counted from the left, so that the path itself need not be shown."""
+    """Which component of a path does not exist, counted from the left, for messages that do not show the path."""
     steps = [step for step in (*reversed(path.parents), path) if step.name]
     for number, step in enumerate(steps, start=1):
         try:
@@ -101,9 +101,9 @@ def _size(limit: int) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to: renamed to it when the block succeeds, removed when it does not.
+    """A temporary path next to `path` to write to. It is renamed to `path` if the block succeeds, and removed if not.
 
-    Raises OSError where the file cannot be written; see `writing`.
+    Raises OSError if the file cannot be written; see `writing`.
     """
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")  # short: the name itself may be as long as names can be
     try:
@@ -114,13 +114,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is called as those of `replacing` are before they are renamed."""
+    """Whether a file has the name of a temporary file of `replacing`."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 @contextmanager
 def writing(what: Path | str) -> Iterator[None]:
-    """Make of an OSError in the block (no space, no permission, too long a name) the VesselError that `what` cannot be written."""
+    """Turn an OSError in the block (no space, no permission, name too long) into the VesselError that `what` cannot be written."""
     try:
         yield
     except OSError as e:

@@ -1,4 +1,4 @@
-"""A folder that one command works in at a time, as far as the system can tell."""
+"""A lock on a folder, so that one command works in it at a time. Does not know which command, nor what is in the folder."""
 
 from __future__ import annotations
 
@@ -21,32 +21,34 @@ __all__ = ["FolderLock", "locked"]
 
 @dataclasses.dataclass(frozen=True)
 class FolderLock:
-    """A folder that this process works in. `descriptor` is None where folders cannot be locked (Windows) or there is none."""
+    """A folder that this process has locked. `descriptor` is None if folders cannot be locked (Windows), or it does not exist."""
 
     folder: Path
     descriptor: int | None
 
     def check(self) -> None:
-        """Raises VesselError where the folder has been moved away or replaced since it was locked."""
+        """Raise VesselError if the folder was moved or replaced since it was locked."""
         if self.descriptor is None:
             return
         if not _is_open_as(self.descriptor, self.folder):
-            raise VesselError(f"{self.folder}: was moved or replaced while a run wrote there; what is done is in the folder that was there")
+            raise VesselError(
+                f"{self.folder}: was moved or replaced while a command wrote there; the finished results are in the folder that was moved"
+            )
 
 
 @contextmanager
 def locked(folder: Path, *, make: bool = False, shared: bool = False) -> Iterator[FolderLock]:
-    """The folder as this process's own until the block ends, as far as the system can tell: a file system without locks cannot.
+    """Lock a folder until the block ends. On a file system without locks this does nothing.
 
-    The system lets go of the lock when the process ends, however it ends, and the lock leaves no file.
+    The system releases the lock when the process ends, however it ends. The lock leaves no file.
 
     Args:
-        folder: one that does not exist is not locked, unless it is made.
-        make: make the folder, and those above it; those that are still empty at the end of the block are removed again.
-        shared: other processes may lock it too, if they share it.
+        folder: if it does not exist, it is not locked unless `make` is set.
+        make: create the folder and its parents; those that are still empty at the end of the block are removed again.
+        shared: other processes may also lock it, if they share it.
 
     Raises:
-        VesselError: another process has it, or it cannot be made or opened.
+        VesselError: another process has locked it, or it cannot be created or opened.
     """
     if fcntl is None or not (make or folder.is_dir()):
         if make:
@@ -57,20 +59,20 @@ def locked(folder: Path, *, make: bool = False, shared: bool = False) -> Iterato
     try:
         yield FolderLock(folder, descriptor)
     finally:
-        with contextlib.suppress(OSError):  # the first that is not empty
+        with contextlib.suppress(OSError):  # stops at the first that is not empty
             for path in made if _is_open_as(descriptor, folder) else ():
                 path.rmdir()
         os.close(descriptor)
 
 
 def _opened(folder: Path, make: bool, kind: int) -> tuple[list[Path], int]:
-    """The folders that were made, the innermost first, and the descriptor that holds the lock."""
+    """The folders that were created, the innermost first, and the descriptor that holds the lock."""
     made: list[Path] = []
     while True:
         made = (_made(folder) if make else []) or made
         try:
             descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # removed, just now, by the process that made it
+        except FileNotFoundError:  # just removed by the process that created it
             if make:
                 continue
             raise
@@ -96,7 +98,7 @@ def _lock(folder: Path, descriptor: int, kind: int) -> None:
 
 
 def _made(folder: Path) -> list[Path]:
-    """Make a folder and those above it; returns those that were not there, the innermost first. Raises VesselError."""
+    """Create a folder and its parents; returns those that did not exist, the innermost first. Raises VesselError."""
     try:
         if folder.exists() and not folder.is_dir():
             raise VesselError(f"{folder}: is a file; choose another output folder with -o")

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full, or read by nobody: the work counts, not the talk."""
+"""Standard output and error that may be closed or full, or that nobody reads. Does not know what is printed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["standard_streams"]
 
 
 class _Tolerant:
-    """A text stream that remembers the first error of writing, as `fault`, where another would raise it; in all else the stream itself.
+    """A text stream that stores its first error of writing in `fault` instead of raising it; otherwise like the stream itself.
 
-    After an error everything goes to the null device, so that nothing that waits in a buffer fails once more when the process ends.
+    After an error everything goes to the null device, so that buffered text does not fail again when the process ends.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -48,16 +48,16 @@ class _Tolerant:
 
 @contextmanager
 def standard_streams() -> Iterator[_Tolerant]:
-    """In the block, `sys.stdout` and `sys.stderr` raise nothing. Gives the first of them, whose `fault` tells whether all was printed.
+    """In the block, `sys.stdout` and `sys.stderr` raise nothing. Yields the first, whose `fault` is set if not everything was printed.
 
-    Descriptors 0 to 2 that are closed are opened on the null device before anything else is: a file of the run that got such a number
-    would be written to by whatever prints. Child processes inherit them.
+    Closed descriptors among 0 to 2 are opened on the null device first: otherwise a file of the run could get such a number, and prints
+    would go into it. Child processes inherit them.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the least number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
     before = sys.stdout, sys.stderr
     out, err = _Tolerant(sys.stdout), _Tolerant(sys.stderr)
     sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)

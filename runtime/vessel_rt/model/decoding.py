@@ -1,9 +1,9 @@
 """Greedy decoding with a KV cache, and the hidden states that become masks.
 
-An answer that is expected, a draft, is run through the model together with the prompt. Of its tokens those are taken that the model would
-have said itself, up to the first one that it would not; from there on it speaks. So a draft changes the number of runs, never the answer.
+A draft is an answer that is expected. It runs through the model together with the prompt, and its tokens are accepted as long as the model
+would have generated them itself. It is ignored after the first rejected token. A draft changes the number of runs, never the answer.
 
-Knows the language_model graph (docs/architecture.md) and token ids; knows nothing of text, images or masks.
+Knows the language_model graph (docs/architecture.md) and token ids. Does not know about text, images or masks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["Generation", "LanguageModel"]
 class Generation:
     """One answer: its ids without the stop token, and a state [masks, hidden_size] for each [SEG] in it.
 
-    `drafted` tokens were run with the prompt, of which the model would have said the first `accepted`; `decode_steps` runs came after.
+    `drafted` tokens ran with the prompt; the model would have generated the first `accepted` of them itself. `decode_steps` runs followed.
     """
 
     token_ids: tuple[int, ...]
@@ -48,7 +48,7 @@ class _NotFiniteError(ImageError):
 
 @dataclasses.dataclass
 class _Row:
-    """One prompt of the batch and what has been generated after it; the last emitted token is not yet consumed."""
+    """One prompt of the batch and what was generated after it; the last emitted token is not consumed yet."""
 
     prompt_length: int
     draft: tuple[int, ...]
@@ -59,15 +59,15 @@ class _Row:
 
     @property
     def position(self) -> int:
-        """Where the last emitted token stands in the sequence."""
+        """The position of the last emitted token in the sequence."""
         return self.prompt_length + len(self.emitted) - 1
 
 
 class LanguageModel:
-    """The language_model graph and its KV caches: as many as there are threads that generate at one time.
+    """The language_model graph and its KV caches: one for each thread that generates at the same time.
 
-    A cache lies on the device, is written in place, and is used again for later prompts: what an earlier prompt left in it
-    stands beyond the positions of the later one, which the graph masks. Its type is the graph's, which NumPy need not have.
+    A cache lies on the device, is written in place, and is reused for later prompts: what an earlier prompt left in it lies beyond the
+    positions of the later one, and the graph masks it. Its type is the graph's, which NumPy may lack.
     """
 
     def __init__(self, session: Session, bundle: Bundle, embed_tokens: EmbedTokens) -> None:
@@ -76,16 +76,16 @@ class LanguageModel:
         self._seg, self._stops = bundle.prompt.seg_token_id, frozenset(bundle.prompt.stop_token_ids)
         self._embed_tokens = embed_tokens
         stage = bundle.stages["language_model"]
-        self._dtype = stage.input_dtype("inputs_embeds")  # the states' too
+        self._dtype = stage.input_dtype("inputs_embeds")  # the states' dtype too
         self._cache_dtype = stage.input("past_key.0").dtype
         self._precision = bundle.precision
-        self._unused: list[tuple[int, list[OrtValue]]] = []  # caches and their rows
+        self._unused: list[tuple[int, list[OrtValue]]] = []  # caches, each with its number of rows
 
     def generate(self, prompts: Sequence[npt.NDArray[Any]], drafts: Sequence[Sequence[int]] | None = None) -> list[Generation]:
         """Answer each prompt, given as embeddings [tokens, hidden_size], until a stop token or `max_new_tokens`.
 
-        `drafts` are the ids of the answers expected, without a stop token; of a long one the beginning is tried.
-        A [SEG] that is the last token of the budget is still consumed, since its state is the mask.
+        `drafts` are the ids of the expected answers, without a stop token; of a long one only the beginning is tried. A [SEG] that is the
+        last token of the budget is still consumed, since its state becomes the mask.
 
         Raises:
             ImageError: a prompt that leaves no room in the cache for an answer, or states that are not finite.
@@ -93,7 +93,7 @@ class LanguageModel:
         longest, room = max(map(len, prompts)), self._sizes.capacity - self._sizes.max_new_tokens
         if longest > room:
             raise ImageError(
-                f"its prompt has {longest} tokens, of which this bundle takes {room} "
+                f"its prompt has {longest} tokens, but this bundle takes {room} "
                 f"({self._sizes.capacity} less {self._sizes.max_new_tokens} for the answer); export it with a larger capacity"
             )
         tried = min(MOST_KEPT - 1, self._sizes.max_new_tokens)
@@ -106,14 +106,14 @@ class LanguageModel:
         except _NotFiniteError:
             if not any(row.draft for row in rows):
                 raise
-            return self.generate(prompts)  # a draft's numbers, once in the cache, spoil the prompt's though they are masked: 0 times NaN
+            return self.generate(prompts)  # NaN of a draft in the cache spoils the prompt although it is masked: 0 times NaN is NaN
         return [self._generation(row) for row in rows]
 
     def _begin(self, rows: Sequence[_Row], prompts: Sequence[npt.NDArray[Any]], cache: Sequence[OrtValue]) -> None:
-        """Run every prompt with its draft, and accept of the draft what the model says itself."""
+        """Run every prompt with its draft, and accept the draft's tokens as long as the model generates them itself."""
         chunks = [np.concatenate([prompt, *self._embedded(row.draft)]) for row, prompt in zip(rows, prompts, strict=True)]
-        kept = 1 + max(len(row.draft) for row in rows)
-        gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(kept)] for row in rows]
+        gathered = 1 + max(len(row.draft) for row in rows)
+        gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(gathered)] for row in rows]
         next_ids, states = self._run(chunks, [0] * len(rows), gather, cache)
         for row, said, state in zip(rows, next_ids, states, strict=True):
             self._check(state[0])
@@ -128,7 +128,7 @@ class LanguageModel:
         return [self._embed_tokens.rows(token_ids)] if token_ids else []
 
     def _step(self, rows: Sequence[_Row], cache: Sequence[OrtValue]) -> None:
-        """Consume every row's last token. A finished row repeats its own, in place, and what comes of it is dropped."""
+        """Consume every row's last token. A finished row repeats its own in place, and the result is ignored."""
         tokens = self._embed_tokens.rows([row.emitted[-1] for row in rows])
         next_ids, states = self._run(list(tokens[:, None]), [row.position for row in rows], [[0]] * len(rows), cache)
         for row, said, state in zip(rows, next_ids, states, strict=True):
@@ -157,11 +157,11 @@ class LanguageModel:
     def _run(
         self, chunks: Sequence[npt.NDArray[Any]], starts: Sequence[int], gather: Sequence[Sequence[int]], cache: Sequence[OrtValue]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
-        """Run the graph over one chunk of embeddings a row, written to the cache from position `starts[row]` on.
+        """Run the graph over one chunk of embeddings per row, written to the cache from position `starts[row]` on.
 
         Returns:
-            For each row, at its chunk's positions `gather[row]`, as many in each: the next tokens' ids [rows, positions], the hidden
-            states [rows, positions, hidden_size].
+            For each row, at the positions `gather[row]` of its chunk (the same number for each row): the next tokens' ids [rows, positions]
+            and the hidden states [rows, positions, hidden_size].
         """
         batch, sequence = len(chunks), max(map(len, chunks))
         embeds = np.zeros((batch, sequence, self._sizes.hidden_size), self._dtype)
@@ -184,7 +184,7 @@ class LanguageModel:
         return outputs["next_ids"], outputs["hidden_states"]
 
     def _check(self, state: npt.NDArray[Any]) -> None:
-        """Of the states that count: one after a draft that is not accepted may be what it will."""
+        """Check a state that is used. States after a rejected token may be anything."""
         if not np.isfinite(state).all():
             raise _NotFiniteError(
                 f"the language model's states are not finite in {self._precision}; export the bundle with --precision fp32"
@@ -195,14 +195,14 @@ class LanguageModel:
 
     @contextmanager
     def _cache_of(self, batch: int) -> Iterator[list[OrtValue]]:
-        """A cache of `batch` rows, [batch, kv_heads, capacity, head_dim] a tensor, for this block alone.
+        """A cache of `batch` rows, each tensor [batch, kv_heads, capacity, head_dim], for this block alone.
 
-        It is kept for a later block, unless this one fails: the cache may then hold numbers that are not finite.
+        A later block reuses it, unless this one fails: the cache may then hold numbers that are not finite.
         """
         rows, cache = self._unused.pop() if self._unused else (0, [])
         if rows != batch:
             shape = (batch, self._sizes.kv_heads, self._sizes.capacity, self._sizes.head_dim)
-            cache = []  # freed before its successor is made
+            cache = []  # freed before the new one is allocated
             cache = [self._session.zeros(shape, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
         yield cache
         self._unused.append((batch, cache))

@@ -1,4 +1,4 @@
-"""From low-res logits to a mask at the image's size, and what a result says of a mask."""
+"""From low-res logits to a mask at the image's size, and the box and outline of a mask. Does not know about graphs or files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def upsample(logits: npt.NDArray[np.float32], middle: int, width: int, height: i
     """Low-res logits [masks, side, side] at the image's size, [masks, height, width].
 
     Sa2VA resizes twice, bilinearly (torch's `interpolate`, align_corners=False, no antialiasing): to SAM2's square of `middle`
-    pixels, then to the image. Both steps are linear and separable, so each axis is one product with one small matrix.
+    pixels, then to the image. Both steps are linear and separable, so each axis is a product with one small matrix.
     """
     side = logits.shape[-1]
     rows, columns = _resize_twice(side, middle, height), _resize_twice(side, middle, width)
@@ -30,7 +30,7 @@ def _resize_twice(source: int, middle: int, target: int) -> npt.NDArray[np.float
 def _resize(source: int, target: int) -> npt.NDArray[np.float64]:
     """The matrix [target, source] of a bilinear resize of one axis.
 
-    Positions are rounded as torch rounds them: the scale to float32, then the fused multiply-add `(i + 0.5) * scale - 0.5`.
+    Positions are rounded as in torch: the scale to float32, then the fused multiply-add `(i + 0.5) * scale - 0.5`.
     """
     scale = np.float64(np.float32(source) / np.float32(target))
     index = np.arange(target)

@@ -1,7 +1,7 @@
 """From an RGB image to the `pixel_values` of the two encoders, exactly as in training.
 
 The rules are Sa2VA's (projects/sa2va/hf/models/modeling_sa2va_chat.py: dynamic_preprocess, predict_forward), which follow InternVL's.
-Does not know files or models: the sizes and constants come from the bundle.
+Does not know about files or models: sizes and constants come from the bundle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["mask_pixels", "tile_grid", "tile_pixels"]
 def tile_grid(width: int, height: int, spec: TileSpec) -> tuple[int, int]:
     """Columns and rows of the tiles that an image of `width` x `height` pixels is resized to and cut into.
 
-    The grid whose shape is nearest the image's; of equally near ones the largest that the image fills by half.
+    The grid whose aspect ratio is closest to the image's. Among equally close ones, the largest that the image fills at least by half.
     """
     grids = [
         (columns, rows)
@@ -38,7 +38,7 @@ def tile_grid(width: int, height: int, spec: TileSpec) -> tuple[int, int]:
 
 
 def tile_pixels(image: Image.Image, spec: TileSpec, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """The image's tiles, row by row, then, if there are several, a thumbnail of the whole: [tiles, 3, size, size]."""
+    """The image's tiles, row by row, and, if there are several, a thumbnail of the whole image: [tiles, 3, size, size]."""
     columns, rows = tile_grid(image.width, image.height, spec)
     size = spec.size
     tiles = _resized(image, columns * size, rows * size)
@@ -49,7 +49,7 @@ def tile_pixels(image: Image.Image, spec: TileSpec, dtype: npt.DTypeLike = np.fl
 
 
 def mask_pixels(image: Image.Image, spec: MaskSpec, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """The whole image, squeezed to a square, for SAM2's image encoder: [1, 3, size, size]."""
+    """The whole image, resized to a square, for SAM2's image encoder: [1, 3, size, size]."""
     return _normalized(_resized(image, spec.size, spec.size)[None], spec.mean, spec.std, dtype)
 
 
@@ -61,7 +61,7 @@ def _resized(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint
 def _normalized(pixels: npt.NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Bytes [n, height, width, 3] to `(byte / 255 - mean) / std`, [n, 3, height, width]: float32 arithmetic, rounded once to `dtype`.
 
-    A channel has 256 values only, so they are computed once and looked up, a plane at a time: into memory in one piece, NumPy is fast.
+    A channel has only 256 values, so they are computed once and looked up plane by plane: NumPy is fast when it writes contiguous memory.
     """
     levels = np.arange(256, dtype=np.float32) / np.float32(255)
     tables = [((levels - np.float32(m)) / np.float32(s)).astype(dtype) for m, s in zip(mean, std, strict=True)]

@@ -1,4 +1,4 @@
-"""From a question to the token ids and embeddings of the prompt, and from an answer's ids back to text."""
+"""From a question to the token ids and embeddings of the prompt, and from an answer's ids to text. Does not know about images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vessel_rt.formats.schema import shown
 
 __all__ = ["EmbedTokens", "PromptTokenizer"]
 
-_DTYPES = ("F32", "F16")  # safetensors' names of what NumPy has
+_DTYPES = ("F32", "F16")  # safetensors' names of types that NumPy has
 
 
 class PromptTokenizer:
     """The bundle's tokenizer, with the text that training put around image and question.
 
     Raises:
-        BundleError: the tokenizer's file cannot be read; from each method, the library cannot do what the file says.
+        BundleError: the tokenizer's file cannot be read; any method may also raise it, if the library fails on the file's rules.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -37,7 +37,7 @@ class PromptTokenizer:
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
-        """The library raises plain Exception, and where it panics something that is not even that."""
+        """The library raises plain Exception; its panics are not even that."""
         try:
             yield
         except BaseException as e:
@@ -48,10 +48,10 @@ class PromptTokenizer:
     def encode(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids of the prompt before and after its image tokens.
 
-        Special tokens split the text before anything else, so that these two pieces, encoded alone, give the ids of the whole.
+        Special tokens split the text before anything else, so these two pieces, encoded separately, give the ids of the whole.
 
         Raises:
-            VesselError: the question is empty, or itself places an image.
+            VesselError: the question is empty, or contains an image token.
         """
         spec = self._spec
         if not question.strip():
@@ -69,25 +69,25 @@ class PromptTokenizer:
         return encodings[0].ids, encodings[1].ids
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Token ids of an answer, as training had them: special tokens such as [SEG] are one id each."""
+        """Token ids of an answer, as in training: special tokens such as [SEG] are one id each."""
         with self._faults():
             ids: list[int] = self._tokenizer.encode(answer, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of an answer, special tokens such as [SEG] shown, without blanks around it."""
+        """The text of an answer, with special tokens such as [SEG], without surrounding blanks."""
         with self._faults():
             text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return text.strip()
 
 
 class EmbedTokens:
-    """Rows of the embedding table, read from the file as they are asked for: the table itself never is in memory.
+    """Rows of the embedding table, read from the file on demand: the table is never in memory.
 
-    A run asks for the same few dozen rows (a question's, the answers') again and again, so each is read once.
+    A run needs the same few dozen rows (of the question and the answers) again and again, so each is read once.
 
     Raises:
-        BundleError: the file cannot be read, or the table is not of the language model's vocabulary and size.
+        BundleError: the file cannot be read, or the table's shape is not that of the language model.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -116,8 +116,11 @@ class EmbedTokens:
         self._stack.close()
 
     def rows(self, token_ids: Sequence[int]) -> npt.NDArray[Any]:
-        """[len(token_ids), hidden_size], in the table's dtype. BundleError if there is no row for a token: then the files do not belong
-        together."""
+        """[len(token_ids), hidden_size], in the table's dtype.
+
+        Raises:
+            BundleError: there is no row for a token, so the files do not belong together.
+        """
         strange = [token for token in token_ids if not 0 <= token < self._vocabulary]
         if strange or not token_ids:
             raise BundleError(f"{self._path}: has no row for the tokens {strange[:1]}; export the bundle again")

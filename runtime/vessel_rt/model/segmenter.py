@@ -1,7 +1,7 @@
 """The whole pipeline on one page: images and questions in, answers and their masks out.
 
 An image goes through three steps: `prepare` makes its pixels, `run` takes a batch through the graphs, `finish` makes its masks.
-All may be called from several threads at a time.
+All may be called from several threads at the same time. Does not know about image files or output folders.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["Answer", "Mask", "Pixels", "Result", "Segmenter"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pixels:
-    """An image as the graphs take it: `tiles` [tiles, 3, size, size], `square` [1, 3, size, size]; `ms` that making them took."""
+    """An image as the graphs take it: `tiles` [tiles, 3, size, size], `square` [1, 3, size, size]; `ms` is the time that it took."""
 
     width: int
     height: int
@@ -45,13 +45,13 @@ class Pixels:
     ms: dict[str, float]
 
     def spent(self) -> Pixels:
-        """What `finish` needs of it: no pixels."""
+        """The same without pixels, for `finish`."""
         return dataclasses.replace(self, tiles=self.tiles[:0].copy(), square=self.square[:0].copy())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """What the graphs made of one image and question; `low_res_logits` [masks, side, side], `iou` and `object_score` [masks]."""
+    """The output of the graphs for one image and question; `low_res_logits` [masks, side, side], `iou` and `object_score` [masks]."""
 
     question: str
     generation: Generation
@@ -86,11 +86,11 @@ class Mask:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """What came of one image and question. `masks` follow the order of [SEG] in the answer and may be none.
+    """The answer to one question about one image, and its masks, in the order of [SEG] in the answer; there may be none.
 
-    `decode_steps` counts the runs of language_model after the first; of the `drafted` tokens that were run with the prompt, the model would
-    have said the first `accepted`. `images` ran together; `ms` has each step's wall time in milliseconds, for all questions about an image
-    together, an equal share for each image.
+    `decode_steps` counts the runs of language_model after the first. `drafted` tokens ran with the prompt; the model would have generated
+    the first `accepted` itself. `images` is the size of the batch. `ms` has the wall time of each step in milliseconds, for all
+    questions about the image together; a batch's time is divided equally.
     """
 
     question: str
@@ -110,8 +110,8 @@ class Segmenter:
     Args:
         deployment: what to run, and where.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime.
-        draft: run the answer that is expected together with the prompt; the answers are the same without. Which it is, is found once for a
-            question, on a gray image.
+        draft: run the expected answer together with the prompt; the answers are the same without it. It is found once per question, on a
+            gray image.
 
     Raises:
         VesselError: a file of the bundle cannot be loaded, or was changed since it was hashed.
@@ -125,9 +125,9 @@ class Segmenter:
             self._embed_tokens = stack.enter_context(EmbedTokens(bundle))
             self._sessions = {name: stack.enter_context(session) for name, session in deployment.sessions(threads).items()}
             self._language_model = LanguageModel(self._sessions["language_model"], bundle, self._embed_tokens)
-            # A GPU has room for SAM2's encoder beside the language model; the CPU's cores are all busy with one.
-            beside = deployment.device.kind != "cpu"
-            self._thread = stack.enter_context(ThreadPoolExecutor(1, "sam2_image_encoder")) if beside else None
+            # A GPU can run SAM2's encoder at the same time as the language model; on a CPU one of them keeps all cores busy.
+            overlaps = deployment.device.kind != "cpu"
+            self._thread = stack.enter_context(ThreadPoolExecutor(1, "sam2_image_encoder")) if overlaps else None
             self._verify_unchanged()
             self._stack = stack.pop_all()
         self._texts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
@@ -151,18 +151,18 @@ class Segmenter:
         self._draft(question)
 
     def segment(self, image: Image.Image, question: str) -> Result:
-        """Answer `question` about `image` (RGB, as `read_image` gives it), and draw a mask for each [SEG] of the answer.
+        """Answer `question` about `image` (RGB, as from `read_image`), and make a mask for each [SEG] of the answer.
 
         Raises:
-            VesselError: the question cannot be put into a prompt.
-            ImageError: the image makes too long a prompt, or numbers that overflow the bundle's precision.
+            VesselError: the question is empty or contains an image token.
+            ImageError: the image's prompt is too long, or its numbers overflow the bundle's precision.
         """
         pixels = self.prepare(image)
         [[answer]] = self.run([pixels], [question])
         return self.finish(pixels, answer)
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """What the graphs need of `image`."""
+        """The inputs of the graphs for `image`."""
         ms: dict[str, float] = {}
         with _timed(ms, "tiles"):
             tiles = tile_pixels(image, self._bundle.tiles, self._input_dtype("vision_encoder"))
@@ -171,19 +171,19 @@ class Segmenter:
         return Pixels(image.width, image.height, tiles, square, ms)
 
     def run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
-        """Every question about every image of `batch`: for each image, its answers in the questions' order. Each image is encoded once.
+        """Every question about every image of `batch`: for each image, its answers in order. Each image is encoded once.
 
         Raises:
-            VesselError: a question cannot be put into a prompt.
-            ImageError: an image of the batch makes too long a prompt, or numbers that overflow the bundle's precision.
-            OutOfMemory: the device has no room for so many images.
-            DeviceError: the device fails on a gray image, too.
-            BundleError: a file of the bundle was changed, so that neither an answer nor another error is to be trusted.
+            VesselError: a question is empty or contains an image token.
+            ImageError: the prompt of an image is too long, or its numbers overflow the bundle's precision.
+            OutOfMemory: the device has no memory for so many images.
+            DeviceError: the device also fails on a gray image.
+            BundleError: a file of the bundle was changed, so neither answers nor other errors can be trusted.
         """
         self._verify_unchanged()
         try:
             return self._run(batch, questions)
-        except (GraphError, OutOfMemory) as e:  # not probed here, where the error holds what this run has on the device
+        except (GraphError, OutOfMemory) as e:  # not probed here: the error keeps device memory alive
             short, text = isinstance(e, OutOfMemory), str(e)
         finally:
             self._verify_unchanged()
@@ -193,17 +193,17 @@ class Segmenter:
         raise OutOfMemory(text) if short else ImageError(text)
 
     def _run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
-        """As `run`; GraphError where a graph fails, for whatever reason."""
+        """As `run`, but raises GraphError when a graph fails, whatever the reason."""
         ms: dict[str, float] = {}
         encoding = self._thread.submit(self._encode, batch, ms) if self._thread else None
         try:
             try:
                 generations = self._generate(batch, questions, ms)
             finally:
-                wait([encoding] if encoding else [])  # it works with what this call holds
+                wait([encoding] if encoding else [])  # it uses what this call holds
             features = encoding.result() if encoding else None
         finally:
-            encoding = None  # its error would hold this frame, and this frame the error: memory that a smaller batch needs
+            encoding = None  # its error and this frame would keep each other alive, and with them memory that a smaller batch needs
         decoded = self._decode(batch, generations, features, ms)
         share = {step: value / len(batch) for step, value in ms.items()}
         return [
@@ -215,10 +215,10 @@ class Segmenter:
         ]
 
     def finish(self, pixels: Pixels, answer: Answer) -> Result:
-        """The answer in words, and its masks at the image's size."""
+        """The answer as text, and its masks at the image's size."""
         ms = {**pixels.ms, **answer.ms}
         with _timed(ms, "upsample"):
-            masks = upsample(answer.low_res_logits, self._bundle.mask.size, pixels.width, pixels.height) > 0  # sigmoid above one half
+            masks = upsample(answer.low_res_logits, self._bundle.mask.size, pixels.width, pixels.height) > 0  # sigmoid above 0.5
         generation, scores = answer.generation, zip(masks, answer.iou, answer.object_score, strict=True)
         return Result(
             question=answer.question,
@@ -249,9 +249,9 @@ class Segmenter:
         return generations
 
     def _draft(self, question: str) -> Sequence[int]:
-        """The answer to expect: what the model says to this question of a gray image, once.
+        """The expected answer: what the model answers to this question for a gray image. It is computed once.
 
-        Not what it said last: then the rounding of a result would depend on which image came before, and on another process's luck.
+        Not the last image's answer: then the rounding of a result would depend on which image came before, and in which process.
         """
         if self._first_draft is None:
             return ()
@@ -261,16 +261,16 @@ class Segmenter:
             return self._drafts[question]
 
     def _rehearsed(self, question: str, draft: Sequence[int]) -> Sequence[int]:
-        """The model's answer for a gray image, checked against `draft`; that itself where no answer with a mask comes of it."""
+        """The model's answer for a gray image, generated with `draft`; `draft` itself if that answer has no mask."""
         try:
             image_embeds = self._sessions["vision_encoder"].run({"pixel_values": self._gray().tiles})["image_embeds"]
             [generation] = self._language_model.generate([self._prompt(question, image_embeds)], [draft])
-        except ImageError:  # images will meet it too, and say so
+        except ImageError:  # images will fail in the same way, and their errors say so
             return draft
         return generation.token_ids if len(generation.seg_states) else draft
 
     def _probe(self, question: str, failure: str) -> None:
-        """Run every graph on a gray image: DeviceError if the device fails at that, or has no room for it, after the `failure` before."""
+        """Run every graph on a gray image after a `failure`. Raises DeviceError if the device fails on it too."""
         gray = self._gray()
         states = np.zeros((1, self._bundle.language_model.hidden_size), self._bundle.stages["sam2_mask_decoder"].input_dtype("seg_states"))
         try:
@@ -280,9 +280,9 @@ class Segmenter:
                 image_embeds = self._sessions["vision_encoder"].run({"pixel_values": gray.tiles})["image_embeds"]
                 self._language_model.generate([self._prompt(question, image_embeds)])
         except (GraphError, OutOfMemory) as e:
-            raise DeviceError(f"{failure}; then on a gray image: {e}; so it is the device that fails, and what is done is kept") from e
+            raise DeviceError(f"{failure}; then on a gray image: {e}; so the device is at fault; finished results are kept") from e
         except ImageError:
-            pass  # a gray image that the model cannot take says nothing of the device, which ran it
+            pass  # the model cannot take a gray image, but the device ran it
 
     def _gray(self) -> Pixels:
         return self.prepare(Image.new("RGB", (self._bundle.tiles.size,) * 2, (128, 128, 128)))
@@ -290,21 +290,21 @@ class Segmenter:
     def _prompt(self, question: str, image_embeds: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size] between its texts'.
 
-        They are joined on the host, whatever the device: ONNX Runtime copies whole values to a device, never into a part of one. A tile of
-        the 8B model is 1.8 MB each way, less than a further graph, or two more runs of language_model, would cost.
+        They are joined on the host, whatever the device: ONNX Runtime copies only whole values to a device. A tile of the 8B model is
+        1.8 MB each way, which costs less than another graph or two more runs of language_model.
         """
         before, after = self._around(question)
         return np.concatenate([before, image_embeds.reshape(-1, image_embeds.shape[-1]), after])
 
     def _around(self, question: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The embeddings before and after an image's, made once for a question."""
+        """The embeddings before and after those of the image, computed once per question."""
         if question not in self._texts:
             before, after = (self._embed_tokens.rows(ids) for ids in self._tokenizer.encode(question))
             self._texts[question] = before, after
         return self._texts[question]
 
     def _encode(self, batch: Sequence[Pixels], ms: dict[str, float]) -> Mapping[str, OrtValue]:
-        """SAM2's features of every image, left on the device."""
+        """SAM2's features of every image, which stay on the device."""
         with _timed(ms, "sam2_image_encoder"):
             squares = np.concatenate([pixels.square for pixels in batch]) if len(batch) > 1 else batch[0].square
             return self._sessions["sam2_image_encoder"].run({"pixel_values": squares}, keep=("fpn_0", "fpn_1", "image_features"))
@@ -318,7 +318,7 @@ class Segmenter:
     ) -> list[list[_Logits]]:
         """Low-res logits, IoUs and object scores of the masks, by image and question, from the [SEG] states.
 
-        `features` are SAM2's of every image; without them its encoder runs now, on the images that have a mask.
+        `features` are SAM2's, of every image; without them its encoder runs now, on the images that have a mask.
         """
         states = [[generation.seg_states for generation in of_image] for of_image in generations]
         encoded = [i for i, of_image in enumerate(states) if features or any(map(len, of_image))]
@@ -329,7 +329,7 @@ class Segmenter:
         if len(seg_states):
             features = features or self._encode([batch[i] for i in encoded], ms)
             with _timed(ms, "sam2_mask_decoder"):
-                most = MASKS_AN_IMAGE * len(encoded)  # as many as engines are built and memory is planned for
+                most = MASKS_AN_IMAGE * len(encoded)  # the number that engines are built for and memory is planned for
                 for start in range(0, len(seg_states), most):
                     some = slice(start, start + most)
                     feeds = {**features, "seg_states": seg_states[some], "image_index": image_index[some]}

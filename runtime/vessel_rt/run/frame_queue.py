@@ -1,4 +1,4 @@
-"""The frames of a run that are left, and how many of them a worker gets at once. Knows nothing of what a worker is."""
+"""The frames of a run that are left, and how many of them a worker gets at once. Does not know what a worker is."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from vessel_rt.inputs.frames import Frame
 
 __all__ = ["FrameQueue"]
 
-_MOST = 16  # rounds at once, at most: a worker reads ahead only within what it has taken
-_TICK = 0.2  # seconds between two looks at `stop`
+_MOST = 16  # rounds per share, at most: a worker reads ahead only within its share
+_TICK = 0.2  # seconds between two checks of `stop`
 
 
 class FrameQueue:
     """Hands out `frames` to `workers`. Every method may be called from several threads.
 
-    A share is a whole number of rounds (what a worker has in work at one time: its batch times its streams), many while many frames are
-    left, so that a worker reads ahead, and one near the end. What is left for the last round is shared evenly.
+    A share is a whole number of rounds. A round is what a worker processes at the same time: its batch times its streams. While many frames
+    are left a share has many rounds, so that a worker can read ahead; near the end it has one. The last round is divided evenly.
     """
 
     def __init__(self, frames: Sequence[Frame], workers: int, stop: threading.Event) -> None:
         self._left, self._alone = deque(frames), deque[Frame]()
         self._workers, self._stop = workers, stop
-        self._last: int | None = None  # frames of a share of the last round
+        self._last: int | None = None  # frames per share of the last round
         self._lost: set[str] = set()
         self._working = 0
         self._changed = threading.Condition()
 
     def take(self, round_size: int) -> list[Frame]:
-        """The next share of a worker with rounds of `round_size` frames, until `done` in its hand; empty when all is done.
+        """The next share of a worker with rounds of `round_size` frames; the worker calls `done` afterwards. Empty when all is done.
 
-        Waits where nothing is left but what others have in hand, which may come back.
+        Waits while nothing is left but shares of other workers, whose frames may come back.
         """
         with self._changed:
             while not self._stop.is_set():
@@ -45,7 +45,7 @@ class FrameQueue:
             return []
 
     def lose(self, frames: Iterable[Frame]) -> list[Frame]:
-        """These were in work when a process died: they are tried again, each alone. Returned, and not tried, are those lost before."""
+        """Note that a process died with these frames in work. They are tried again, each alone; those lost before are returned instead."""
         frames = list(frames)
         again = [frame for frame in frames if frame.name in self._lost]
         with self._changed:
@@ -54,13 +54,13 @@ class FrameQueue:
         return again
 
     def try_alone(self, frames: Iterable[Frame]) -> None:
-        """Hand these out, too, each as a share of its own."""
+        """Also hand out these, each as a share of its own."""
         with self._changed:
             self._alone.extend(frames)
             self._changed.notify_all()
 
     def done(self) -> None:
-        """A share is no longer in hand."""
+        """A worker is finished with a share."""
         with self._changed:
             self._working -= 1
             self._changed.notify_all()

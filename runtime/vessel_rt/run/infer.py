@@ -1,4 +1,7 @@
-"""A run from its inputs to its output folder: what is left to do, who does it, and the account of it."""
+"""A run from its inputs to its output folder: what is left to do, who does it, and what is written at the end.
+
+Does not know how a frame is segmented, nor what is printed after the run.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES
-from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, told_kinds
+from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames
+from vessel_rt.inputs.input_files import told_kinds
 from vessel_rt.inputs.pseudonyms import printable
 from vessel_rt.io.folder_lock import FolderLock, locked
 from vessel_rt.results.cines import write_cines
@@ -35,21 +37,22 @@ from vessel_rt.run.earlier import read_earlier
 from vessel_rt.run.journal import Record
 from vessel_rt.run.process_pool import ProcessPool
 from vessel_rt.run.ray_pool import RayPool
+from vessel_rt.run.stop import Stop
 from vessel_rt.run.summary import Summary, run_content
 from vessel_rt.run.worker import Job, Worker, WorkOptions, cores
 
-__all__ = ["InferOptions", "Stop", "infer"]
+__all__ = ["InferOptions", "infer"]
 
 _Workers: TypeAlias = Worker | ProcessPool | RayPool
 
 
 @dataclasses.dataclass(frozen=True)
 class InferOptions:
-    """What `infer` is asked to do.
+    """What `infer` has to do.
 
-    `inputs` are files, folders and globs, of whose frames `selection` says which; of each, every question of `work` is asked. There is a
-    process for each of several `devices`, or an actor of the Ray cluster at `ray`. `overwrite` starts anew, `prune` forgets the results of
-    frames that are no longer among the inputs. `fail_fast` ends the run at the first frame that fails; `quiet` says nothing but errors,
+    `inputs` are files, folders and globs; `selection` chooses their frames; every question of `work` is asked about each. There is a
+    process for each of several `devices`, or an actor of the Ray cluster at `ray`. `overwrite` starts again, `prune` removes the results of
+    frames that are no longer among the inputs. `fail_fast` ends the run at the first frame that fails. `quiet` prints nothing but errors,
     `verbose` a line for each frame.
     """
 
@@ -67,7 +70,7 @@ class InferOptions:
     verbose: bool = False
 
     def content(self) -> dict[str, Any]:
-        """What run.json has of the options: no names of inputs or folders."""
+        """The options in run.json, without names of inputs or folders."""
         selection, naming = self.selection, self.naming
         return {
             **dataclasses.asdict(self.work),
@@ -83,41 +86,14 @@ class InferOptions:
         }
 
 
-class Stop(threading.Event):
-    """Set when a run is to begin no further frame; `signal` says which signal wanted it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.signal: signal.Signals | None = None
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """In the block, SIGINT or SIGTERM sets it; the same again ends the process at once, and what is done is kept all the same."""
-        if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-            yield
-            return
-
-        def stop(number: int, _: object) -> None:
-            self.signal = signal.Signals(number)
-            self.set()
-            signal.signal(number, signal.SIG_DFL)
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def infer(bundle: Bundle, options: InferOptions) -> Summary:
-    """Segment every frame and write the results; one that fails becomes a line in results.jsonl, and the others go on.
+    """Segment every frame and write the results. A frame that fails becomes a line in results.jsonl, and the others are still processed.
 
-    What an earlier run into the same folder has done, with the same settings, of the same inputs, is kept. The folder is locked from before
-    it is looked at until the run ends.
+    Results of an earlier run into the same folder, with the same settings and inputs, are kept. The folder is locked from before it is read
+    until the run ends.
 
     Raises:
-        VesselError: nothing could be begun (inputs, output folder, question, device, bundle), a result could not be written, or the bundle
+        VesselError: the run could not start (inputs, output folder, question, device, bundle), a result could not be written, or the bundle
             is gone at the end.
     """
     began = time.perf_counter()
@@ -168,50 +144,50 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
 
 
 def _summary_of(record: Record, frames: Sequence[Frame], in_all_shards: int, say: _Console) -> Summary:
-    """The counts of what is kept; of inputs that cannot be read now the user is told."""
+    """The counts of the kept frames. Inputs that cannot be read now are reported."""
     summary = Summary(total=len(frames), in_all_shards=in_all_shards)
     for entry in record.kept:
         summary.count(entry)
     summary.kept, summary.unread = summary.images, len(record.unread)
     for frame in frames:
         if frame.name in record.unread:
-            say(f"error: {frame.shown}: {record.unread[frame.name]}; what an earlier run made of it is kept")
+            say(f"error: {frame.shown}: {record.unread[frame.name]}; its results of an earlier run are kept")
     return summary
 
 
 def _sources(bundle: Bundle) -> list[str]:
-    """The bundle's files that are there."""
+    """The bundle's files that exist now."""
     return [name for name in (BUNDLE_FILE, *bundle.used_files()) if (bundle.folder / name).is_file()]
 
 
 def _check_sources(bundle: Bundle, names: Sequence[str], output: Path) -> None:
-    """Make sure that they still are: a run is not called finished whose bundle nobody can look at."""
+    """Make sure that these files still exist: a run is not finished if nobody can inspect its bundle."""
     gone = [name for name in names if not (bundle.folder / name).is_file()]
     if gone:
         others = f" and {len(gone) - 1} other files" if len(gone) > 1 else ""
         raise BundleError(
-            f"{bundle.folder}: {gone[0]}{others} went away during the run; the results in {output} are kept: "
-            "put the bundle back, and give the same command again to finish"
+            f"{bundle.folder}: {gone[0]}{others} disappeared during the run; the results in {output} are kept: "
+            "restore the bundle and give the same command again to finish"
         )
 
 
 def _choose(bundle: Bundle, options: InferOptions) -> Sequence[Device]:
-    """What is used here; of GPUs elsewhere, in a cluster, only the kind is known."""
+    """The devices of this run. Of the GPUs of a cluster only the kind is known."""
     kind = options.devices[0].kind
     if options.ray and kind == "gpu":
-        raise VesselError("--ray gives an actor to each GPU of the cluster; name their kind with --device cuda or rtx, not their numbers")
+        raise VesselError("--ray uses every GPU of the cluster; give their kind with --device cuda or rtx, not their numbers")
     if options.ray and kind not in ("auto", "cpu"):
         return [Device(kind)] * len(options.devices)
     return choose_devices(bundle, options.devices, apart=options.ray is not None)
 
 
 def _is_finished(options: InferOptions) -> bool:
-    """Whether what tells of all results together is there, and calls frames as this run would."""
+    """Whether run.json and the report exist, and name frames as this run would."""
     if not (options.output / REPORT_FILE).exists():
         return False
     try:
         told, naming = read_run(options.output)["options"], options.naming
-    except VesselError:  # it is made of what is known, and made anew
+    except VesselError:  # it is written again
         return False
     return (told["show_names"], told["key"]) == (naming.show_names, naming.codes.key_id)
 
@@ -240,7 +216,7 @@ def _told(shown: str, entry: Entry) -> str:
 
 @contextmanager
 def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) -> Iterator[_Workers]:
-    """One device is worked on here, several by a process each; the bundle is checked here for all of them, but not for other hosts."""
+    """One device runs in this process, several in a process each. The bundle is checked once for all; Ray's actors check it themselves."""
     if ray:
         with RayPool(jobs, ray, stop) as actors:
             yield actors
@@ -262,7 +238,7 @@ def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) ->
 
 
 class _Console:
-    """Standard error: what is said does not tear the progress bar."""
+    """Standard error, without tearing the progress bar."""
 
     def __init__(self, options: InferOptions) -> None:
         self._quiet = options.quiet
@@ -274,14 +250,14 @@ class _Console:
 
 
 def _share(work: WorkOptions, devices: Sequence[Device]) -> WorkOptions:
-    """What one of several workers has of the CPU."""
+    """The options for one of several workers, which share the CPU."""
     if len(devices) == 1 or devices[0].kind != "cpu":
         return work
     return dataclasses.replace(work, threads=max(1, (work.threads or cores()) // len(devices)))
 
 
 def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
-    """A hash of all that decides what the results are; how many run at once, and where, does not."""
+    """A hash of everything that decides the results. How many frames run at once, and where, does not."""
     decisive = {
         "version": vessel_rt.__version__,
         "bundle": bundle.sha256,
@@ -295,10 +271,10 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
 
 
 def _announce(options: InferOptions, devices: Sequence[Device], bundle: Bundle) -> None:
-    """Say where the run takes place: `auto` may have chosen what the user did not mean."""
+    """Print the device: `auto` may have chosen another one than the user expects."""
     device, wanted, note = devices[0], options.devices[0], ""
     if (device.kind, bundle.precision) == ("cpu", "fp16"):
-        note = ": slow, and twice its size in memory; take a GPU, or export with --precision fp32"
+        note = ": slow, and it takes twice its size in memory; use a GPU, or export with --precision fp32"
     elif wanted.kind == "auto" and device.kind != "rtx" and (bundle.folder / ENGINES).is_dir():
         note = f": the bundle's engines are not used (vessel-rt devices --bundle {bundle.folder} says why)"
     if not options.quiet:
@@ -306,7 +282,7 @@ def _announce(options: InferOptions, devices: Sequence[Device], bundle: Bundle) 
 
 
 def _finish(bundle: Bundle, options: InferOptions, devices: Sequence[Device], started: datetime.datetime, summary: Summary) -> None:
-    """Write what tells of all results together; run.json, before the report, says that every frame was tried."""
+    """Write what covers all results: cines, run.json, which says that every frame was tried, and then the report."""
     write_cines(options.output)
     write_run(options.output, run_content(bundle, devices, options.content(), started, summary))
     write_report(options.output)

@@ -1,8 +1,7 @@
-"""Several devices at work on one run: a process for each, which takes frames as it is done with others, and may die.
+"""Several devices at work on one run: a process for each, which takes frames as it finishes others, and may die.
 
-A process has a whole device, loads the bundle itself and writes its frames' files; entries come back to the one process that keeps the
-record. It is a plain child, spoken to in pickles over its standard input and output, so that neither a terminal's Ctrl-C nor the import of
-a user's script reaches it; when its parent is gone, its input ends, and so does it.
+A process has a whole device, loads the bundle itself and writes the files of its frames; entries come back to the parent, which keeps the
+journal. Does not know how a process is spoken to (worker_process.py), nor what it does with a frame (worker.py).
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from vessel_rt.run.worker_process import PATIENCE, Died, Patience, WorkerProcess
 
 __all__ = ["ProcessPool"]
 
-RESTARTS = 3  # of a device's process without a finished frame in between; then the device is given up
+RESTARTS = 3  # of a device's process without a finished frame in between; after that the device is given up
 
 
 class ProcessPool:
-    """A process for each of `jobs`; in all else like a Worker. Entering loads them all, leaving ends them.
+    """A process for each of `jobs`; otherwise like a Worker. Entering loads them all, leaving ends them.
 
-    A process that dies, makes no progress (see Patience) or finds its device faulty is started again. The frames that it had in hand are
-    tried once more, each alone, so that the one that kills fails, and no other. A device whose process has ended more than `RESTARTS`
-    times before it finished a frame is given up, and the frames go to the other devices.
+    A process that dies, makes no progress (see Patience) or finds its device faulty is restarted. The frames that it was working on are
+    tried once more, each alone, so that only a frame that kills the process fails. A device whose process ended more than RESTARTS times
+    without finishing a frame is given up, and its frames go to the other devices.
 
     Raises:
-        VesselError: on entering, a process that cannot load its bundle; while running, a result that cannot be written.
-        DeviceError: every device was given up; what is done is kept.
+        VesselError: on entering, a process cannot load its bundle; while running, a result cannot be written.
+        DeviceError: every device was given up; finished results are kept.
     """
 
     def __init__(self, jobs: Sequence[Job], stop: threading.Event, say: Callable[[str], object], patience: Patience = PATIENCE) -> None:
@@ -49,12 +48,12 @@ class ProcessPool:
 
     @property
     def batch(self) -> int:
-        """Frames at once, at first."""
+        """Frames at once at the start."""
         return self._devices[0].process.batch
 
     @property
     def least_batch(self) -> int:
-        """Frames at once, after a device has run out of memory."""
+        """Frames at once after a device ran out of memory."""
         return min(device.least_batch for device in self._devices)
 
     def __enter__(self) -> Self:
@@ -72,7 +71,7 @@ class ProcessPool:
         self._close()
 
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
-        """Take every frame through, in no order. See Worker.run."""
+        """Process every frame, in no particular order. See Worker.run."""
         queued = FrameQueue(frames, len(self._devices), self._stop)
         done: queue.SimpleQueue[Entry | BaseException | None] = queue.SimpleQueue()
         threads = [threading.Thread(target=device.drive, args=(queued, done)) for device in self._devices]
@@ -95,7 +94,7 @@ class ProcessPool:
             for thread in threads:
                 thread.join()
         if not (queued.empty or self._stop.is_set()):
-            raise DeviceError(f"no device is left to work on ({self._devices[-1].fault}); what is done is kept")
+            raise DeviceError(f"no working device is left ({self._devices[-1].fault}); finished results are kept")
 
     def _close(self) -> None:
         for device in self._devices:
@@ -103,12 +102,12 @@ class ProcessPool:
 
 
 class _Device:
-    """A device, and the processes that work on it, one after the other; the first is started at once."""
+    """A device, and the processes that work on it, one after another; the first is started at once."""
 
     def __init__(self, job: Job, stop: threading.Event, say: Callable[[str], object], patience: Patience) -> None:
         self._job, self._stop, self._say, self._patience = job, stop, say, patience
-        self._suspects: list[Frame] = []  # that a process died with, alone and not for the first time; the device may yet be the cause
-        self._deaths = 0  # since a frame was finished
+        self._suspects: list[Frame] = []  # each died alone with a process, for the second time; the device may still be the cause
+        self._deaths = 0  # since the last finished frame
         self.fault: Died | None = None  # the last one
         self.process = self._started()
         self.least_batch = 1
@@ -125,7 +124,7 @@ class _Device:
         self.least_batch = self.process.least_batch
 
     def drive(self, queued: FrameQueue, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
-        """Keep a process busy, from a thread of its own; None says that it is done, or the device given up."""
+        """Keep a process busy, in a thread of its own; puts None at the end, or when the device is given up."""
         try:
             while frames := queued.take(self.process.streams * self.process.least_batch):
                 try:
@@ -145,13 +144,13 @@ class _Device:
         self.process.close()
 
     def _work(self, frames: Sequence[Frame], queued: FrameQueue, done: queue.SimpleQueue[Entry | BaseException | None]) -> bool:
-        """Have the process work on `frames`; whether there is a process afterwards."""
+        """Let the process work on `frames`; returns whether there is a process afterwards."""
         waiting = {frame.name: frame for frame in frames}
         try:
             for entry in self.process.run(frames):
                 del waiting[entry.name]
                 self.least_batch = min(self.least_batch, self.process.least_batch)
-                if entry.error is None:  # so the device works
+                if entry.error is None:  # the device works
                     self._blame_suspects(done)
                     self._deaths = 0
                 done.put(entry)
@@ -167,13 +166,13 @@ class _Device:
             return True
 
     def _start_again(self, died: Died) -> bool:
-        """A new process, ready, in the place of the one that died; False where the device is given up or the run is stopped."""
+        """Replace the process that died; False if the device is given up or the run is stopped."""
         while not self._stop.is_set():
             self.fault, self._deaths = died, self._deaths + 1
             if died.lasting or self._deaths > RESTARTS:
                 self._say(f"warning: {died}; device {self._job.device} is given up")
                 return False
-            self._say(f"warning: {died}; it is started again")
+            self._say(f"warning: {died}; it is restarted")
             self.process.close()
             self.process = self._started()
             try:

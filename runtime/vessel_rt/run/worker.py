@@ -1,4 +1,4 @@
-"""One device at work: frames go in, their files are written, and an entry comes out for each."""
+"""One device at work: frames go in, their files are written, and an entry comes out for each. Does not know about other workers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INPUTS = 64  # files whose hashes are remembered: a cine has many frames
 
 @dataclasses.dataclass(frozen=True)
 class WorkOptions:
-    """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None leave the choice to the machine.
+    """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None are chosen automatically.
 
     `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`.
     """
@@ -44,33 +44,33 @@ class WorkOptions:
     rescale: Rescale | None = None
 
     def streams_on(self, kind: str, frames: int) -> int:
-        """How many batches of `frames` in all are in work at one time on a kind of device.
+        """How many batches of `frames` in total run at the same time on a kind of device.
 
-        A CPU gets more done with a core for each than with all for one (docs/performance.md).
+        A CPU is faster with one core for each than with all cores for one (docs/performance.md).
         """
         most = self.streams or (min(self.threads or cores(), _STREAMS) if kind == "cpu" else 1)
         return min(most, frames)
 
     def threads_of(self, streams: int) -> int:
-        """Of one operator; 0 leaves it to ONNX Runtime."""
+        """CPU threads of one operator; 0 leaves the choice to ONNX Runtime."""
         return self.threads if streams == 1 else max(1, (self.threads or cores()) // streams)
 
 
 class Worker:
     """A bundle deployed on a device, and the threads that keep it busy. A context manager: leaving it frees the graphs' memory.
 
-    `streams` batches of `batch` frames are in work at one time, of `least_batch` after the device has run out of memory.
+    `streams` batches of `batch` frames run at the same time, or of `least_batch` after the device ran out of memory.
 
     Args:
         deployment: what to run, and where.
         options: see WorkOptions.
-        total: frames of the whole run, whoever takes them: how one is computed may not depend on how many are left.
+        total: frames of the whole run, of all workers: how a frame is computed must not depend on how many are left.
         writer: where results go.
-        stop: once it is set, no further frame is begun.
-        say: told of what a user should know, a line at a time.
+        stop: once it is set, no further frame is started.
+        say: called with lines for the user.
 
     Raises:
-        VesselError: a file of the bundle cannot be loaded or was changed, or a question cannot be put into a prompt.
+        VesselError: a file of the bundle cannot be loaded or was changed, or a question is empty or contains an image token.
     """
 
     def __init__(
@@ -114,11 +114,11 @@ class Worker:
         return self._pipeline.least_batch
 
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
-        """Take every frame through. Stopped, or out of disk, it ends with what is in hand written whole.
+        """Process every frame. When it is stopped, or the disk is full, started frames are still written whole.
 
         Raises:
             VesselError: a result could not be written.
-            BundleError: a file of the bundle was changed; every entry that came out before is of the unchanged bundle.
+            BundleError: a file of the bundle was changed; all earlier entries were made with the unchanged bundle.
         """
         return self._pipeline.run(frames)
 
@@ -159,5 +159,5 @@ class Job:
 
 
 def cores() -> int:
-    """Of the CPU, that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,6 +1,7 @@
-"""One worker process, as its parent sees it: a child that gets frames over a pipe and answers with entries, or is killed.
+"""A worker in a process of its own, which gets frames over a pipe and answers with entries, or is killed: both ends of the pipe.
 
-Knows nothing of what a worker does, nor of the other processes of a run.
+The process is a plain child that gets pickles over its standard input, so neither a terminal's Ctrl-C nor an import of a user's script
+reaches it. When its parent is gone, its input ends, and it ends too. Does not know the other processes of a run.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from vessel_rt.run.worker import Job
 __all__ = ["PATIENCE", "Died", "Patience", "WorkerProcess", "die_with_parent", "serve"]
 
 _PROGRAM = "from vessel_rt.run.worker_process import serve; serve()"
-_TICK = 0.2  # seconds between two looks at the clock and at `stop`
-_DEATH = 5.0  # seconds that a killed process may take to end; one that hangs in a driver never does
+_TICK = 0.2  # seconds between two checks of the clock and of `stop`
+_DEATH = 5.0  # seconds that a killed process may take to end; one that hangs in a driver never ends
 _PR_SET_PDEATHSIG = 1
 _ORPHAN = 1  # exit code of a process whose parent is gone
 
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long, in seconds, a process is waited for before it is killed.
+    """How many seconds to wait for a process before it is killed.
 
-    `loading` is for all until its first entry: it may read and hash tens of gigabytes, and TensorRT compiles engines then. `stalled` is for
-    one entry, or `stalled_times` the slowest entry so far; `stopping` for what it has in hand when the run is stopped, or `stopping_times`
-    the slowest entry so far.
+    `loading` is the limit until its first entry: it may read and hash tens of gigabytes, and TensorRT compiles engines then. `stalled`, or
+    `stalled_times` the slowest entry so far, is the limit for one entry. `stopping`, or `stopping_times` the slowest entry so far, is the
+    limit for finishing its frames when the run is stopped.
     """
 
     loading: float = 3600.0
@@ -52,7 +53,7 @@ class Patience:
     stopping_times: float = 3.0
 
     def overdue(self, waited: float, slowest: float | None) -> float | None:
-        """The limit that `waited` exceeds, if it does. `slowest` is the time of the slowest entry, None before the first one."""
+        """The limit that `waited` exceeds, or None. `slowest` is the time of the slowest entry, None before the first one."""
         limit = self.loading if slowest is None else max(self.stalled, self.stalled_times * slowest)
         return limit if waited > limit else None
 
@@ -61,7 +62,7 @@ PATIENCE = Patience()
 
 
 class Died(Exception):
-    """A worker process is gone, or was killed. `lasting`: it does not even end when killed, so it still has its device."""
+    """A worker process is gone, or was killed. `lasting`: it does not end although it was killed, so it still holds its device."""
 
     def __init__(self, message: str, *, lasting: bool = False) -> None:
         super().__init__(message)
@@ -69,13 +70,13 @@ class Died(Exception):
 
 
 class WorkerProcess:
-    """A child at work for `job`. Messages go over its standard input and output, from threads of their own, so that none can block a call.
+    """A child that works on `job`. Threads exchange the messages with it, so that no call blocks.
 
     Args:
         job: what it works on, and where.
-        stop: once it is set, the process is told to begin nothing more, and killed if it does not end in time.
-        say: told what the process says to the user.
-        patience: when it is killed.
+        stop: once it is set, the process is told to start no further frame, and is killed if it does not end in time.
+        say: called with what the process says to the user.
+        patience: how long to wait before it is killed.
     """
 
     def __init__(self, job: Job, stop: threading.Event, say: Callable[[str], object], patience: Patience = PATIENCE) -> None:
@@ -87,7 +88,7 @@ class WorkerProcess:
         self._slowest: float | None = None  # seconds between two entries
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        # -P: no module from the folder that the user happens to be in. A session of its own: Ctrl-C is for the parent to deal with.
+        # -P: import no module from the current folder. A session of its own: only the parent handles Ctrl-C.
         command = [sys.executable, "-P", "-c", _PROGRAM]
         errors = None if _is_open(2) else subprocess.DEVNULL
         self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
@@ -97,12 +98,12 @@ class WorkerProcess:
         self._send(job)
 
     def wait_until_ready(self) -> None:
-        """Raises Died if it ends before, VesselError if it cannot load its bundle."""
+        """Raise Died if it ends before it is ready, VesselError if it cannot load its bundle."""
         self.batch, self.streams = self._receive("ready")
         self.least_batch, self._ready = self.batch, True
 
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
-        """Entries of `frames` as they come. Raises Died, or VesselError for a result that cannot be written."""
+        """Yield the entries of `frames` as they arrive. Raises Died, or VesselError if a result cannot be written."""
         self._heard = time.monotonic()
         self._send(list(frames))
         while (answer := self._receive("entry")) is not None:
@@ -110,10 +111,10 @@ class WorkerProcess:
             yield entry
 
     def close(self) -> None:
-        """End it; by now it has nothing to do, or what it does is not wanted."""
+        """End the process; what it still does is not needed."""
         self._outbox.put(b"")
         if self._kill() is None:
-            return  # it keeps its pipes, and the threads with them
+            return  # it keeps its pipes, so the threads cannot end
         for thread in self._threads:
             thread.join()
         for pipe in (self._child.stdin, self._child.stdout):
@@ -125,7 +126,7 @@ class WorkerProcess:
         self._outbox.put(pickle.dumps(message))
 
     def _receive(self, wanted: str) -> Any:
-        """What comes next of the kind that is wanted; what comes between is dealt with."""
+        """The content of the next message of the kind `wanted`; other messages are handled here."""
         while True:
             if self._stop.is_set() and self._told is None:
                 self._told = time.monotonic()
@@ -150,7 +151,7 @@ class WorkerProcess:
                 raise RuntimeError(f"in the process of device {self._device}:\n{content}")
 
     def _check_the_clock(self) -> None:
-        """Kill the process, and raise Died, if it has been waited for long enough."""
+        """Kill the process and raise Died if it exceeds its limit."""
         now = time.monotonic()
         if self._told is not None:
             grace = max(self._patience.stopping, self._patience.stopping_times * (self._slowest or 0.0)) if self._ready else 0.0
@@ -161,19 +162,19 @@ class WorkerProcess:
 
     def _killed(self, why: str) -> Died:
         ended = self._kill() is not None
-        did = "was killed" if ended else "cannot even be killed"
+        did = "was killed" if ended else "cannot be killed"
         return Died(f"the process of device {self._device} {why} and {did}", lasting=not ended)
 
     def _death(self) -> Died:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(timeout=1)
-        code = self._kill()  # where it is there still, and only says nothing any more
+        code = self._kill()  # if it is still there and only answers no more
         if code is None:
-            return Died(f"the process of device {self._device} says nothing any more and cannot be killed", lasting=True)
+            return Died(f"the process of device {self._device} does not answer any more and cannot be killed", lasting=True)
         return Died(f"the process of device {self._device} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
     def _kill(self) -> int | None:
-        """Its exit code, or None where it does not end."""
+        """Its exit code, or None if it does not end."""
         self._child.kill()
         try:
             return self._child.wait(_DEATH)
@@ -181,15 +182,15 @@ class WorkerProcess:
             return None
 
     def _write(self) -> None:
-        """A thread's: the messages to the child."""
+        """In a thread: send the messages to the child."""
         assert self._child.stdin
-        with contextlib.suppress(OSError):  # it is gone, which `_read` notices
+        with contextlib.suppress(OSError):  # it is gone; `_read` notices
             while message := self._outbox.get():
                 self._child.stdin.write(message)
                 self._child.stdin.flush()
 
     def _read(self) -> None:
-        """A thread's: the messages from the child, and when they came."""
+        """In a thread: receive the messages of the child, and note when they arrive."""
         assert self._child.stdout
         try:
             while True:
@@ -199,16 +200,16 @@ class WorkerProcess:
                     self._slowest = max(self._slowest or 0.0, now - self._heard)
                 self._heard = now
                 self._inbox.put((kind, content))
-        except Exception:  # its end, or bytes that are no message: the pickles of a dying process
+        except Exception:  # its end, or half a message of a dying process
             self._inbox.put(("gone", None))
 
 
 def serve() -> None:
-    """The child's side: a Job comes first, then lists of frames; None means to begin no more. It ends, silently, with its parent."""
+    """The child's side. A Job comes first, then lists of frames; None means to start no further frame. It ends silently with its parent."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     commands, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(2, sys.stdout.fileno())  # what a library prints is not for the parent
+    os.dup2(2, sys.stdout.fileno())  # libraries print to standard error instead of the pipe
     sending = threading.Lock()
 
     def reply(kind: str, content: Any) -> None:
@@ -239,7 +240,7 @@ def serve() -> None:
                 reply("entry", None)
     except DeviceError as e:
         reply("device", str(e))
-        os._exit(1)  # a broken device may hang in its library's cleanup
+        os._exit(1)  # a broken device may hang in the cleanup of its library
     except VesselError as e:
         reply("error", str(e))
     except Exception:
@@ -247,7 +248,7 @@ def serve() -> None:
 
 
 def _listen(commands: IO[bytes], chunks: queue.SimpleQueue[list[Frame]], stop: threading.Event) -> None:
-    """Take the parent's messages as they come; when it is gone, be gone too: another run may begin in the same folder."""
+    """Receive the parent's messages as they arrive. When it is gone, end: another run may start in the same folder."""
     try:
         while True:
             message = pickle.load(commands)
@@ -260,7 +261,7 @@ def _listen(commands: IO[bytes], chunks: queue.SimpleQueue[list[Frame]], stop: t
 
 
 def die_with_parent() -> None:
-    """Have the system kill this process when its parent ends, even where it hangs or is stopped (Linux; elsewhere its input ends)."""
+    """Let the system kill this process when its parent ends, even if it hangs or is stopped (Linux; elsewhere its input ends)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

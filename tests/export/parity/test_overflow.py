@@ -205,7 +205,7 @@ def test_a_trained_model_with_measured_exponents(tiny: Tiny, fp16_bundle: Path, 
 def test_a_bf16_bundle_on_the_cpu(planted: ExportRequest, planted_bf16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It cannot run there, and says so; verify emulates it, and says that."""
     bundle = Bundle.load(planted_bf16)
-    with pytest.raises(BundleError, match="computes no bf16 on the CPU: run it on a GPU"):
+    with pytest.raises(BundleError, match="bf16"):
         deploy(bundle, Device("cpu"))
     drawn_samples()[2].runtime.save(tmp_path / "frame.png")
     arguments = ["verify", "--bundle", planted_bf16, "--ckpt", planted.checkpoint, "--images", tmp_path / "frame.png", "--threads", 1]

@@ -142,7 +142,7 @@ def test_the_whole_bad_file_by_the_command_line(images: Path, tmp_path: Path, ca
     dropped = json.loads((tmp_path / "sound.dropped.json").read_text())
     assert {problem["kind"] for problem in dropped} == set(KINDS)
     assert main([*command, "--fix", str(fixed)]) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_names_are_shown_when_they_may_be(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +229,7 @@ def test_no_fix_replaces_anything(images: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "sound.dropped.json").write_text("mine")
     command = ["check-data", str(tmp_path / "annotations.json"), "--images", str(images), "--fix", str(tmp_path / "sound.json")]
     assert main(command) == 1
-    assert "sound.dropped.json: is there already" in capsys.readouterr().err
+    assert "sound.dropped.json: already exists" in capsys.readouterr().err
     assert (tmp_path / "sound.dropped.json").read_text() == "mine"
     assert not (tmp_path / "sound.json").exists()
 

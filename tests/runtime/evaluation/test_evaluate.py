@@ -128,7 +128,7 @@ def test_a_folder_is_compared_with_all_masks_of_an_answer(tmp_path: Path) -> Non
         ([{"image": "a.png", "mask": [[square(0, 0, 9, 9)]], "text": ["stent"]}], "annotates no concept"),
         ([{"image": "a.png", "mask": [[]], "text": ["vessel"]}], "item 0, object 0: empty polygon"),
         ([{"image": "a.png", "mask": [[square(0, 0, 9, 9)[:7]]], "text": ["vessel"]}], "item 0, object 0: coordinates"),
-        ([{"image": "z.png", "mask": [[square(0, 0, 9, 9)]], "text": ["vessel"]}], "no drawn mask for any image"),
+        ([{"image": "z.png", "mask": [[square(0, 0, 9, 9)]], "text": ["vessel"]}], "no ground truth for any image"),
         ([{"image": "a.png", "mask": [["x"]], "text": ["vessel"]}], "item 0, object 0: coordinates"),
     ],
 )

@@ -71,11 +71,11 @@ def test_a_folder_of_masks(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_taken(tmp_path: Path) -> None:
-    with pytest.raises(VesselError, match="no drawn masks in this folder"):
+    with pytest.raises(VesselError, match="no masks in this folder"):
         read_truth(tmp_path)
     for name in ("a_gt.png", "a_mask.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
-    with pytest.raises(VesselError, match="two drawn masks for one stem"):
+    with pytest.raises(VesselError, match="two masks for one stem"):
         read_truth(tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_masks_that_cannot_be_read(tmp_path: Path) -> None:
     Image.new("1", (9000, 10)).save(tmp_path / "wide.png")
     Image.fromarray(np.full((40, 60), np.nan, np.float32)).save(tmp_path / "nan.tif")
     for name in ["half", "text", "empty", "folder", "gone", "pages", "wide", "nan", *_special_files(tmp_path)]:
-        with pytest.raises(VesselError, match=r"the drawn mask of frame 1 \(c0de\): ") as caught:
+        with pytest.raises(VesselError, match=r"the mask of frame 1 \(c0de\): ") as caught:
             read_truth(tmp_path).mask(line(name), None)
         assert f"{name}." not in str(caught.value)
 

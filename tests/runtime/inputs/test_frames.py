@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.support.frames import CODES, make_frame
 from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, input_sha256, read_frame, told_kinds
+from vessel_rt.inputs.frames import Frame, Naming, Selection, find_frames, input_sha256, read_frame
+from vessel_rt.inputs.input_files import told_kinds
 from vessel_rt.inputs.pseudonyms import conceal
 
 

@@ -267,7 +267,7 @@ def test_pages_are_read_by_their_numbers_alone(tmp_path: Path, options: dict[str
         assert np.unique(np.asarray(read_image(path, page))).tolist() == [page]
     with pytest.raises(ImageError, match=r"12 pages.*--frames"):
         read_image(path)
-    with pytest.raises(ImageError, match="it has 12 pages, and no page 12"):
+    with pytest.raises(ImageError, match="it has 12 pages and no page 12"):
         read_image(path, 12)
 
 
@@ -283,7 +283,7 @@ def test_several_pictures_of_other_kinds_are_refused(tmp_path: Path) -> None:
     for name, kind in (("a.png", "PNG"), ("a.jpg", "MPO"), ("a.webp", "WEBP")):
         saved(tmp_path, Image.new("RGB", (3, 3)), name, format=kind, save_all=True, append_images=more)
         for page in (None, 0, 2):
-            with pytest.raises(ImageError, match=f"3 pictures in one {kind} file|it has 1 pages, and no page 2"):
+            with pytest.raises(ImageError, match=f"3 images in one {kind} file|it has 1 pages and no page 2"):
                 read_image(tmp_path / name, page)
 
 

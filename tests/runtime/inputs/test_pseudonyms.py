@@ -49,7 +49,7 @@ def test_where_the_key_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_keys_that_are_not_taken(tmp_path: Path) -> None:
     key = tmp_path / "key"
     StudyCodes.load(key)
-    with pytest.raises(VesselError, match="may not lie among the results"):
+    with pytest.raises(VesselError, match="must not lie in the output folder"):
         StudyCodes.load(key, outside=tmp_path)
     key.chmod(0o640)
     with pytest.raises(VesselError, match="others may read this key; chmod 600"):

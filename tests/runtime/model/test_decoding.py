@@ -206,7 +206,7 @@ def test_the_longest_prompt_that_fits_and_one_token_more(tmp_path: Path) -> None
     with language_model(bundle) as model:
         [generation] = model.generate([prompt(bundle, "x" * 31)])
         assert text_of(bundle, generation.token_ids) == "Mask [SEG]."
-        with pytest.raises(ImageError, match=r"33 tokens, of which this bundle takes 32 \(40 less 8"):
+        with pytest.raises(ImageError, match=r"33 tokens, but this bundle takes 32 \(40 less 8"):
             model.generate([prompt(bundle, "x" * 32)])
 
 

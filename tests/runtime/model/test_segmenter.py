@@ -71,7 +71,7 @@ def test_a_prompt_that_does_not_fit(tmp_path: Path) -> None:
     bundle = build_standin(tmp_path / "bundle", capacity=80, max_new_tokens=16)
     with Segmenter(deploy(bundle, CPU), threads=1) as segmenter:
         assert segmenter.segment(make_frame(448, 448), "Where?").masks
-        with pytest.raises(ImageError, match="its prompt has 68 tokens, of which this bundle takes 64"):
+        with pytest.raises(ImageError, match="its prompt has 68 tokens, but this bundle takes 64"):
             segmenter.segment(make_frame(1344, 1344), "Where?")
 
 

@@ -67,7 +67,7 @@ def test_a_process_that_is_killed_is_started_again(
     assert len(killed) == 3
     assert (summary.images, summary.failed) == (41, 1)
     same_results(tmp_path / "two", tmp_path / "one")
-    assert "died (signal 9); it is started again" in capfd.readouterr().err
+    assert "died (signal 9); it is restarted" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_devices_that_only_fail_are_given_up_and_no_frame_is_blamed(
     assert [line["image"] for line in lines(tmp_path / "out") if line["status"] == "error"] in ([], ["004_text.png"])
     said = capfd.readouterr().err
     assert said.count("is given up") == 2
-    assert said.count("is started again") == 2 * RESTARTS
+    assert said.count("is restarted") == 2 * RESTARTS
 
 
 @pytest.mark.slow
