@@ -56,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"vessel-export: error: {e}", file=sys.stderr)
         return 1
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST):
             raise
         print(f"vessel-export: error: {e.filename or 'output'}: {e.strerror}; nothing was left behind", file=sys.stderr)
         return 1

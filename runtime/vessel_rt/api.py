@@ -24,8 +24,9 @@ from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs import frames
-from vessel_rt.inputs.frames import Frame, frame_suffix, input_sha256, read_frame, stem_of
+from vessel_rt.inputs.frames import Frame, frame_suffix, input_sha256, read_frame
 from vessel_rt.inputs.images import Rescale, rgb_image
+from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable
 from vessel_rt.model import segmenter
 from vessel_rt.model.segmenter import Answer, Mask, Pixels, Segmenter

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.support.disks import limited_files
 from tests.support.paths import ROOT
 from tests.support.small_models import fine_tuned_state, write_checkpoint
 from vessel_export.bundle import bundle_writer
@@ -286,6 +287,17 @@ def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: P
     (tmp_path / ".bundle.partial").mkdir()  # as a killed run leaves it
     assert export_bundle(request).bundle.files == before.files
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_disk_that_is_full_leaves_nothing(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["export", "--ckpt", str(small.checkpoint), "--base", small.base, "--sam2", small.sam2, "--recipe", "engines/cpu.toml"]
+    with limited_files(tmp_path / "disk") as disk, disk.full(10_000):
+        assert main([*arguments, "--out", str(disk.folder / "b")]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vessel-export: error: ")
+    assert disk.message in line
+    assert not list(disk.folder.iterdir())
 
 
 @pytest.mark.usefixtures("traced_once")
