@@ -152,9 +152,12 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive_number(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not 0 < number < math.inf:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return number
 
 

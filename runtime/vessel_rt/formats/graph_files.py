@@ -1,6 +1,6 @@
-"""The files that an ONNX graph names, which ONNX Runtime opens when it loads the graph: read without the onnx package.
+"""Reads which files an ONNX graph names, without the onnx package. ONNX Runtime opens them when it loads the graph.
 
-Walks protobuf's wire format to every place that can hold a tensor or an EPContext node. Knows nothing else of a graph.
+Walks protobuf's wire format to every place that can have a tensor or an EPContext node. Does not know anything else about graphs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from vessel_rt.io.files import read_regular
 
 __all__ = ["named_files"]
 
-_MOST_BYTES = 8 << 20  # of a graph, whose weights are in other files: 16 times what the 8B model's largest should have
+_MOST_BYTES = 8 << 20  # of a graph without its weights: 16 times the expected size of the 8B model's largest
 
-# Which fields of a message hold messages that lead to a tensor or a node, by their numbers in onnx.proto.
+# The fields of a message that lead to tensors and nodes, by their numbers in onnx.proto.
 _CHILDREN = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -26,7 +26,7 @@ _CHILDREN = {
     "tensor": {13: "entry"},
 }
 
-# Where a message of two fields, a key and a value, names a file: the fields' numbers, and the keys whose values are names.
+# Messages of a key and a value that can name a file: the fields' numbers, and the keys whose values are file names.
 _NAMES = {
     "entry": (1, 2, {b"location"}),  # of a tensor's external data
     "attribute": (1, 4, {b"ep_cache_context", b"onnx_model_filename"}),  # of an EPContext node
@@ -37,8 +37,8 @@ def named_files(path: Path) -> set[str]:
     """The files that the graph at `path` names, relative to its folder.
 
     Raises:
-        OSError: it cannot be read, or is too large for a graph.
-        ValueError: it is not a graph.
+        OSError: the file cannot be read, or is too large for a graph.
+        ValueError: the file is not a graph.
     """
     return {str(PurePosixPath(name)) for name in _names(memoryview(read_regular(path, _MOST_BYTES)))}
 
@@ -62,7 +62,7 @@ def _names(model: memoryview) -> Iterator[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The number and the content of each field of variable length. ValueError where a parser might read the bytes otherwise."""
+    """The number and the content of each field of variable length. ValueError if parsers could read the bytes differently."""
     at = 0
     while at < len(message):
         tag, at = _number(message, at)
@@ -84,7 +84,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _number(message: memoryview, at: int) -> tuple[int, int]:
-    """The base-128 number of a tag or a length, written as short as it can be, and the place after it."""
+    """The base-128 number of a tag or a length, in its shortest form, and the position after it."""
     value = shift = 0
     for byte in message[at : at + 5]:
         value |= (byte & 0x7F) << shift
