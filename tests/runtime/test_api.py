@@ -381,7 +381,7 @@ def test_an_error_of_the_callers_iterable_is_the_callers(model: vessel_rt.Model)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"device": "gpu5"}, "gpu5.*take auto"),
+        ({"device": "gpu5"}, "gpu5.*auto"),
         ({"device": 0}, "device.*int.*cuda:0"),
         ({"bundle": 3}, "bundle.*int"),
         ({"threads": -1}, "threads"),
