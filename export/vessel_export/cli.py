@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import vessel_rt
+from vessel_rt.cli.arguments import device
 from vessel_rt.completion import add_completion
-from vessel_rt.device.providers import Device
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import STAGES
 from vessel_rt.formats.engine_sidecar import BUILDERS
@@ -139,7 +139,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     _add_images(parser)
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; may be repeated (default: the bundle's)")
     parser.add_argument("--lora-alpha", type=_positive_number, metavar="A", help="LoRA's alpha (default: the bundle's)")
-    parser.add_argument("--device", type=Device.parse, default=Device("cpu"), metavar="DEVICE", help="where the bundle runs (default: cpu)")
+    parser.add_argument("--device", type=device, default="cpu", metavar="DEVICE", help="where the bundle runs (default: cpu)")
     parser.add_argument("--emulate", action="store_true", help="round as a GPU does, on the CPU (always done for bf16 on the CPU)")
     parser.set_defaults(run=_verify)
 
@@ -246,7 +246,7 @@ def _print_build(build: Build) -> None:
 
     engine = build.engine
     how = "up to date" if build.seconds is None else f"{build.seconds:.1f} s"
-    partitions = f", {len(engine.files) - 1} partitions" if len(engine.files) > 2 else ""
+    partitions = f", {engine.partitions} partitions" if engine.partitions > 1 else ""
     tqdm.write(f"{engine.builder}-{engine.architecture}/{engine.stage}: {how}, {build.bytes / 1e6:.1f} MB{partitions}")
 
 

@@ -6,7 +6,6 @@ The images take the same way as those of `vessel-rt infer`; nothing of a run's f
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs import frames
-from vessel_rt.inputs.frames import Frame, frame_suffix, input_sha256, read_frame
+from vessel_rt.inputs.frames import Frame, frame_suffix, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale, rgb_image
 from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable
@@ -38,7 +37,6 @@ __all__ = ["ImageLike", "Mask", "Model", "Result", "frame_count", "load"]
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]"
 
 _TAKEN = "give a path, a PIL image, or an array of uint8 [H, W] or [H, W, 3]"
-_INPUTS = 64  # files whose hashes are remembered by one call: a cine has many frames
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,7 +180,7 @@ class Model:
     def _pipeline(self, question: Any, rescale: Rescale | None, batch: int) -> Pipeline[_Input, Result | ImageError]:
         if not isinstance(question, str | None):
             raise VesselError(f"question is {_kind(question)}: give a str, or None for the bundle's own")
-        asked, sha256 = self.default_question if question is None else question, functools.lru_cache(_INPUTS)(input_sha256)
+        asked, sha256 = self.default_question if question is None else question, input_hasher()
         self._segmenter.prepare_question(asked)
 
         def read(item: _Input) -> Picture:

@@ -282,7 +282,7 @@ def test_a_bug_shows_its_traceback_without_names(
         raise RuntimeError(f"no way with {path}")
 
     (frames / "a.jpg").rename(frames / "Study-4711.jpg")
-    monkeypatch.setattr("vessel_rt.run.worker.input_sha256", broken)
+    monkeypatch.setattr("vessel_rt.inputs.frames.input_sha256", broken)
     assert infer(frames) == 1
     out, err = capsys.readouterr()
     assert "Traceback" in err
@@ -298,7 +298,7 @@ def test_a_bug_with_short_names_keeps_its_numbers(
 
     for number, name in (("1", "a.jpg"), ("86", "b.png"), ("78", "c.tif")):
         (frames / name).rename(frames / f"{number}{Path(name).suffix}")
-    monkeypatch.setattr("vessel_rt.run.worker.input_sha256", broken)
+    monkeypatch.setattr("vessel_rt.inputs.frames.input_sha256", broken)
     assert infer(frames) == 1
     err = capsys.readouterr().err
     assert ": 1 of 78 at line 86" in err

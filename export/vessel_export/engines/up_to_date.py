@@ -60,7 +60,6 @@ def _differences(engine: Engine, wanted: Expected) -> list[str]:
         for name, text in wanted.sidecar.profile.items()
         if engine.profile.get(name) != text
     ]
-    partitions = len(engine.files) - 1
-    if partitions != wanted.partitions:
-        found.append(f"it has {partitions} partitions, the recipe asks for {wanted.partitions}")
+    if engine.partitions != wanted.partitions:
+        found.append(f"it has {engine.partitions} partitions, the recipe asks for {wanted.partitions}")
     return found[:2]  # the caches of all layers have the same shapes

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vessel_export.parity.emulate import MOVES, scaled_logits, serialized, wide_options, widen
 from vessel_export.parity.exponents import apply, exponents_of
-from vessel_export.parity.inputs import Array, Sample, drawn_samples, one_pass, read_samples
+from vessel_export.parity.inputs import Array, Sample, one_pass, samples_of
 from vessel_export.parity.ranges_report import Product, Ranges, StageRanges, exponent_for
 from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import VesselError
@@ -63,7 +63,7 @@ def measure_and_apply(request: RangesRequest) -> RangesResult:
     """
     bundle = Bundle.load(request.bundle)
     bundle.verify_files()
-    samples = read_samples(request.images) if request.images else drawn_samples()
+    samples = samples_of(request.images)
     question = bundle.prompt.default_question if request.question is None else request.question
     with tqdm(total=len(samples) * len(bundle.stages), desc="graphs", disable=None) as bar:
         ranges = measure(bundle, samples, question, threads=request.threads, progress=bar.update)

@@ -15,7 +15,7 @@ from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import LanguageModelSpec
 from vessel_rt.inputs.images import SUFFIXES, read_image
 
-__all__ = ["Sample", "drawn_samples", "one_pass", "read_samples"]
+__all__ = ["Sample", "drawn_samples", "one_pass", "read_samples", "samples_of"]
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +27,11 @@ class Sample:
     name: str
     reference: Image.Image
     runtime: Image.Image
+
+
+def samples_of(paths: Sequence[Path]) -> list[Sample]:
+    """The images at `paths`, or without any, three drawn frames. Raises VesselError, as `read_samples`."""
+    return read_samples(paths) if paths else drawn_samples()
 
 
 def read_samples(paths: Sequence[Path]) -> list[Sample]:

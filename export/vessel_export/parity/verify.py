@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from vessel_export.parity.checks import TOLERANCES, Measurement, Report, Tolerances, worst_of
 from vessel_export.parity.emulate import EmulatedDeployment, emulate
-from vessel_export.parity.inputs import Array, Sample, drawn_samples, one_pass, read_samples
+from vessel_export.parity.inputs import Array, Sample, one_pass, samples_of
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.device.session import Session
@@ -79,7 +79,7 @@ def verify_bundle(request: VerifyRequest) -> Report:
         lora_alpha=origin.lora_alpha if request.lora_alpha is None else request.lora_alpha,
         skip=origin.skipped,
     )
-    samples = read_samples(request.images) if request.images else drawn_samples()
+    samples = samples_of(request.images)
     return verify(deployment, reference, samples, request.questions or (bundle.prompt.default_question,), threads=request.threads)
 
 

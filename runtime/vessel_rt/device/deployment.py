@@ -132,21 +132,19 @@ def deploy(
     progress: Callable[[int, int], object] | None = None,
     *,
     batch: int | None = None,
-    files: CheckedFiles | None = None,
 ) -> Deployment:
     """Choose the device, and check every file that will be read there. `progress` gets the bytes read each time, and the total.
 
     `auto` is the first of AUTO that runs this bundle. On `rtx` the engines are read instead of the graphs' own files. `batch` images run at
     once; None leaves it to the device: one on a CPU, which gains nothing from more (docs/performance.md); on a GPU, up to MOST_IMAGES, as
-    many as its engines take and `vessel-rt plan` finds room for. `files` is the result of `check_bundle` in another process for this bundle
-    and device: they are not hashed again.
+    many as its engines take and `vessel-rt plan` finds room for.
 
     Raises:
         VesselError: a device that was requested by name cannot be used; no other device is used instead.
         BundleError: a file of the bundle is missing or was changed, or a graph names a file without a hash.
         EngineError: an engine is missing, was changed, or is not for this bundle, GPU, TensorRT-RTX or batch size.
     """
-    return deploy_on(bundle, choose_device(bundle, wanted), progress, batch=batch, files=files)
+    return deploy_on(bundle, choose_device(bundle, wanted), progress, batch=batch)
 
 
 def deploy_on(
@@ -157,7 +155,10 @@ def deploy_on(
     batch: int | None = None,
     files: CheckedFiles | None = None,
 ) -> Deployment:
-    """As `deploy`, on a device that `choose_device` or `open_device` has returned in this process: it is not probed again."""
+    """As `deploy`, on a device that `choose_device` or `open_device` has returned in this process: it is not probed again.
+
+    `files` is the result of `check_bundle` in another process for this bundle and device: they are not hashed again.
+    """
     engines = _engines_for(bundle, device, batch)
     if files is None:
         files = _check(bundle, [engines], progress)

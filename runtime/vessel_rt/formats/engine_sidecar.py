@@ -71,6 +71,11 @@ class Engine:
     profile: dict[str, str]
     versions: dict[str, str | None]
 
+    @property
+    def partitions(self) -> int:
+        """How many compiled files it has; one more file chains them."""
+        return len(self.files) - 1
+
     @classmethod
     def load(cls, path: Path) -> Engine:
         """Read a sidecar. What it says is not checked here: see `differences` and `check_files`.

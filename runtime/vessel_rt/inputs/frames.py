@@ -6,9 +6,10 @@ Does not know about models, or what is computed from a frame.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,9 +33,12 @@ __all__ = [
     "find_frames",
     "frame_count",
     "frame_suffix",
+    "input_hasher",
     "input_sha256",
     "read_frame",
 ]
+
+_REMEMBERED = 64  # files whose hashes an `input_hasher` keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Naming:
     codes: StudyCodes
     show_names: bool = False
     pseudonymize: bool = False
+
+    def output_name(self, stem: str) -> str:
+        """What the outputs of a file with this stem are called."""
+        return self.codes.code(stem) if self.pseudonymize else stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +153,11 @@ def input_sha256(path: Path) -> str:
         raise ImageError("no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror})") from e
 
 
+def input_hasher() -> Callable[[Path], str]:
+    """An `input_sha256` that remembers the last files: a cine has many frames, and is hashed once for all of them."""
+    return functools.lru_cache(_REMEMBERED)(input_sha256)
+
+
 def frame_suffix(number: int | None) -> str:
     """The end of the name of a frame of a multi-frame file."""
     return "" if number is None else f"_frame_{number:06}"
@@ -166,8 +179,7 @@ def _places(
 ) -> Iterator[tuple[InputFile, int | None]]:
     """The files, and the chosen frames of each multi-frame file. A header that cannot be read is reported when its frame is read."""
     for file in tqdm(files, desc="looking at the files", unit="file", disable=None, delay=2, leave=False):
-        name = naming.codes.code(file.stem) if naming.pseudonymize else file.stem
-        for number in _numbers(file.path, chosen, earlier.get(name, ())):
+        for number in _numbers(file.path, chosen, earlier.get(naming.output_name(file.stem), ())):
             yield file, number
 
 
@@ -192,9 +204,9 @@ def _frame(file: InputFile, number: int | None, index: int, total: int, naming: 
         path=file.path,
         number=number,
         index=index,
-        name=code if naming.pseudonymize else file.stem + suffix,
+        name=naming.output_name(file.stem) + suffix,
         code=code,
-        image=code.removesuffix(suffix) if naming.pseudonymize else file.image,
+        image=naming.output_name(file.stem) if naming.pseudonymize else file.image,
         shown=printable(f"{file.path}{suffix}") if naming.show_names else f"{place} ({code})",
     )
 
@@ -216,8 +228,7 @@ def _check_distinct(files: Sequence[InputFile], naming: Naming) -> None:
     """
     seen: dict[str, InputFile] = {}
     for file in files:
-        name = naming.codes.code(file.stem) if naming.pseudonymize else file.stem
-        other = seen.setdefault(name.casefold(), file)
+        other = seen.setdefault(naming.output_name(file.stem).casefold(), file)
         if other is not file:
             one, two = (printable(str(found.path)) if naming.show_names else found.place for found in (other, file))
             code = "" if naming.show_names else f" (study code {naming.codes.code(file.stem)})"

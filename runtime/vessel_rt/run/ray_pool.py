@@ -28,7 +28,7 @@ from vessel_rt.device.deployment import MOST_IMAGES
 from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError, first_line
 from vessel_rt.inputs.frames import Frame
-from vessel_rt.inputs.pseudonyms import conceal, remember
+from vessel_rt.inputs.pseudonyms import conceal
 from vessel_rt.results.writer import Entry
 from vessel_rt.run.worker import Job
 from vessel_rt.run.worker_process import PATIENCE, Patience, die_with_parent
@@ -185,9 +185,7 @@ class _Actor:
     def __init__(self, job: Job, frames: Sequence[Frame]) -> None:
         die_with_parent()
         self._frames = frames
-        if not job.show_names:
-            for frame in frames:
-                remember(frame.path, frame.code)
+        job.remember_names(frames)
         open_device(job.device)
         self._worker = job.open(threading.Event(), lambda text: None)
 

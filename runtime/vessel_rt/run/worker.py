@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -16,8 +15,9 @@ from vessel_rt.device.deployment import Deployment, deploy_on
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.inputs.frames import Frame, input_sha256, read_frame
+from vessel_rt.inputs.frames import Frame, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale
+from vessel_rt.inputs.pseudonyms import remember
 from vessel_rt.io.checked_files import CheckedFiles
 from vessel_rt.model.segmenter import Result, Segmenter
 from vessel_rt.results.writer import Entry, FrameWriter
@@ -26,7 +26,6 @@ from vessel_rt.run.pipeline import Picture, Pipeline
 __all__ = ["Job", "WorkOptions", "Worker", "cores"]
 
 _STREAMS = 4  # at most, unless more are asked for: each has a KV cache and activations of its own
-_INPUTS = 64  # files whose hashes are remembered: a cine has many frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Worker:
         self._options, self._writer = options, writer
         self.streams = options.streams_on(deployment.device.kind, total)
         self.batch = deployment.batch
-        self._hash = functools.lru_cache(_INPUTS)(input_sha256)
+        self._hash = input_hasher()
         with ExitStack() as stack:
             segmenter = stack.enter_context(Segmenter(deployment, options.threads_of(self.streams), draft=options.draft))
             for question in options.questions:
@@ -151,6 +150,12 @@ class Job:
     total: int
     show_names: bool = False
     files: CheckedFiles | None = None
+
+    def remember_names(self, frames: Iterable[Frame]) -> None:
+        """Let `conceal` replace the names of `frames` in this process, unless they may be shown."""
+        if not self.show_names:
+            for frame in frames:
+                remember(frame.path, frame.code)
 
     def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
         """Load the bundle on the device, which `choose_devices` or `open_device` returned in this process. Raises VesselError."""

@@ -24,7 +24,7 @@ from typing import IO, Any
 from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError
 from vessel_rt.inputs.frames import Frame
-from vessel_rt.inputs.pseudonyms import conceal, remember
+from vessel_rt.inputs.pseudonyms import conceal
 from vessel_rt.results.writer import Entry
 from vessel_rt.run.worker import Job
 
@@ -232,9 +232,7 @@ def serve() -> None:
             reply("ready", (worker.batch, worker.streams))
             while True:
                 frames = chunks.get()
-                if not job.show_names:
-                    for frame in frames:
-                        remember(frame.path, frame.code)
+                job.remember_names(frames)
                 for entry in worker.run(frames):
                     reply("entry", (entry, worker.least_batch))
                 reply("entry", None)

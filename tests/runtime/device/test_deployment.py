@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.engine_files import write_engines
 from vessel_rt.device.cuda_driver import list_gpus
-from vessel_rt.device.deployment import AUTO, Deployment, check_bundle, deploy, deployment_fault
+from vessel_rt.device.deployment import AUTO, Deployment, check_bundle, deploy, deploy_on, deployment_fault
 from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.errors import BundleError, EngineError, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
@@ -63,7 +63,7 @@ def test_a_changed_file_is_never_loaded(copy: Bundle) -> None:
 def test_files_that_another_process_has_checked_are_not_hashed_again(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     files = check_bundle(copy, [CPU, CPU], None)
     monkeypatch.setattr(checked_files, "_sha256", lambda *_: pytest.fail("hashed again"))
-    deployment = deploy(copy, CPU, lambda *_: pytest.fail("read again"), files=files)
+    deployment = deploy_on(copy, CPU, lambda *_: pytest.fail("read again"), files=files)
     with deployment.guarded() as verify_unchanged:
         verify_unchanged()
     os.utime(copy.folder / "tokenizer.json")
@@ -74,7 +74,7 @@ def test_files_that_another_process_has_checked_are_not_hashed_again(copy: Bundl
 def test_files_that_were_checked_for_other_graphs_are_not_enough(copy: Bundle) -> None:
     files = copy.verify_files(graphs=False)
     with pytest.raises(VesselError, match="not checked"):
-        deploy(copy, CPU, files=files)
+        deploy_on(copy, CPU, files=files)
 
 
 @pytest.mark.parametrize("leases", [True, False])
