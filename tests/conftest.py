@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.support.paths import ROOT, Tiny
@@ -27,7 +27,7 @@ def _export(tiny: Tiny, factory: pytest.TempPathFactory, precision: str) -> Path
     from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
     from vessel_rt.formats.recipe import load_recipe
 
-    name, recipe = f"tiny-{precision}", dataclasses.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
+    name, recipe = f"tiny-{precision}", msgspec.structs.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
     inputs = tiny.checkpoint, str(tiny.base), str(tiny.sam2)
     return made_once(factory, name, lambda folder: export_bundle(ExportRequest(*inputs, folder / name, recipe))) / name
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 import vessel_rt
 from vessel_rt.cli.arguments import device
@@ -168,7 +169,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe)
     if arguments.precision:
-        recipe = dataclasses.replace(recipe, precision=arguments.precision)
+        recipe = msgspec.structs.replace(recipe, precision=arguments.precision)
     out = arguments.out or Path("engines") / f"{arguments.ckpt.stem}-{recipe.precision}"
     export = export_bundle(
         ExportRequest(

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from benchmarks.synth.random_model import SynthModel
@@ -54,7 +55,7 @@ def planted_bf16(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactor
 def _export(request: ExportRequest, factory: pytest.TempPathFactory, precision: str) -> Path:
     from vessel_export.bundle.bundle_writer import export_bundle
 
-    name, recipe = f"{request.out.parent.name}-{precision}", dataclasses.replace(request.recipe, precision=precision)
+    name, recipe = f"{request.out.parent.name}-{precision}", msgspec.structs.replace(request.recipe, precision=precision)
     with traced_once():
         return made_once(factory, name, lambda folder: export_bundle(dataclasses.replace(request, out=folder / name, recipe=recipe))) / name
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from onnx import TensorProto, helper
 
 from vessel_rt.formats.bundle import STAGES, Bundle
-from vessel_rt.formats.engine_sidecar import Engine, Target
+from vessel_rt.formats.engine_sidecar import SCHEMA, Engine, Target
 from vessel_rt.formats.file_record import FileRecord
 
 TARGET = Target("rtx", "sm86", "1.7.1")
@@ -32,6 +32,7 @@ def write_engines(bundle: Bundle, target: Target = TARGET) -> Path:
             (folder / name).write_bytes(content)
             (folder / name).chmod(0o644)
         engine = Engine(
+            schema=SCHEMA,
             stage=stage,
             builder=target.builder,
             architecture=target.architecture,

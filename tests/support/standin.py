@@ -9,11 +9,11 @@ The trained bundle tells whether the runtime is right; this one can be made to a
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vessel_rt.formats.bundle import (
     BUNDLE_FILE,
+    SCHEMA,
     Bundle,
     EmbeddingTable,
     LanguageModelSpec,
@@ -61,6 +62,7 @@ def build_standin(
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, folder / f"{name}.onnx")
     bundle = Bundle(
+        schema=SCHEMA,
         folder=folder,
         precision="fp32",
         tiles=TileSpec(448, 1, 12, True, TOKENS_PER_TILE, _MEAN, _STD),
@@ -89,7 +91,7 @@ def build_standin(
         },
     )
     (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
-    return dataclasses.replace(bundle, sha256=sha256_of(folder / BUNDLE_FILE))
+    return msgspec.structs.replace(bundle, sha256=sha256_of(folder / BUNDLE_FILE))
 
 
 def _tokenizer() -> Tokenizer:

@@ -32,7 +32,17 @@ from vessel_export.sources.hub_cache import hashing
 from vessel_export.sources.names import NEW_TOKENS
 from vessel_export.sources.tokenizer import extend_tokenizer
 from vessel_rt.errors import RecipeError
-from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, EmbeddingTable, LanguageModelSpec, MaskSpec, PromptSpec, Provenance, TileSpec
+from vessel_rt.formats.bundle import (
+    BUNDLE_FILE,
+    SCHEMA,
+    Bundle,
+    EmbeddingTable,
+    LanguageModelSpec,
+    MaskSpec,
+    PromptSpec,
+    Provenance,
+    TileSpec,
+)
 from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import MAX_TEXT_TOKENS
 from vessel_rt.formats.recipe import Recipe
@@ -109,6 +119,7 @@ def export_bundle(request: ExportRequest) -> Export:
         files = _records(folder, written)
         engines = link_engines(folder, files, neighbours)
         bundle = Bundle(
+            schema=SCHEMA,
             folder=folder,
             precision=request.recipe.precision,
             tiles=TileSpec(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Never, TypeAlias
 
+import msgspec
 import onnx
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from vessel_export.engines.up_to_date import Expected, find_up_to_date
 from vessel_export.io.files import scratch_folder
 from vessel_rt.errors import BundleError, EngineError
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.formats.engine_sidecar import Engine, Target
+from vessel_rt.formats.engine_sidecar import SCHEMA, Engine, Target
 from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import Profile, Shapes, engine_recipe, stage_profile, workload_of
 from vessel_rt.formats.recipe import EngineRecipe
@@ -125,6 +126,7 @@ def _job(bundle: Bundle, stage: str, profile: Profile, engines: EngineRecipe, ta
     graph = onnx.load(bundle.folder / file, load_external_data=False)
     cuts = layer_cuts(bundle.language_model.layers, engines.language_model_partitions) if stage == _PARTITIONED_STAGE else []
     sidecar = Engine(
+        schema=SCHEMA,
         stage=stage,
         builder=target.builder,
         architecture=target.architecture,
@@ -196,7 +198,7 @@ def _build(job: _Job, compiler: Compiler, scratch: Path, bar: tqdm[Never]) -> En
     for path in sorted(scratch.iterdir()):
         _deny_others(path)
         files[path.name] = FileRecord(path.stat().st_size, sha256_of(path))
-    return dataclasses.replace(job.sidecar, files=files)
+    return msgspec.structs.replace(job.sidecar, files=files)
 
 
 def _profile_of(piece: onnx.ModelProto, profile: Profile) -> Profile:

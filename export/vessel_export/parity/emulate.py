@@ -9,13 +9,13 @@ Knows graphs and their types. Does not know what the graphs compute.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from msgspec.structs import replace
 
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.providers import Device, onnxruntime
@@ -204,12 +204,10 @@ def emulate(bundle: Bundle) -> EmulatedDeployment:
         BundleError: a file of the bundle is missing or was changed.
     """
     bundle.verify_files()
-    stages = {
-        name: dataclasses.replace(stage, inputs=_wide(stage.inputs), outputs=_wide(stage.outputs)) for name, stage in bundle.stages.items()
-    }
+    stages = {name: replace(stage, inputs=_wide(stage.inputs), outputs=_wide(stage.outputs)) for name, stage in bundle.stages.items()}
     graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
-    return EmulatedDeployment(dataclasses.replace(bundle, stages=stages), Device("cpu"), graphs)
+    return EmulatedDeployment(replace(bundle, stages=stages), Device("cpu"), graphs)
 
 
 def _wide(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    return tuple(dataclasses.replace(spec, dtype="float32" if "float" in spec.dtype else spec.dtype) for spec in specs)
+    return tuple(replace(spec, dtype="float32" if "float" in spec.dtype else spec.dtype) for spec in specs)

@@ -5,11 +5,11 @@ They are two scalars in the graph's own file, so weights never change. Does not 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -59,7 +59,7 @@ def apply(bundle: Bundle, ranges: Ranges) -> tuple[str, ...]:
             link_or_copy(bundle.folder / name, folder / name)
         files = dict(sorted((bundle.files | records).items()))
         link_engines(folder, files, [bundle])
-        (folder / BUNDLE_FILE).write_text(dataclasses.replace(bundle, files=files).to_json(), encoding="utf-8")
+        (folder / BUNDLE_FILE).write_text(msgspec.structs.replace(bundle, files=files).to_json(), encoding="utf-8")
     return changed
 
 

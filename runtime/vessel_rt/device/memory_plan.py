@@ -18,6 +18,8 @@ import json
 import math
 from bisect import bisect_right
 
+import msgspec
+
 from vessel_rt.errors import BundleError, RecipeError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, StageSpec
 from vessel_rt.formats.profiles import Workload, stage_profile
@@ -120,7 +122,7 @@ def _fix(bundle: Bundle, plan: Plan) -> str:
     sizes = bundle.language_model
     needed = bundle.tiles.most * bundle.tiles.tokens_per_tile + sizes.max_new_tokens
     for capacity in range(sizes.capacity - _STEP, needed, -_STEP):
-        smaller = dataclasses.replace(bundle, language_model=dataclasses.replace(sizes, capacity=capacity))
+        smaller = msgspec.structs.replace(bundle, language_model=msgspec.structs.replace(sizes, capacity=capacity))
         if make_plan(smaller, 1, plan.memory).fits:
             return f"lower language_model.capacity to {capacity} and the batch to 1, and export it again"
     return "no batch or capacity is small enough; export it in a smaller precision, or use a larger card"

@@ -1,27 +1,28 @@
 """The bundle: a folder that describes itself in `bundle.json`.
 
-The exporter writes these dataclasses, the runtime reads them, and nothing else is shared: every name, shape, token id,
-preprocessing constant and file hash that the runtime uses is here, so that it never guesses.
+The exporter writes these types, the runtime reads them, and the two share nothing else: every name, shape, token id, preprocessing
+constant and file hash that the runtime uses is here, so that it never guesses.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+from msgspec import Meta, Struct
+
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle_faults import bundle_faults
 from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.graph_files import named_files
-from vessel_rt.formats.schema import FileName, Within, decode, parse_json, read_small, shown
+from vessel_rt.formats.schema import FileName, Items, NewerSchemaError, Table, Text, decode, parse_json, read_small, shown, to_json
 from vessel_rt.io.checked_files import CheckedFiles, check_files, sha256_of
 
-if TYPE_CHECKING:  # the schema itself needs the standard library only
+if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SCHEMA",
     "STAGES",
     "Bundle",
+    "BundleFile",
     "EmbeddingTable",
     "FileRecord",
     "LanguageModelSpec",
@@ -47,36 +49,44 @@ SCHEMA = 1
 STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder")
 _NO_MODEL = "virtual_model.onnx"  # what TensorRT-RTX calls a graph that it compiled from memory: no such file may be there
 
-_Count = Annotated[int, Within(1, 2**20)]
-_Bytes = Annotated[int, Within(0, 2**40)]
-_Side = Annotated[int, Within(1, 8192)]  # pixels
-_TokenId = Annotated[int, Within(0, 2**20)]
-_Deviation = Annotated[float, Within(1e-6, 1e6)]
-_Mean = Annotated[float, Within(-1e6, 1e6)]
+_Count = Annotated[int, Meta(ge=1, le=2**20)]
+_Side = Annotated[int, Meta(ge=1, le=8192)]
+_TokenId = Annotated[int, Meta(ge=0, le=2**20)]
+_Deviation = Annotated[float, Meta(ge=1e-6, le=1e6)]
+_Mean = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """A graph's input or output: `dtype` is a NumPy name or `bfloat16`, `shape` mixes sizes and the names of dynamic axes."""
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output of a graph.
 
-    name: str
-    dtype: str
-    shape: tuple[_Count | str, ...]
+    Attributes:
+        name: its name in the graph.
+        dtype: a NumPy name, or `bfloat16`.
+        shape: for each axis its size, or its name if it is dynamic.
+    """
+
+    name: Text
+    dtype: Text
+    shape: Items[_Count | Text]
 
 
-@dataclasses.dataclass(frozen=True)
-class StageSpec:
-    """One graph of the pipeline. `file` and `weights`, the files of its weights, are relative to the bundle.
+class StageSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """One graph of the pipeline.
 
-    `activation_bytes` estimates the activations of one tile (vision_encoder), one token of the cache (language_model), one image
-    (sam2_image_encoder) or one mask (sam2_mask_decoder). Bundles of older versions have neither it nor `weights`.
+    Attributes:
+        file: the ONNX graph, relative to the bundle.
+        inputs: its inputs.
+        outputs: its outputs.
+        weights: the files of its weights, relative to the bundle. Bundles of older versions do not list them.
+        activation_bytes: an estimate of the bytes that activations take, per tile (vision_encoder), token of the cache (language_model),
+            image (sam2_image_encoder) or mask (sam2_mask_decoder). 0 in bundles of older versions.
     """
 
     file: FileName
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    weights: tuple[FileName, ...] = ()
-    activation_bytes: _Bytes = 0
+    inputs: Items[TensorSpec]
+    outputs: Items[TensorSpec]
+    weights: Items[FileName] = ()
+    activation_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 0
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name."""
@@ -89,13 +99,22 @@ class StageSpec:
         return np.dtype(self.input(name).dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class TileSpec:
-    """How an image becomes `pixel_values` of vision_encoder: InternVL's dynamic tiling (pixels, ImageNet constants)."""
+class TileSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """How an image becomes `pixel_values` of vision_encoder: InternVL's dynamic tiling.
+
+    Attributes:
+        size: the side of a tile, in pixels.
+        min_tiles: the least number of tiles, without the thumbnail.
+        max_tiles: the greatest number of tiles, without the thumbnail.
+        thumbnail: whether images of several tiles get a thumbnail as their last tile.
+        tokens_per_tile: image tokens that a tile takes in the prompt.
+        mean: of red, green and blue, from 0 to 1, subtracted.
+        std: of red, green and blue, divided by.
+    """
 
     size: _Side
-    min_tiles: Annotated[int, Within(1, 1024)]
-    max_tiles: Annotated[int, Within(1, 1024)]
+    min_tiles: Annotated[int, Meta(ge=1, le=1024)]
+    max_tiles: Annotated[int, Meta(ge=1, le=1024)]
     thumbnail: bool
     tokens_per_tile: _Count
     mean: tuple[_Mean, _Mean, _Mean]
@@ -107,9 +126,15 @@ class TileSpec:
         return self.max_tiles + (self.thumbnail and self.max_tiles > 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskSpec:
-    """How an image becomes `pixel_values` of sam2_image_encoder, and the side of the low-res mask it gives (pixels)."""
+class MaskSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """How an image becomes `pixel_values` of sam2_image_encoder, and the size of the masks.
+
+    Attributes:
+        size: the side of the square that the image is resized to, in pixels.
+        low_res_size: the side of a low-res mask, in pixels.
+        mean: of red, green and blue, from 0 to 1, subtracted.
+        std: of red, green and blue, divided by.
+    """
 
     size: _Side
     low_res_size: _Side
@@ -117,118 +142,164 @@ class MaskSpec:
     std: tuple[_Deviation, _Deviation, _Deviation]
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptSpec:
+class PromptSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """The text around image and question, as in training, and the ids of the tokens that steer the pipeline.
 
     The prompt is `prefix + image_start + image_token * N + image_end + "\\n" + question + suffix`.
-    `answers` are the sentences that training taught; the first is the likeliest.
+
+    Attributes:
+        tokenizer: the tokenizer's file, relative to the bundle.
+        prefix: the text before the image.
+        image_start: the token before the image's tokens.
+        image_token: the token that stands for a part of the image.
+        image_end: the token after the image's tokens.
+        suffix: the text after the question.
+        default_question: asked if the user asks nothing else.
+        answers: the sentences that training taught, the most likely first.
+        image_token_id: the id of `image_token`.
+        seg_token_id: the id of [SEG].
+        stop_token_ids: each ends an answer.
     """
 
     tokenizer: FileName
-    prefix: str
-    image_start: str
-    image_token: str
-    image_end: str
-    suffix: str
-    default_question: str
-    answers: tuple[str, ...]
+    prefix: Text
+    image_start: Text
+    image_token: Text
+    image_end: Text
+    suffix: Text
+    default_question: Text
+    answers: Items[Text]
     image_token_id: _TokenId
     seg_token_id: _TokenId
-    stop_token_ids: tuple[_TokenId, ...]
+    stop_token_ids: Items[_TokenId]
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModelSpec:
-    """Sizes of the language model; `capacity` is the KV cache's length in tokens, prompt and answer together."""
+class LanguageModelSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of the language model.
 
-    layers: Annotated[int, Within(1, 1024)]
+    Attributes:
+        layers: transformer layers.
+        hidden_size: the width of the residual stream.
+        kv_heads: heads of keys and values.
+        head_dim: the width of a head.
+        vocabulary: token ids.
+        capacity: the length of the KV cache in tokens, prompt and answer together.
+        max_new_tokens: the longest answer, in tokens.
+    """
+
+    layers: Annotated[int, Meta(ge=1, le=1024)]
     hidden_size: _Count
-    kv_heads: Annotated[int, Within(1, 1024)]
-    head_dim: Annotated[int, Within(1, 8192)]
+    kv_heads: Annotated[int, Meta(ge=1, le=1024)]
+    head_dim: Annotated[int, Meta(ge=1, le=8192)]
     vocabulary: _Count
     capacity: _Count
     max_new_tokens: _Count
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbeddingTable:
-    """Where the rows of embed_tokens lie: tensor `name`, [vocabulary, hidden_size], in a safetensors `file`."""
+class EmbeddingTable(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the rows of embed_tokens are.
+
+    Attributes:
+        file: a .safetensors file, relative to the bundle.
+        name: the tensor in it, [vocabulary, hidden_size].
+    """
 
     file: FileName
-    name: str
+    name: Text
 
 
-@dataclasses.dataclass(frozen=True)
-class Provenance:
-    """What the bundle was made from; `None` where the checkpoint does not tell. `skipped` tensors were left out by request."""
+class Provenance(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the bundle was made from.
 
-    checkpoint: str
-    checkpoint_sha256: str
-    iteration: Annotated[int, Within(0, 2**63)] | None
-    lora_rank: Annotated[int, Within(0, 2**20)]
-    lora_alpha: float
-    base: str
-    sam2: str
-    recipe: str
-    skipped: tuple[str, ...]
-    versions: dict[str, str]
+    Attributes:
+        checkpoint: the file name of the checkpoint.
+        checkpoint_sha256: its hash.
+        iteration: of training; null if the checkpoint does not tell.
+        lora_rank: the rank of the merged LoRA; 0 without one.
+        lora_alpha: its alpha.
+        base: the base model.
+        sam2: SAM2's checkpoint.
+        recipe: the name of the recipe.
+        skipped: tensors of the checkpoint that were left out by request.
+        versions: of the exporter and its libraries.
+    """
+
+    checkpoint: Text
+    checkpoint_sha256: Text
+    iteration: Annotated[int, Meta(ge=0, le=2**53)] | None
+    lora_rank: Annotated[int, Meta(ge=0, le=2**20)]
+    lora_alpha: Annotated[float, Meta(ge=-1e30, le=1e30)]
+    base: Text
+    sam2: Text
+    recipe: Text
+    skipped: Items[Text]
+    versions: Table[Text, Text]
 
 
-@dataclasses.dataclass(frozen=True)
-class Bundle:
-    """`bundle.json`, read. `folder` is where it lies, `sha256` the hash of its bytes; they are not part of the file."""
+class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`bundle.json`.
 
-    folder: Path
-    precision: str
+    Attributes:
+        schema: the version of this format.
+        precision: `fp32`, `fp16` or `bf16`.
+        tiles: preprocessing for vision_encoder.
+        mask: preprocessing for sam2_image_encoder.
+        prompt: the prompt's text and tokens.
+        language_model: its sizes.
+        embed_tokens: the embedding table.
+        stages: the graphs, by the names in docs/architecture.md.
+        provenance: what the bundle was made from.
+        files: size and hash of every file, by its path relative to the bundle.
+    """
+
+    schema: Annotated[int, Meta(ge=1, le=SCHEMA)]
+    precision: Text
     tiles: TileSpec
     mask: MaskSpec
     prompt: PromptSpec
     language_model: LanguageModelSpec
     embed_tokens: EmbeddingTable
-    stages: dict[str, StageSpec]
+    stages: Table[Text, StageSpec]
     provenance: Provenance
-    files: dict[FileName, FileRecord]
-    sha256: str = dataclasses.field(default="", compare=False)
+    files: Table[FileName, FileRecord]
+
+
+class Bundle(BundleFile, frozen=True, kw_only=True):
+    """`bundle.json`, read. `folder` is where it is, `sha256` the hash of its bytes; they are not part of the file."""
+
+    folder: Path
+    sha256: str = ""
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
         """Read `folder/bundle.json`. Files are not looked at here: see `verify_files`.
 
         Raises:
-            BundleError: no bundle there, not JSON, a field missing, unknown, of the wrong kind or out of bounds, fields that contradict
+            BundleError: no bundle there, not JSON, a field missing, unknown, of the wrong type or out of bounds, fields that contradict
                 each other, or a schema newer than SCHEMA.
         """
         path = folder / BUNDLE_FILE
         try:
             content = read_small(path)
-            document = parse_json(content)
+            found = decode(parse_json(content), BundleFile, SCHEMA)
+            for fault in bundle_faults(found, STAGES):
+                raise ValueError(fault)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{folder}: no bundle here ({BUNDLE_FILE} is missing); make one with `make export CKPT=...` or `make demo`"
             ) from None
         except OSError as e:
             raise BundleError(f"{path}: cannot be read ({e.strerror}); allow it, or export it again") from e
-        except ValueError as e:
-            raise BundleError(f"{path}: not a bundle description ({e}); export it again") from e
-        schema = document.pop("schema", None) if isinstance(document, dict) else None
-        if type(schema) is not int or schema < 1:
-            raise BundleError(f"{path}: not a bundle description (it has no schema number); export it again")
-        if schema > SCHEMA:
-            raise BundleError(f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this vessel-rt reads; upgrade vessel-rt")
-        try:
-            bundle: Bundle = decode(cls, document, folder=folder, sha256=hashlib.sha256(content).hexdigest())
-            for fault in bundle_faults(bundle, STAGES):
-                raise ValueError(fault)
+        except NewerSchemaError as e:
+            raise BundleError(f"{path}: {e}") from e
         except ValueError as e:
             raise BundleError(f"{path}: damaged ({e}); export it again") from e
-        return bundle
+        return cls(**msgspec.structs.asdict(found), folder=folder, sha256=hashlib.sha256(content).hexdigest())
 
     def to_json(self) -> str:
         """The text of `bundle.json`."""
-        document = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        del document["folder"], document["sha256"]
-        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        found = msgspec.structs.asdict(self)
+        return to_json(BundleFile(**{name: found[name] for name in BundleFile.__struct_fields__}))
 
     def used_files(self, *, graphs: bool = True) -> dict[str, FileRecord | None]:
         """The files to be read, relative to the bundle, with their records; None for one that is used and has none.

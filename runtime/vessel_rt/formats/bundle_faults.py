@@ -9,7 +9,7 @@ from vessel_rt.formats.recipe import PRECISIONS
 from vessel_rt.formats.schema import shown
 
 if TYPE_CHECKING:
-    from vessel_rt.formats.bundle import Bundle, TensorSpec
+    from vessel_rt.formats.bundle import BundleFile, TensorSpec
 
 __all__ = ["bundle_faults"]
 
@@ -22,7 +22,7 @@ _FLOATS = ("float32", "float16")  # of what NumPy holds
 _CACHE = ("past_", "present_")  # stays on the device, so it may be what NumPy has not
 
 
-def bundle_faults(bundle: Bundle, stages: Sequence[str]) -> Iterator[str]:
+def bundle_faults(bundle: BundleFile, stages: Sequence[str]) -> Iterator[str]:
     """Each fault, in words; `stages` are those that a bundle has."""
     tiles, sizes, prompt = bundle.tiles, bundle.language_model, bundle.prompt
     if bundle.precision not in PRECISIONS:
@@ -44,7 +44,7 @@ def bundle_faults(bundle: Bundle, stages: Sequence[str]) -> Iterator[str]:
         yield from _stage_faults(bundle)
 
 
-def _stage_faults(bundle: Bundle) -> Iterator[str]:
+def _stage_faults(bundle: BundleFile) -> Iterator[str]:
     """Where the graphs' inputs and outputs are not those of docs/architecture.md, in the sizes of the bundle."""
     for name, (inputs, outputs) in _expected(bundle).items():
         stage = bundle.stages[name]
@@ -66,7 +66,7 @@ def _spec_faults(specs: Sequence[TensorSpec], shapes: _Shapes) -> Iterator[str]:
             yield f"{name} is {shown(found[name].dtype)} {shown(list(found[name].shape))}, not {' or '.join(dtypes)} {list(shape)}"
 
 
-def _expected(bundle: Bundle) -> Mapping[str, tuple[_Shapes, _Shapes]]:
+def _expected(bundle: BundleFile) -> Mapping[str, tuple[_Shapes, _Shapes]]:
     """The shapes of each stage's inputs and outputs."""
     sizes, tiles, mask = bundle.language_model, bundle.tiles, bundle.mask
     cache = ("batch", sizes.kv_heads, sizes.capacity, sizes.head_dim)

@@ -14,19 +14,20 @@ import ctypes
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+
+from msgspec import Meta, Struct
 
 from vessel_rt.errors import EngineError
 from vessel_rt.formats.bundle import STAGES, Bundle, named_and_unchecked
 from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import max_shape
-from vessel_rt.formats.schema import FileName, decode, parse_json, read_small
+from vessel_rt.formats.schema import FileName, Sha256, Table, Text, decode, parse_json, read_small, to_json
 from vessel_rt.io.checked_files import CheckedFiles, check_files
 
 __all__ = ["BUILDERS", "ENGINES", "SCHEMA", "Engine", "EngineSet", "Target", "builder_version", "packed_cuda_runtime", "writable_by_anyone"]
@@ -51,25 +52,32 @@ class Target:
         return bundle.folder / ENGINES / f"{self.builder}-{self.architecture}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Engine:
+class Engine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The sidecar of one stage's engine.
 
-    `files`: the engine's own, relative to the sidecar's folder. `sources`: SHA-256 of each file of the bundle it was built from (graph and
-    weights), relative to the bundle. `profile`: the min, opt and max shape of each input (`Profile.texts`).
-    `versions`: of the builder's library (the key is the builder's name: `rtx`, `tensorrt`), `onnxruntime`, and `driver` (None where it was
-    built without one).
+    Attributes:
+        schema: the version of this format.
+        stage: the stage.
+        builder: `rtx` or `tensorrt`.
+        architecture: of the GPU that it was built for, such as `sm86`.
+        gpu: the name of that GPU.
+        precision: the bundle's.
+        files: size and hash of the engine's own files, relative to the sidecar's folder.
+        sources: the SHA-256 of each file of the bundle that it was built from (graph and weights), relative to the bundle.
+        profile: the min, opt and max shape of each input, such as `1x3x448x448, 2x3x448x448, 8x3x448x448`.
+        versions: of the builder's library (by the builder's name), of `onnxruntime` and of the `driver` (null if built without one).
     """
 
-    stage: str
-    builder: str
-    architecture: str
-    gpu: str
-    precision: str
-    files: dict[FileName, FileRecord]
-    sources: dict[FileName, str]
-    profile: dict[str, str]
-    versions: dict[str, str | None]
+    schema: Annotated[int, Meta(ge=1, le=SCHEMA)]
+    stage: Text
+    builder: Text
+    architecture: Text
+    gpu: Text
+    precision: Text
+    files: Table[FileName, FileRecord]
+    sources: Table[FileName, Sha256]
+    profile: Table[Text, Text]
+    versions: Table[Text, Text | None]
 
     @property
     def partitions(self) -> int:
@@ -84,21 +92,16 @@ class Engine:
             EngineError: it is missing, not JSON, or not a sidecar of this schema.
         """
         try:
-            document = parse_json(read_small(path))
-            schema = document.pop("schema", None) if isinstance(document, dict) else None
-            if type(schema) is not int or schema != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}")
-            engine: Engine = decode(cls, document)
+            return decode(parse_json(read_small(path)), cls, SCHEMA)
         except FileNotFoundError:
             raise EngineError(f"{path}: no such engine; vessel-export build makes it") from None
         except (OSError, ValueError) as e:
             said = e.strerror if isinstance(e, OSError) else e
             raise EngineError(f"{path}: not an engine's description ({said}); vessel-export build --rebuild makes it anew") from e
-        return engine
 
     def to_json(self) -> str:
         """The sidecar's text."""
-        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return to_json(self)
 
     def differences(self, folder: Path, bundle: Bundle, target: Target) -> list[str]:
         """Why the engine in `folder` is not to be loaded for `bundle` on `target`, in words; its files' contents are not read."""

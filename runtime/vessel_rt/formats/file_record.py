@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
-from vessel_rt.formats.schema import Within
+from msgspec import Meta, Struct
+
+from vessel_rt.formats.schema import Sha256
 
 __all__ = ["FileRecord"]
 
 
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of one file."""
+class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file.
 
-    bytes: Annotated[int, Within(0, 2**50)]
-    sha256: str
+    Attributes:
+        bytes: its size.
+        sha256: the SHA-256 of its content, in hexadecimal.
+    """
+
+    bytes: Annotated[int, Meta(ge=0, le=2**50)]
+    sha256: Sha256

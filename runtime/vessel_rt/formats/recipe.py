@@ -1,64 +1,98 @@
-"""Recipes: what is being made, and for which GPU. Read once, at the edge, into frozen dataclasses.
+"""Recipes: what is being made, and for which GPU. Read once, at the edge.
 
 Those of the project are in recipes/, and go by their names; engines/ links to them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
+from msgspec import Meta, Struct
+
 from vessel_rt.errors import RecipeError
-from vessel_rt.formats.schema import Within, decode, read_small, shown
+from vessel_rt.formats.schema import Text, decode, read_small, shown
 
-__all__ = ["DEFAULT_RECIPE", "PRECISIONS", "EngineRecipe", "LanguageModelRecipe", "Recipe", "load_recipe", "recipe_names"]
+__all__ = [
+    "DEFAULT_RECIPE",
+    "PRECISIONS",
+    "SCHEMA",
+    "EngineRecipe",
+    "LanguageModelRecipe",
+    "Recipe",
+    "RecipeFile",
+    "load_recipe",
+    "recipe_names",
+]
 
+SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_RECIPE = "rtx3090"
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
 
-_Tokens = Annotated[int, Within(1, 2**20)]
-_Count = Annotated[int, Within(1, 1024)]
+_Tokens = Annotated[int, Meta(ge=1, le=2**20)]
+_Count = Annotated[int, Meta(ge=1, le=1024)]
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModelRecipe:
-    """`capacity`: the KV cache's length in tokens, prompt and answer together; `max_new_tokens`: the longest answer."""
+class LanguageModelRecipe(Struct, frozen=True, forbid_unknown_fields=True):
+    """The language model's cache and answers.
+
+    Attributes:
+        capacity: the length of the KV cache in tokens, prompt and answer together.
+        max_new_tokens: the longest answer, in tokens.
+    """
 
     capacity: _Tokens
     max_new_tokens: _Tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineRecipe:
+class EngineRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     """The GPU that engines are for, and the shapes that they take.
 
-    `architecture` is `sm` and the compute capability (`sm86`). A batch has 1 to `max_batch` images, each of 1 tile to the bundle's most;
-    engines are tuned for `opt_batch` images of `opt_tiles` tiles. `language_model_partitions` engines share the language model's layers.
+    Attributes:
+        gpu: the name of the GPU.
+        architecture: `sm` and its compute capability, such as `sm86`.
+        memory_gib: the memory that programs can use on it.
+        max_batch: the greatest number of images in a batch, each of 1 tile to the bundle's most.
+        opt_batch: the number of images that engines are tuned for.
+        opt_tiles: the number of tiles of an image that engines are tuned for.
+        language_model_partitions: engines that share the language model's layers.
     """
 
-    gpu: str
-    architecture: str
-    memory_gib: Annotated[float, Within(0.125, 4096)]
+    gpu: Text
+    architecture: Text
+    memory_gib: Annotated[float, Meta(ge=0.125, le=4096)]
     max_batch: _Count
     opt_batch: _Count
     opt_tiles: _Count
     language_model_partitions: _Count
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A recipe; `engines` is None where there are none to build."""
+class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A recipe, in TOML.
 
-    name: str
-    precision: str
+    Attributes:
+        schema: the version of this format.
+        precision: `fp32`, `fp16` or `bf16`.
+        language_model: the language model's cache and answers.
+        engines: the engines to build. Without them a bundle runs with ONNX Runtime only.
+    """
+
+    schema: Annotated[int, Meta(ge=1, le=SCHEMA)] = SCHEMA
+    precision: Text
     language_model: LanguageModelRecipe
     engines: EngineRecipe | None = None
+
+
+class Recipe(RecipeFile, frozen=True, kw_only=True):
+    """A recipe, read. `name` is not part of the file."""
+
+    name: str
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -81,7 +115,7 @@ def load_recipe(source: Path | str) -> Recipe:
         said = e.strerror if isinstance(e, OSError) else "nested too deeply" if isinstance(e, RecursionError) else e
         raise RecipeError(f"{path}: not a recipe ({said}); {_RECIPES / DEFAULT_RECIPE}.toml shows one") from e
     try:
-        recipe: Recipe = decode(Recipe, document, name=path.stem)
+        recipe = Recipe(**msgspec.structs.asdict(decode(document, RecipeFile, SCHEMA)), name=path.stem)
     except ValueError as e:
         raise RecipeError(f"{path}: {e}; {_RECIPES / DEFAULT_RECIPE}.toml shows a whole recipe") from None
     for fault in _faults(recipe):

@@ -1,56 +1,47 @@
-"""Documents from outside, JSON or TOML, as frozen dataclasses: one reader and one decoder for bundle, sidecar and recipe.
+"""JSON and TOML documents, decoded to the types that declare them. Does not know any particular document.
 
-A field's annotation is its whole schema: its type, whether it may be absent (a default) and its bounds (`Annotated[int, Within(1, 9)]`).
-Knows no particular document.
+A type is a `msgspec.Struct` (bundle.json, sidecars, recipes: unknown keys are refused) or a `TypedDict` (files of an output folder:
+unknown keys are ignored). Its annotations are the whole schema: types, bounds, and what may be absent.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
-import math
 import re
 import reprlib
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any, Never
+from typing import Annotated, Any, Never, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 from vessel_rt.io.files import read_regular
 
-__all__ = ["FileName", "Within", "decode", "parse_json", "read_small", "shown"]
+__all__ = ["FileName", "Items", "NewerSchemaError", "Sha256", "Table", "Text", "decode", "parse_json", "read_small", "shown", "to_json"]
 
 _MOST_BYTES = 4 << 20  # of a document; bundle.json of the 8B model has 40 kB
-_MOST_TEXT = 1 << 16  # characters of one text
 _MOST_ITEMS = 1 << 12  # of one list or table
-
 _SHOWN = 100  # characters of a text, or digits, that a message has
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
+_TEXT = r"^[^\x00\ud800-\udfff]*\Z"
+_PART = r"(?!\.{1,2}(?:/|\Z))[^/\\:*?\"<>|\x00-\x1f\x7f\ud800-\udfff]+"
+_PLAIN_PATH = rf"^{_PART}(?:/{_PART})*\Z"
+_WORDS = {_TEXT: "text without NUL and lone surrogates", _PLAIN_PATH: "a plain path inside the folder"}
+
+_T = TypeVar("_T")
+_Key = TypeVar("_Key")
+
+Text = Annotated[str, Meta(max_length=1 << 16, pattern=_TEXT)]
+FileName = Annotated[str, Meta(max_length=1 << 12, pattern=_PLAIN_PATH)]
+"""A relative path that stays in its folder, on every system."""
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Items = Annotated[tuple[_T, ...], Meta(max_length=_MOST_ITEMS)]
+Table = Annotated[dict[_Key, _T], Meta(max_length=_MOST_ITEMS)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Within:
-    """Annotates a number: from `least` to `most`, both included."""
-
-    least: float
-    most: float
-
-    def fault(self, value: float) -> str | None:
-        """What is wrong with `value`, or None."""
-        return None if self.least <= value <= self.most else f"not from {self.least} to {self.most}"
-
-
-class _PlainPath:
-    """Annotates a text: a relative path that stays in its folder on every system."""
-
-    def fault(self, value: str) -> str | None:
-        """What is wrong with `value`, or None."""
-        plain = not re.search(r'[\\:*?"<>|\x00-\x1f\x7f]', value) and not {"", ".", ".."} & set(value.split("/"))
-        return None if plain else "not a plain path inside the folder"
-
-
-FileName = Annotated[str, _PlainPath()]
+class NewerSchemaError(ValueError):
+    """A document that a later version of vessel-rt wrote."""
 
 
 def shown(value: Any) -> str:
@@ -61,12 +52,12 @@ def shown(value: Any) -> str:
 
 
 def read_small(path: Path) -> bytes:
-    """The content of a document's file. OSError where it cannot be read, is not a regular file, or is too large for a document."""
+    """The content of a document's file. OSError if it cannot be read, is not a regular file, or is too large for a document."""
     return read_regular(path, _MOST_BYTES)
 
 
 def parse_json(content: bytes) -> Any:
-    """The JSON document in `content`, in UTF-8. ValueError where it is none: a key twice and `NaN` are none either."""
+    """The JSON document in `content`, in UTF-8. ValueError if it is not JSON; repeated keys and `NaN` are refused too."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except RecursionError:
@@ -85,94 +76,73 @@ def _no_number(text: str) -> Never:
     raise ValueError(f"{text} is not a number")
 
 
-def decode(kind: Any, value: Any, where: str = "", **known: Any) -> Any:
-    """`value`, a document or a part of it, as the annotated type `kind`.
+def decode(document: Any, kind: type[_T], newest: int) -> _T:
+    """`document`, of the types that JSON and TOML have, as `kind`.
 
     Args:
-        kind: a dataclass, or another annotation of one of its fields.
-        value: of the types that JSON and TOML have.
-        where: what `value` is called in messages.
-        known: fields of the dataclass `kind` that are not of the document.
+        document: the parsed document.
+        kind: the type that declares it.
+        newest: the newest `schema` that this version reads.
 
     Raises:
-        ValueError: a field is missing or unknown, of another type, or out of bounds. It is named, in one line.
+        NewerSchemaError: the document is of a newer schema.
+        ValueError: a field is missing, unknown, of another type or out of bounds. The message is
+            one line that names the field. It does not contain values of the document.
     """
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(kind, value, where, known)
-    if origin is Annotated:
-        found = decode(arguments[0], value, where)
-        for rule in arguments[1:]:
-            if fault := rule.fault(found):
-                raise ValueError(f"{where} is {shown(found)}, {fault}")
-        return found
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(arguments, value, where)
-    if origin is tuple:
-        return _decode_tuple(arguments, value, where)
-    if origin is dict:
-        return _decode_dict(arguments, value, where)
-    return _decode_scalar(kind, value, where)
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if type(schema) is int and schema > newest:
+        raise NewerSchemaError(f"schema {shown(schema)} is newer than {newest}, the newest that this vessel-rt reads; upgrade vessel-rt")
+    error = _error(document, kind)
+    if error is not None:
+        raise ValueError(_in_words(document, kind, error))
+    return msgspec.convert(document, kind)
 
 
-def _decode_dataclass(kind: Any, value: Any, where: str, known: dict[str, Any]) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the document'} is {shown(value)}, not a table")
-    prefix = f"{where}." if where else ""
-    hints = {name: hint for name, hint in typing.get_type_hints(kind, include_extras=True).items() if name not in known}
-    optional = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-    }
-    missing, unknown = hints.keys() - value.keys() - optional, value.keys() - hints.keys()
-    for what, keys in (("unknown", unknown), ("missing", missing)):
-        if keys:
-            raise ValueError(f"{what} key {', '.join(sorted(prefix + _key(key) for key in list(keys)[:8]))}")
-    return kind(**known, **{name: decode(hints[name], item, prefix + name) for name, item in value.items()})
+def _error(document: Any, kind: Any) -> str | None:
+    """What msgspec says of a document that is not of this type."""
+    try:
+        msgspec.convert(document, kind)
+    except msgspec.ValidationError as e:
+        return str(e)
+    except UnicodeEncodeError:  # by a value that has to be one of some texts
+        return "Has a lone surrogate"
+    return None
 
 
-def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """By the type of `value`: of the kinds of one union no two take the same."""
-    plain = {kind: typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind for kind in kinds}
-    for kind, bare in plain.items():
-        if type(value) is bare or (dataclasses.is_dataclass(bare) and isinstance(value, dict)):
-            return decode(kind, value, where)
-    if len(kinds) == 2 and types.NoneType in kinds:
-        return decode(next(kind for kind in kinds if kind is not types.NoneType), value, where)
-    raise ValueError(f"{where} is {shown(value)}, not {' or '.join(_KINDS.get(bare, 'a table') for bare in plain.values())}")
+def to_json(document: msgspec.Struct) -> str:
+    """The text of a JSON file with this document."""
+    return json.dumps(msgspec.to_builtins(document), indent=1, ensure_ascii=False) + "\n"
 
 
-def _decode_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    many = kinds[-1] is Ellipsis
-    if not isinstance(value, list) or len(value) > _MOST_ITEMS or not (many or len(value) == len(kinds)):
-        raise ValueError(f"{where} is {shown(value)}, not a list of {'at most ' + str(_MOST_ITEMS) if many else len(kinds)}")
-    return tuple(decode(kinds[0] if many else kinds[i], item, f"{where}[{i}]") for i, item in enumerate(value))
+def _in_words(document: Any, kind: Any, error: str) -> str:
+    """An error of msgspec, such as "Expected `int`, got `str` - at `$.tiles.size`", with the field first."""
+    what, _, path = error.partition(" - at ")
+    where = _place(document, kind, error) if issubclass(kind, msgspec.Struct) else path.rpartition("`$")[2].rstrip("`").lstrip(".")
+    if found := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", what, re.DOTALL):
+        return f"{found[1].split()[-1 if 'unknown' in found[1] else 0]} key {f'{where}.' if where else ''}{_key(found[2])}"
+    if what.startswith("Invalid enum value"):
+        what = "not one of the values that it may have"
+    for pattern, words in _WORDS.items():
+        what = what.replace(f"`str` matching regex {pattern!r}", words)
+    name = f"the key {where}" if "`key` in" in path else where or "the document"
+    return f"{name}: {what[0].lower()}{what[1:].replace('`', '')}"
 
 
-def _decode_dict(kinds: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
-    if not isinstance(value, dict) or len(value) > _MOST_ITEMS:
-        raise ValueError(f"{where} is {shown(value)}, not a table of at most {_MOST_ITEMS} keys")
-    return {decode(kinds[0], key, f"a key of {where}"): decode(kinds[1], item, f"{where}.{_key(key)}") for key, item in value.items()}
-
-
-def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and type(value) is int and abs(value) < 2**1000:
-        value = float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where} is {shown(value)}, not {_KINDS[kind]}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{where} is {value}, not a finite number")
-    if kind is str:
-        _check_text(value, where)
-    return value
-
-
-def _check_text(value: str, where: str) -> None:
-    if len(value) > _MOST_TEXT:
-        raise ValueError(f"{where} has {len(value)} characters, more than {_MOST_TEXT}")
-    if re.search(r"[\x00\ud800-\udfff]", value):
-        raise ValueError(f"{where} is {shown(value)}, which holds a character that is none")
+def _place(document: Any, kind: Any, error: str) -> str:
+    """Where the error is, such as `stages.vision_encoder.file`. msgspec writes `$.stages[...].file`."""
+    document = copy.deepcopy(document)
+    value, place, path = document, "", error.rpartition("`$")[2]
+    for step in re.findall(r"\.\w+|\[[^]]*\]", path + ("[...]" if "`key` in" in error else "")):
+        if step == "[...]":
+            for key, item in dict(value).items():  # with no other key in the table, the same error remains
+                value.clear()
+                value[key] = item
+                if _error(document, kind) == error:
+                    break
+            place, value = f"{place}.{_key(key)}", item
+        else:
+            place, value = place + step, value[step[1:] if step[0] == "." else int(step[1:-1])]
+    return place.lstrip(".")
 
 
 def _key(key: str) -> str:

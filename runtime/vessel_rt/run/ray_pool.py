@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+
 from vessel_rt.device.deployment import MOST_IMAGES
 from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError, first_line
@@ -90,7 +92,7 @@ class RayPool:
     def run(self, frames: Sequence[Frame]) -> Iterator[Entry]:
         """Process every frame, in no particular order. See Worker.run."""
         job, absolute = self._jobs[0], [dataclasses.replace(frame, path=frame.path.absolute()) for frame in frames]
-        bundle = dataclasses.replace(job.bundle, folder=job.bundle.folder.absolute())  # each host checks its files itself
+        bundle = msgspec.structs.replace(job.bundle, folder=job.bundle.folder.absolute())  # each host checks its files itself
         gpus = 0 if job.device.kind == "cpu" else int(self._ray.cluster_resources().get("GPU", 0))
         if job.device.kind != "cpu" and not gpus:
             raise VesselError(f"--ray {self._address}: the cluster has no GPU; use --devices cpu:N, or add hosts with a GPU")

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -44,7 +45,7 @@ def test_the_same_bytes_each_time(small: ExportRequest, small_bundle: Path, tmp_
     """Exported again, and traced again in another process."""
     precision = Bundle.load(small_bundle).precision
     again = export_bundle(
-        dataclasses.replace(small, out=tmp_path / "again", recipe=dataclasses.replace(small.recipe, precision=precision))
+        dataclasses.replace(small, out=tmp_path / "again", recipe=msgspec.structs.replace(small.recipe, precision=precision))
     ).bundle
     assert again.files == Bundle.load(small_bundle).files
 
@@ -306,7 +307,7 @@ def test_a_weight_beyond_float16(small: ExportRequest, tmp_path: Path) -> None:
     state["mllm.model.mlp1.1.bias"][0] = 1e5
     checkpoint = write_checkpoint(tmp_path / "wide.pth", state)
     request = dataclasses.replace(
-        small, checkpoint=checkpoint, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, precision="fp16")
+        small, checkpoint=checkpoint, out=tmp_path / "b", recipe=msgspec.structs.replace(small.recipe, precision="fp16")
     )
     with pytest.raises(CheckpointError, match=r"projector\.linear_1\.bias .*float16"):
         export_bundle(request)
@@ -366,7 +367,7 @@ def test_a_configuration_that_would_run_code(small: ExportRequest, tmp_path: Pat
 
 def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
     request = dataclasses.replace(
-        small, out=tmp_path / "b", recipe=dataclasses.replace(small.recipe, language_model=LanguageModelRecipe(600, 512))
+        small, out=tmp_path / "b", recipe=msgspec.structs.replace(small.recipe, language_model=LanguageModelRecipe(600, 512))
     )
     with pytest.raises(RecipeError, match=r"capacity is 600; .*976"):
         export_bundle(request)

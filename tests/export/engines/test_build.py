@@ -5,7 +5,6 @@ Nothing here runs an engine. The tiny model's take some seconds; the widths of t
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -250,7 +250,7 @@ def test_a_sidecar_that_cannot_be_read(bundle: Path, recipe: Recipe) -> None:
 
 def test_another_number_of_partitions(bundle: Path, recipe: Recipe) -> None:
     assert recipe.engines is not None
-    whole = dataclasses.replace(recipe, engines=dataclasses.replace(recipe.engines, language_model_partitions=1))
+    whole = msgspec.structs.replace(recipe, engines=msgspec.structs.replace(recipe.engines, language_model_partitions=1))
     with pytest.raises(EngineError, match="language_model: it has 3 partitions, the recipe asks for 1"):
         build_engines(_request(bundle, whole))
     [build] = build_engines(_request(bundle, whole, "language_model", rebuild=True))
@@ -292,15 +292,15 @@ def test_damaged_weights_are_not_built_from(bundle: Path, recipe: Recipe) -> Non
 )
 def test_impossible_targets(built: Path, recipe: Recipe, changes: dict[str, object], fault: str) -> None:
     assert recipe.engines is not None
-    engines = dataclasses.replace(recipe.engines, **changes)  # type: ignore[arg-type]
+    engines = msgspec.structs.replace(recipe.engines, **changes)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=fault):
-        build_engines(_request(built, dataclasses.replace(recipe, engines=engines)))
+        build_engines(_request(built, msgspec.structs.replace(recipe, engines=engines)))
 
 
 def test_recipes_that_do_not_fit_the_bundle(built: Path, recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match=r"recipe cpu: has no \[engines\]"):
         build_engines(_request(built, load_recipe(ROOT / "engines" / "cpu.toml")))
-    other = dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, capacity=8192))
+    other = msgspec.structs.replace(recipe, language_model=msgspec.structs.replace(recipe.language_model, capacity=8192))
     with pytest.raises(RecipeError, match=r"language_model.capacity is 8192, the bundle's is 4096"):
         build_engines(_request(built, other))
 

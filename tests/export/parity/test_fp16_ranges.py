@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -106,7 +106,7 @@ def test_applying_changes_two_graphs_and_nothing_else(bundle: Bundle, ranges: Ra
     assert _exponents(changed, "language_model") == {
         name: product.exponent for name, product in ranges.stages["language_model"].products.items()
     }
-    assert dataclasses.replace(changed, files=bundle.files) == bundle
+    assert msgspec.structs.replace(changed, files=bundle.files) == bundle
     assert {path.name for path in changed.folder.parent.iterdir()} == {"bundle"}
     document = json.loads((changed.folder / RANGES_FILE).read_text(encoding="utf-8"))
     assert document["stages"]["language_model"]["products"]["layers.0.mlp.down_proj"]["exponent"] == 4
@@ -138,8 +138,19 @@ def test_engines_of_changed_graphs_are_left_out(bundle: Bundle, ranges: Ranges) 
         (folder / f"{stage}.onnx").write_bytes(b"compiled")
         sources = {f"{stage}.onnx": bundle.files[f"{stage}.onnx"].sha256}
         record = FileRecord(8, sha256_of(folder / f"{stage}.onnx"))
-        engine = Engine(stage, "rtx", "sm86", "a GPU", "fp16", {f"{stage}.onnx": record}, sources, {}, {"rtx": "1", "onnxruntime": "1"})
-        (folder / f"{stage}.json").write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(engine)}), encoding="utf-8")
+        engine = Engine(
+            schema=SCHEMA,
+            stage=stage,
+            builder="rtx",
+            architecture="sm86",
+            gpu="a GPU",
+            precision="fp16",
+            files={f"{stage}.onnx": record},
+            sources=sources,
+            profile={},
+            versions={"rtx": "1", "onnxruntime": "1"},
+        )
+        (folder / f"{stage}.json").write_text(engine.to_json(), encoding="utf-8")
     apply(bundle, ranges)
     assert {path.stem for path in folder.glob("*.json")} == {"sam2_image_encoder", "sam2_mask_decoder"}
 
@@ -163,7 +174,7 @@ def _set_bias(bundle: Bundle, name: str, value: float) -> None:
     content[begin:end] = np.full((end - begin) // 2, value, np.float16).tobytes()
     (bundle.folder / file).write_bytes(content)
     files = {**bundle.files, file: FileRecord(len(content), sha256_of(bundle.folder / file))}
-    (bundle.folder / BUNDLE_FILE).write_text(dataclasses.replace(bundle, files=files).to_json(), encoding="utf-8")
+    (bundle.folder / BUNDLE_FILE).write_text(msgspec.structs.replace(bundle, files=files).to_json(), encoding="utf-8")
 
 
 def test_what_fp16_cannot_hold_is_named(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,8 +73,8 @@ def damage(fp32_bundle: Path, tmp_path: Path) -> Callable[[str, str, float], Pat
         values *= factor
         values.flush()
         bundle = Bundle.load(folder)
-        files = {**bundle.files, file: dataclasses.replace(bundle.files[file], sha256=sha256_of(path))}
-        (folder / BUNDLE_FILE).write_text(dataclasses.replace(bundle, files=files).to_json())
+        files = {**bundle.files, file: msgspec.structs.replace(bundle.files[file], sha256=sha256_of(path))}
+        (folder / BUNDLE_FILE).write_text(msgspec.structs.replace(bundle, files=files).to_json())
         return folder
 
     return scaled

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -114,7 +114,7 @@ def test_a_graph_whose_inputs_are_not_those_of_the_bundle_is_not_run(copy: Bundl
 
 def test_a_bundle_whose_files_are_gone(standin: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json is missing"):
-        deploy(dataclasses.replace(standin, folder=tmp_path), CPU)
+        deploy(msgspec.structs.replace(standin, folder=tmp_path), CPU)
 
 
 def test_what_engines_replace_is_not_read(copy: Bundle) -> None:

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from vessel_rt.device.memory_plan import OVERHEAD, Plan, make_plan, require_fit
@@ -97,8 +97,8 @@ def test_what_no_setting_mends(bundle: Bundle) -> None:
 
 def test_past_24_gb(bundle: Bundle) -> None:
     """The tiny model with an 8B model's cache for a thousand images."""
-    language_model = dataclasses.replace(bundle.language_model, layers=28, kv_heads=4, head_dim=128)
-    large = dataclasses.replace(bundle, language_model=language_model)
+    language_model = msgspec.structs.replace(bundle.language_model, layers=28, kv_heads=4, head_dim=128)
+    large = msgspec.structs.replace(bundle, language_model=language_model)
     with pytest.raises(RecipeError, match=r"takes \d{3,}\.\d GB with 1000 images at once, the card has 25\.8; lower engines\.max_batch"):
         require_fit(large, make_plan(large, 1000, CARD))
 
@@ -112,7 +112,7 @@ def test_bundles_without_sizes(bundle: Bundle, standin: Bundle) -> None:
 
 
 def test_a_plan_reads_no_graph_and_no_weights(bundle: Bundle, tmp_path: Path) -> None:
-    moved = dataclasses.replace(bundle, folder=tmp_path)
+    moved = msgspec.structs.replace(bundle, folder=tmp_path)
     assert make_plan(moved, 1, CARD).items == make_plan(bundle, 1, CARD).items
 
 

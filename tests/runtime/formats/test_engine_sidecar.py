@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.engine_files import TARGET, wrapper, write_engines
 from vessel_rt.errors import EngineError
@@ -53,7 +53,7 @@ def test_the_driver_and_onnxruntime_are_only_recorded(bundle: Bundle) -> None:
     for stage in STAGES:
         rewrite(
             folder_of(bundle) / f"{stage}.json",
-            lambda engine: dataclasses.replace(engine, versions={**engine.versions, "onnxruntime": "1.99", "driver": "999.1"}),
+            lambda engine: replace(engine, versions={**engine.versions, "onnxruntime": "1.99", "driver": "999.1"}),
         )
     EngineSet.open(bundle, TARGET).verify()
 
@@ -91,7 +91,7 @@ def test_a_stage_without_an_engine_is_named(bundle: Bundle) -> None:
     ],
 )
 def test_an_engine_of_something_else_is_named(bundle: Bundle, change: dict[str, object], message: str) -> None:
-    rewrite(folder_of(bundle) / "vision_encoder.json", lambda engine: dataclasses.replace(engine, **change))  # type: ignore[arg-type]
+    rewrite(folder_of(bundle) / "vision_encoder.json", lambda engine: replace(engine, **change))  # type: ignore[arg-type]
     with pytest.raises(EngineError) as caught:
         EngineSet.open(bundle, TARGET)
     assert message in str(caught.value)
@@ -140,7 +140,7 @@ def test_what_anyone_may_write_is_refused(bundle: Bundle, name: str) -> None:
 
 def test_files_outside_the_folder_are_refused(bundle: Bundle) -> None:
     def change(engine: Engine) -> Engine:
-        return dataclasses.replace(engine, files={**engine.files, "../../tokenizer.json": engine.files["vision_encoder.onnx"]})
+        return replace(engine, files={**engine.files, "../../tokenizer.json": engine.files["vision_encoder.onnx"]})
 
     rewrite(folder_of(bundle) / "vision_encoder.json", change)
     with pytest.raises(EngineError, match=r"vision_encoder\.json: .*\.\./\.\./tokenizer\.json"):
@@ -160,7 +160,7 @@ def test_a_hostile_sidecar_is_one_line(bundle: Bundle, content: bytes) -> None:
     "profile", [{}, {"pixel_values": "1"}, {"pixel_values": "1x3x8x8, 1x3x8x8, 9999999x3x8x8"}, {"pixel_values": "x, x, 0x3x8x8"}]
 )
 def test_engines_without_sound_shapes_are_named(bundle: Bundle, profile: dict[str, str]) -> None:
-    rewrite(folder_of(bundle) / "sam2_image_encoder.json", lambda engine: dataclasses.replace(engine, profile=profile))
+    rewrite(folder_of(bundle) / "sam2_image_encoder.json", lambda engine: replace(engine, profile=profile))
     with pytest.raises(EngineError, match=r"sam2_image_encoder\.json"):
         _ = EngineSet.open(bundle, TARGET).max_batch
 
@@ -173,7 +173,7 @@ def test_an_engines_graph_may_name_only_files_of_the_engine(bundle: Bundle, name
     record = FileRecord(path.stat().st_size, sha256_of(path))
     rewrite(
         folder_of(bundle) / "vision_encoder.json",
-        lambda engine: dataclasses.replace(engine, files={**engine.files, path.name: record}),
+        lambda engine: replace(engine, files={**engine.files, path.name: record}),
     )
     with pytest.raises(EngineError, match=rf"vision_encoder\.onnx names '{name}'"):
         EngineSet.open(bundle, TARGET).verify()

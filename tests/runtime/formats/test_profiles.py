@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.support.paths import ROOT
 from vessel_rt.errors import RecipeError
@@ -14,12 +15,12 @@ from vessel_rt.formats.recipe import EngineRecipe, Recipe, load_recipe
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return dataclasses.replace(load_recipe(ROOT / "engines" / "rtx3090.toml"), name="test")
+    return replace(load_recipe(ROOT / "engines" / "rtx3090.toml"), name="test")
 
 
 def with_engines(recipe: Recipe, **changes: int) -> Recipe:
     assert recipe.engines
-    return dataclasses.replace(recipe, engines=dataclasses.replace(recipe.engines, **changes))  # type: ignore[arg-type]
+    return replace(recipe, engines=replace(recipe.engines, **changes))  # type: ignore[arg-type]
 
 
 def test_every_dynamic_axis_of_every_stage_has_its_sizes(fp16_bundle: Path, recipe: Recipe) -> None:
@@ -57,9 +58,9 @@ def test_a_recipe_that_is_not_the_bundles(fp16_bundle: Path, recipe: Recipe, cha
     if "opt_tiles" in change:
         other = with_engines(recipe, opt_tiles=14)
     elif "language_model" in change:
-        other = dataclasses.replace(recipe, language_model=dataclasses.replace(recipe.language_model, capacity=8192))
+        other = replace(recipe, language_model=replace(recipe.language_model, capacity=8192))
     else:
-        other = dataclasses.replace(recipe, **change)  # type: ignore[arg-type]
+        other = replace(recipe, **change)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=message):
         workload_of(Bundle.load(fp16_bundle), other)
 
@@ -70,4 +71,4 @@ def test_the_likeliest_prompt_is_not_longer_than_the_cache(standin: Bundle) -> N
 
 
 def test_recipes_fields_are_those_of_a_workload() -> None:
-    assert {field.name for field in dataclasses.fields(Workload)} <= {field.name for field in dataclasses.fields(EngineRecipe)}
+    assert {field.name for field in dataclasses.fields(Workload)} <= set(EngineRecipe.__struct_fields__)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -44,7 +45,7 @@ def test_rows_are_those_of_the_table(standin: Bundle) -> None:
 
 
 def test_files_that_are_not_what_they_should_be(standin: Bundle, tmp_path: Path) -> None:
-    bundle = Bundle(**{**vars(standin), "folder": tmp_path})
+    bundle = msgspec.structs.replace(standin, folder=tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         PromptTokenizer(bundle)
