@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test test-all fuzz lint
+.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test test-all fuzz lint docs
 
 setup: .venv/ready
 
@@ -74,6 +74,10 @@ test-all: test
 MINUTES ?= 5
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(ARGS)
+
+# The pages that are made from the code.
+docs: setup
+	$(BIN)/python docs/make_formats.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+from docs.make_formats import FILES, PAGE, documented, page, reachable
 from tests.support.paths import ROOT
 from vessel_export.cli import main as export_main
 from vessel_rt.cli import main as runtime_main
 
 FOLDERS = (".", "docs", "engines", "examples/tiny")
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+KINDS = dict.fromkeys(found for _, kinds in FILES for kind in kinds for found in reachable(kind))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -35,6 +37,17 @@ def test_the_chinese_readme_is_true_to_the_english_one() -> None:
         found = re.findall(pattern, english, re.MULTILINE)
         assert found
         assert found == re.findall(pattern, chinese, re.MULTILINE), pattern
+
+
+def test_the_page_of_formats_is_that_of_the_types() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_field_is_described(kind: type) -> None:
+    summary, described = documented(kind)
+    assert summary
+    assert list(described) == list(get_type_hints(kind)), kind
 
 
 @pytest.mark.parametrize(("program", "main"), [("vessel-rt", runtime_main), ("vessel-export", export_main)])

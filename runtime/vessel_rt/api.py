@@ -29,7 +29,7 @@ from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable
 from vessel_rt.model import segmenter
 from vessel_rt.model.segmenter import Answer, Mask, Pixels, Segmenter
-from vessel_rt.results.writer import draw_overlay, mask_record, result_line
+from vessel_rt.results.writer import Made, draw_overlay, mask_record, result_line
 from vessel_rt.run.pipeline import Picture, Pipeline
 
 __all__ = ["ImageLike", "Mask", "Model", "Result", "frame_count", "load"]
@@ -59,10 +59,11 @@ class Result(segmenter.Result):
 
     def to_dict(self) -> dict[str, Any]:
         """A line of results.jsonl, fit for JSON. What only a run's folder has is None (code, settings, a mask's file) or empty (files)."""
-        masks, made = [mask_record(mask, None) for mask in self.masks], {"input": self.sha256, "settings": None}
+        masks, made = [mask_record(mask, "") for mask in self.masks], Made(input=self.sha256, settings="")
         place = _place(self.path or Path(), self.frame, self.index)
         line = result_line(place, self.question, self.image.size, self.answer, masks, {}, made)
-        return line | {"code": None} | ({} if self.path else {"image": None, "name": None})
+        unknown = {"code": None, "settings": None, "masks": [{**mask, "file": None} for mask in masks]}
+        return {**line, **unknown, **({} if self.path else {"image": None, "name": None})}
 
 
 class Model:

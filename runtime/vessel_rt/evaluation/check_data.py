@@ -14,6 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec import Struct
 from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
@@ -24,18 +26,65 @@ from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable, remember
 from vessel_rt.io.files import replacing, require_regular, writing
 
-__all__ = ["Checked", "Problem", "check_data", "dropped_path", "write_fixed"]
+__all__ = ["SCHEMA", "CheckReport", "Checked", "DroppedItem", "Problem", "ProblemKind", "check_data", "dropped_path", "write_fixed"]
+
+SCHEMA = 1  # of CheckReport
 
 _EXAMPLES = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One mismatch: its kind in KINDS, a place such as `item 12 (3f9a2c71d0e4), object 2`, and what was found there."""
+class Problem(Struct, frozen=True):
+    """One mismatch.
+
+    Attributes:
+        kind: its kind, as in docs/metrics.md.
+        place: such as `item 12 (3f9a2c71d0e4), object 2`.
+        found: what was found there.
+    """
 
     kind: str
     place: str
     found: str
+
+
+class DroppedItem(Problem, frozen=True):
+    """One mismatch in `<name>.dropped.json`, which is a list of them.
+
+    Attributes:
+        done: what `--fix` did about it.
+    """
+
+    done: str
+
+
+class ProblemKind(Struct, frozen=True):
+    """All mismatches of one kind.
+
+    Attributes:
+        count: how many there are.
+        examples: the first of them.
+    """
+
+    count: int
+    examples: list[Problem]
+
+
+class CheckReport(Struct, frozen=True):
+    """What `vessel-rt check-data --json` prints.
+
+    Attributes:
+        schema: the version of this format.
+        items: the number of items.
+        sound: the number of items that are sound, or can be made so.
+        problems: the number of mismatches, without notes.
+        kinds: the mismatches by kind.
+    """
+
+    schema: int
+    items: int
+    sound: int
+    problems: int
+    kinds: dict[str, ProblemKind]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +118,8 @@ class Checked:
 
     def to_json(self) -> str:
         """For programs: the counts by kind, with examples."""
-        kinds = {
-            kind: {"count": len(problems), "examples": [dataclasses.asdict(problem) for problem in problems[:_EXAMPLES]]}
-            for kind, problems in self.by_kind().items()
-        }
-        return json.dumps({"items": self.items, "sound": len(self.sound), "problems": self.faults, "kinds": kinds}, indent=1)
+        kinds = {kind: ProblemKind(len(problems), problems[:_EXAMPLES]) for kind, problems in self.by_kind().items()}
+        return json.dumps(msgspec.to_builtins(CheckReport(SCHEMA, self.items, len(self.sound), self.faults, kinds)), indent=1)
 
 
 def check_data(annotations: Path, images: Path, naming: Naming) -> Checked:
@@ -100,7 +146,7 @@ def check_data(annotations: Path, images: Path, naming: Naming) -> Checked:
 def write_fixed(checked: Checked, path: Path) -> Path:
     """Write the sound items to `path`, and next to it what was dropped and why; returns the path of the latter. Raises VesselError."""
     dropped = dropped_path(path)
-    said = [dataclasses.asdict(problem) | {"done": KINDS[problem.kind]} for problem in checked.problems]
+    said = [msgspec.to_builtins(DroppedItem(p.kind, p.place, p.found, KINDS[p.kind])) for p in checked.problems]
     try:
         for file, content in ((dropped, said), (path, list(checked.sound))):
             with writing(file), replacing(file) as temporary:

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.reader import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, mask_of, read_results
 from vessel_rt.results.rle import encode_rle
+from vessel_rt.results.schema import SCHEMA, ComparedMask, EvaluationFile, ResultLine, Rle, ScoreRecord
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
@@ -53,7 +54,7 @@ class Comparison:
     predicted_area: int
     true_area: int
     values: dict[str, float]
-    truth_rle: dict[str, Any]
+    truth_rle: Rle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     return evaluation
 
 
-def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], lines: Sequence[dict[str, Any]]) -> None:
+def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], lines: Sequence[ResultLine]) -> None:
     """Refuse annotations that lack a concept of the question: it would be unclear which mask belongs to which concept."""
     if None in concepts or not lines:
         return
@@ -151,7 +152,7 @@ def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], 
         )
 
 
-def _comparisons(output: Path, lines: Sequence[dict[str, Any]], drawn: GroundTruth) -> Iterator[Comparison]:
+def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth) -> Iterator[Comparison]:
     for line in tqdm(lines, desc="comparing", unit="answer", disable=None, delay=2, leave=False):
         for number, concept in enumerate(drawn.concepts(line["question"])):
             truth = drawn.mask(line, concept)
@@ -159,7 +160,7 @@ def _comparisons(output: Path, lines: Sequence[dict[str, Any]], drawn: GroundTru
                 yield _compare(output, line, concept, number, truth)
 
 
-def _compare(output: Path, line: dict[str, Any], concept: str | None, number: int, truth: npt.NDArray[np.bool_]) -> Comparison:
+def _compare(output: Path, line: ResultLine, concept: str | None, number: int, truth: npt.NDArray[np.bool_]) -> Comparison:
     chosen = line["masks"] if concept is None else line["masks"][number : number + 1]
     predicted = np.zeros_like(truth)
     for mask in chosen:
@@ -219,28 +220,40 @@ def _means_rows(scores: Sequence[Score]) -> Iterator[list[Any]]:
             ]  # fmt: skip
 
 
-def _as_json(evaluation: Evaluation) -> dict[str, Any]:
+def _as_json(evaluation: Evaluation) -> EvaluationFile:
     """The content of evaluation.json: that of metrics.csv, and the ground-truth masks, for report.html."""
-    images = [
-        {key: value for key, value in dataclasses.asdict(c).items() if key not in ("values", "image", "code")}
-        | {name: _rounded(value) for name, value in c.values.items()}
-        for c in evaluation.comparisons
-    ]
-    summary = [
-        dataclasses.asdict(score)
-        | {
-            "mean": {name: _rounded(value) for name, value in score.mean.items()},
-            "ci95": {name: [_rounded(end) for end in ends] if ends else None for name, ends in score.ci95.items()},
-        }
-        for score in evaluation.scores
-    ]
     return {
+        "schema": SCHEMA,
         "truth": evaluation.truth,
         "metrics": list(METRICS),
-        "images": images,
-        "summary": summary,
+        "images": [_image(c) for c in evaluation.comparisons],
+        "summary": [_summary(score) for score in evaluation.scores],
         "failed": evaluation.failed,
         "without_truth": evaluation.without_truth,
+    }
+
+
+def _image(c: Comparison) -> ComparedMask:
+    record: ComparedMask = {
+        "index": c.index,
+        "question": c.question,
+        "concept": c.concept,
+        "mask": c.mask,
+        "predicted_area": c.predicted_area,
+        "true_area": c.true_area,
+        "truth_rle": c.truth_rle,
+    }
+    return cast(ComparedMask, record | {name: _rounded(value) for name, value in c.values.items()})
+
+
+def _summary(score: Score) -> ScoreRecord:
+    return {
+        "question": score.question,
+        "concept": score.concept,
+        "images": score.images,
+        "mean": {name: _rounded(value) for name, value in score.mean.items()},
+        "ci95": {name: [_rounded(end) for end in ends] if ends else None for name, ends in score.ci95.items()},
+        "left_out": score.left_out,
     }
 
 

@@ -12,8 +12,8 @@ from PIL.TiffImagePlugin import AppendingTiffWriter
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, replacing, writing
-from vessel_rt.results.reader import Lines, iter_frames
-from vessel_rt.results.schema import CINES
+from vessel_rt.results.reader import iter_frames
+from vessel_rt.results.schema import CINES, ResultLine
 from vessel_rt.results.writer import numbered
 
 __all__ = ["write_cines"]
@@ -25,7 +25,7 @@ def write_cines(output: Path) -> None:
     Pages follow the frames. A frame whose answer gave no mask has an empty page; a cine of which a frame failed has no TIFF, since its
     pages would not be its frames. Raises VesselError.
     """
-    cines: dict[str, dict[int, Lines]] = defaultdict(dict)
+    cines: dict[str, dict[int, list[ResultLine]]] = defaultdict(dict)
     for lines in iter_frames(output):
         number = lines[0]["frame"]
         if number is not None:
@@ -37,7 +37,7 @@ def write_cines(output: Path) -> None:
             _write_cine(output, numbered(cine, taken), whole)
 
 
-def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Lines]) -> None:
+def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Sequence[ResultLine]]) -> None:
     """`frames` have a line for each question."""
     most = [max(len(lines[question]["masks"]) for lines in frames) for question in range(len(frames[0]))]
     places = [(question, mask) for question, count in enumerate(most) for mask in range(count)]
@@ -50,14 +50,14 @@ def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Lines]) -> 
                     tiff.newFrame()
 
 
-def _pages(output: Path, frames: Sequence[Lines], question: int, mask: int) -> Iterator[Image.Image]:
+def _pages(output: Path, frames: Sequence[Sequence[ResultLine]], question: int, mask: int) -> Iterator[Image.Image]:
     """0 and 255, as in masks/."""
     for lines in frames:
         line = lines[question]
         if mask < len(line["masks"]):
             yield _mask(output, line["masks"][mask]["file"], line["code"])
         else:
-            yield Image.new("L", (line["width"], line["height"]))
+            yield Image.new("L", (line["width"] or 0, line["height"] or 0))  # a frame with an answer has both
 
 
 def _mask(output: Path, name: str, code: str) -> Image.Image:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -19,16 +19,24 @@ from vessel_rt.errors import VesselError
 from vessel_rt.io.files import open_regular, writing
 from vessel_rt.io.folder_lock import locked
 from vessel_rt.results.cines import write_cines
-from vessel_rt.results.reader import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, Lines, iter_frames, iter_timings, read_run
+from vessel_rt.results.reader import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, iter_frames, iter_timings, read_run
 from vessel_rt.results.report import write_report
 from vessel_rt.results.run_file import write_run
+from vessel_rt.results.schema import ResultLine, RunFile, TimingLine
 from vessel_rt.results.writer import is_blank
 
 __all__ = ["merge_shards"]
 
 _STAGING = ".merging-"
+_OF_A_SHARD: tuple[Literal["device", "counts", "started", "seconds", "images_per_second"], ...] = (
+    "device",
+    "counts",
+    "started",
+    "seconds",
+    "images_per_second",
+)
 
-_Placed = list[tuple[Path, dict[str, Any]]]  # lines, each with the folder of its shard
+_Line = TypeVar("_Line", ResultLine, TimingLine)
 
 
 def merge_shards(shards: Sequence[Path], output: Path) -> int:
@@ -81,7 +89,7 @@ def _staging(output: Path) -> Iterator[Path]:
             raise
 
 
-def _check_shards(shards: Sequence[Path], runs: Sequence[dict[str, Any]]) -> int:
+def _check_shards(shards: Sequence[Path], runs: Sequence[RunFile]) -> int:
     """How many frames all shards have together."""
     found: dict[int, Path] = {}
     for shard, run in zip(shards, runs, strict=True):
@@ -96,10 +104,10 @@ def _check_shards(shards: Sequence[Path], runs: Sequence[dict[str, Any]]) -> int
     return int(runs[0]["counts"]["in_all_shards"])
 
 
-def _in_order(shards: Sequence[Path], read: Callable[[Path], Iterable[Lines]], total: int) -> _Placed:
+def _in_order(shards: Sequence[Path], read: Callable[[Path], Iterable[list[_Line]]], total: int) -> list[tuple[Path, _Line]]:
     """The lines of all shards, each with its folder, as one run would have them."""
     found = [(shard, line) for shard in shards for lines in read(shard) for line in lines]
-    if len({line["settings"] for _, line in found if "settings" in line}) > 1:
+    if len({line.get("settings") for _, line in found}) > 1:
         raise VesselError(f"{shards[0]}: another bundle, device, question or version made the other shards; run them alike")
     found.sort(key=lambda item: item[1]["index"])
     indices = {line["index"] for _, line in found}
@@ -108,7 +116,7 @@ def _in_order(shards: Sequence[Path], read: Callable[[Path], Iterable[Lines]], t
     return found
 
 
-def _copy_files(lines: _Placed, output: Path) -> None:
+def _copy_files(lines: Sequence[tuple[Path, ResultLine]], output: Path) -> None:
     files: dict[str, tuple[Path, str, str]] = {}
     for shard, line in lines:
         for file, sha256 in line["files"].items():
@@ -129,18 +137,18 @@ def _copy_files(lines: _Placed, output: Path) -> None:
         (output / file).write_bytes(content)
 
 
-def _merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _merged(runs: Sequence[RunFile]) -> RunFile:
     """The content of run.json: counts of all, the longest time, and the shards' own accounts."""
-    counts = {key: sum(run["counts"].get(key, 0) for run in runs) for key in runs[0]["counts"]}
+    counts: Any = {key: sum(run["counts"].get(key, 0) for run in runs) for key in runs[0]["counts"]}
     seconds = {key: max(run["seconds"].get(key, 0) for run in runs) for key in runs[0]["seconds"]}
     return {
         **runs[0],
         "device": "; ".join(run["device"] for run in runs),
-        "options": runs[0]["options"] | {"num_shards": 1, "shard_id": 0},
+        "options": {**runs[0]["options"], "num_shards": 1, "shard_id": 0},
         "counts": counts | {"in_all_shards": counts["images"]},
         "started": min(run["started"] for run in runs),
         "seconds": seconds,
         "images_per_second": round(sum(run["images_per_second"] for run in runs), 4),
         "peak_memory_bytes": max((run["peak_memory_bytes"] or 0 for run in runs), default=0) or None,
-        "shards": [{key: run[key] for key in ("device", "counts", "started", "seconds", "images_per_second")} for run in runs],
+        "shards": [{key: run[key] for key in _OF_A_SHARD} for run in runs],
     }

@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 import vessel_rt
 from vessel_rt.errors import VesselError
+from vessel_rt.formats.schema import NewerSchemaError
 from vessel_rt.io.files import open_regular, read_regular
 from vessel_rt.results.rle import decode_rle
-from vessel_rt.results.schema import check_evaluation, check_result, check_run, check_timing
+from vessel_rt.results.schema import (
+    EvaluationFile,
+    ResultLine,
+    Rle,
+    RunFile,
+    TimingLine,
+    check_evaluation,
+    check_result,
+    check_run,
+    check_timing,
+)
 
 __all__ = [
     "EVALUATION_FILE",
@@ -31,7 +42,6 @@ __all__ = [
     "RUN_FILE",
     "TIMINGS_FILE",
     "FormError",
-    "Lines",
     "iter_frames",
     "iter_lines",
     "iter_timings",
@@ -54,38 +64,39 @@ REPORT_FILE = "report.html"
 _LARGEST = 2**30  # bytes of a JSON file; what is made of it takes several times as much memory
 _OF_A_RUN = (RESULTS_FILE, TIMINGS_FILE, RUN_FILE)
 
-Lines = list[dict[str, Any]]
+_Line = TypeVar("_Line", ResultLine, TimingLine)
+_T = TypeVar("_T")
 
 
 class FormError(VesselError):
     """A file of an output folder that was edited or damaged, or is of another version."""
 
 
-def read_results(output: Path) -> Lines:
+def read_results(output: Path) -> list[ResultLine]:
     """The lines of results.jsonl, one an image and question, in the order of the inputs. Raises VesselError."""
     return [line for lines in iter_frames(output) for line in lines]
 
 
-def iter_frames(output: Path) -> Iterator[Lines]:
+def iter_frames(output: Path) -> Iterator[list[ResultLine]]:
     """The lines of results.jsonl, those of each frame together: one a question, the same questions for all. Raises VesselError."""
     names: set[str] = set()
     questions: list[str] = []
     for number, lines in _by_index(output / RESULTS_FILE, check_result):
         questions = questions or [line["question"] for line in lines]
         if [line["question"] for line in lines] != questions:
-            _refuse(output / RESULTS_FILE, number, "a frame has other questions than the first")
+            _refuse(output / RESULTS_FILE, number, ValueError("a frame has other questions than the first"))
         if len({line["name"] for line in lines}) > 1 or lines[0]["name"] in names:
-            _refuse(output / RESULTS_FILE, number, "two frames have one 'name', or one has two")
+            _refuse(output / RESULTS_FILE, number, ValueError("two frames have one 'name', or one has two"))
         names.add(lines[0]["name"])
         yield lines
 
 
-def iter_timings(output: Path) -> Iterator[Lines]:
+def iter_timings(output: Path) -> Iterator[list[TimingLine]]:
     """The lines of timings.jsonl, likewise. Raises VesselError."""
     return (lines for _, lines in _by_index(output / TIMINGS_FILE, check_timing))
 
 
-def iter_lines(path: Path, *checks: Callable[[Any], None], cut_short: bool = False) -> Iterator[Any]:
+def iter_lines(path: Path, *checks: Callable[[Any], Any], cut_short: bool = False) -> Iterator[Any]:
     """The lines of a JSON Lines file, one after the other: each passes its check, the last of `checks` those that follow, too.
 
     A byte order mark and empty lines, as editors make them, do not matter. With `cut_short` a last line without an end is left out.
@@ -97,24 +108,24 @@ def iter_lines(path: Path, *checks: Callable[[Any], None], cut_short: bool = Fal
     return (value for _, value in _numbered(path, checks, cut_short))
 
 
-def read_run(output: Path) -> dict[str, Any]:
+def read_run(output: Path) -> RunFile:
     """run.json. Raises VesselError."""
     return _checked(output / RUN_FILE, check_run)
 
 
-def read_evaluation(output: Path) -> dict[str, Any]:
+def read_evaluation(output: Path) -> EvaluationFile:
     """evaluation.json. Raises VesselError."""
     return _checked(output / EVALUATION_FILE, check_evaluation)
 
 
-def mask_of(path: Path, line: Mapping[str, Any], rle: Any) -> npt.NDArray[np.bool_]:
+def mask_of(path: Path, line: ResultLine, rle: Rle) -> npt.NDArray[np.bool_]:
     """The mask [height, width] whose run lengths the file `path` has for the frame of `line`. Raises FormError where they are none."""
     try:
         mask = decode_rle(rle)
         if mask.shape != (line["height"], line["width"]):
             raise ValueError("not of its frame's size")
     except ValueError as e:
-        _refuse(path, None, f"a mask of {line['code']}: {e}")
+        _refuse(path, None, ValueError(f"a mask of {line['code']}: {e}"))
     return mask
 
 
@@ -129,12 +140,13 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
         return json.loads(read_regular(path, _LARGEST).decode("utf-8-sig"), object_pairs_hook=pairs)
 
 
-def _by_index(path: Path, check: Callable[[Any], None]) -> Iterator[tuple[int, Lines]]:
+def _by_index(path: Path, check: Callable[[Any], _Line]) -> Iterator[tuple[int, list[_Line]]]:
     """The lines of each frame, with the number of the last."""
-    last, lines = 0, Lines()
+    last = 0
+    lines: list[_Line] = []
     for number, line in _numbered(path, [check]):
         if lines and line["index"] < lines[0]["index"]:
-            _refuse(path, number, "'index' is less than that of the line before")
+            _refuse(path, number, ValueError("'index' is less than that of the line before"))
         if lines and line["index"] != lines[0]["index"]:
             yield last, lines
             lines = []
@@ -144,7 +156,7 @@ def _by_index(path: Path, check: Callable[[Any], None]) -> Iterator[tuple[int, L
         yield last, lines
 
 
-def _numbered(path: Path, checks: Sequence[Callable[[Any], None]], cut_short: bool = False) -> Iterator[tuple[int, Any]]:
+def _numbered(path: Path, checks: Sequence[Callable[[Any], Any]], cut_short: bool = False) -> Iterator[tuple[int, Any]]:
     """See iter_lines."""
     with _faults(path), open_regular(path) as file:
         left = deque(checks)
@@ -157,17 +169,16 @@ def _numbered(path: Path, checks: Sequence[Callable[[Any], None]], cut_short: bo
                     if left:
                         (left.popleft() if len(left) > 1 else left[0])(value)
                 except (ValueError, RecursionError) as e:
-                    _refuse(path, number, _said(e))
+                    _refuse(path, number, e)
                 yield number, value
 
 
-def _checked(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
-    value: dict[str, Any] = read_json(path)
+def _checked(path: Path, check: Callable[[Any], _T]) -> _T:
+    value = read_json(path)
     try:
-        check(value)
+        return check(value)
     except ValueError as e:
-        _refuse(path, None, str(e))
-    return value
+        _refuse(path, None, e)
 
 
 def _value(text: bytes) -> Any:
@@ -191,9 +202,11 @@ def _said(error: Exception) -> str:
     return str(error)
 
 
-def _refuse(path: Path, number: int | None, what: str) -> NoReturn:
-    """Say what is wrong with a line, and what would mend it."""
-    place = "" if number is None else f"line {number}: "
+def _refuse(path: Path, number: int | None, error: Exception) -> NoReturn:
+    """Say what is wrong with a file or a line of it, and what to do."""
+    place, what = "" if number is None else f"line {number}: ", _said(error)
+    if isinstance(error, NewerSchemaError):
+        raise FormError(f"{path}: {place}{what}")
     wrote = None if path.name == RUN_FILE else _version(path.parent)
     if wrote not in (None, vessel_rt.__version__):
         mend = f"written by vessel-rt {wrote}, this is {vessel_rt.__version__}: use that one here"

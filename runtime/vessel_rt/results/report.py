@@ -12,7 +12,7 @@ import importlib.resources
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ from vessel_rt.results.reader import (
     read_evaluation,
     read_run,
 )
-from vessel_rt.results.schema import PREVIEWS
+from vessel_rt.results.schema import PREVIEWS, ComparedMask, EvaluationFile, ResultLine, TimingLine
 
 __all__ = ["write_report"]
 
@@ -79,13 +79,11 @@ def _count(output: Path) -> int:
     return len(results)
 
 
-def _summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: evaluation[key] for key in ("truth", "metrics", "summary")}
+def _summary(evaluation: EvaluationFile) -> dict[str, Any]:
+    return {"truth": evaluation["truth"], "metrics": evaluation["metrics"], "summary": evaluation["summary"]}
 
 
-def _facts(
-    lines: Sequence[dict[str, Any]], timings: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Any]], show_names: bool
-) -> dict[str, Any]:
+def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], drawn: Sequence[ComparedMask], show_names: bool) -> dict[str, Any]:
     """What is told of a frame. Only here may a name come in."""
     first = lines[0]
     named = first["image"] if first["frame"] is None else f"{first['image']}, frame {first['frame']}"
@@ -101,7 +99,7 @@ def _facts(
             {
                 "question": line["question"],
                 "answer": line["answer"],
-                "masks": [{key: mask[key] for key in mask_keys} for mask in line["masks"]],
+                "masks": [{key: value for key, value in mask.items() if key in mask_keys} for mask in line["masks"]],
             }
             for line in lines
         ],
@@ -109,7 +107,7 @@ def _facts(
     }
 
 
-def _times(timings: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _times(timings: Sequence[TimingLine]) -> dict[str, float]:
     """Milliseconds of each step: those of all questions are in every line, but for the last step, which each question has of its own."""
     times: dict[str, float] = dict(timings[0]["ms"])
     if "upsample" in times:
@@ -117,7 +115,7 @@ def _times(timings: Sequence[dict[str, Any]]) -> dict[str, float]:
     return times
 
 
-def _shapes(output: Path, lines: Sequence[dict[str, Any]], drawn: Sequence[dict[str, Any]], share: int) -> dict[str, Any]:
+def _shapes(output: Path, lines: Sequence[ResultLine], drawn: Sequence[ComparedMask], share: int) -> dict[str, Any]:
     """What is drawn of a frame: its picture, JPEG in base64, and masks as run lengths, in the order of the facts."""
     for mask in [mask for line in lines for mask in line["masks"]]:
         mask_of(output / RESULTS_FILE, lines[0], mask["rle"])
@@ -130,7 +128,7 @@ def _shapes(output: Path, lines: Sequence[dict[str, Any]], drawn: Sequence[dict[
     }
 
 
-def _picture(output: Path, line: dict[str, Any], share: int) -> bytes:
+def _picture(output: Path, line: ResultLine, share: int) -> bytes:
     """A frame's preview, made smaller until it takes no more than `share` bytes; empty where there is none, as of a frame that failed."""
     path = output / PREVIEWS / f"{line['name']}.jpg"
     if not path.is_file():

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.inputs.images import MAX_SIDE
+from vessel_rt.results.schema import Rle
 
 __all__ = ["decode_rle", "encode_rle"]
 
@@ -19,7 +20,7 @@ _MOST_PIXELS = MAX_SIDE**2
 _MOST_DIGITS = 7  # of a count: 35 bits, more than any mask that is read can take
 
 
-def encode_rle(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
+def encode_rle(mask: npt.NDArray[np.bool_]) -> Rle:
     """The run lengths of a mask [height, width]."""
     from pycocotools import mask as coco
 

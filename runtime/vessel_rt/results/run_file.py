@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.reader import RUN_FILE
+from vessel_rt.results.schema import RunFile
 
 __all__ = ["write_run"]
 
 
-def write_run(output: Path, run: dict[str, Any]) -> None:
+def write_run(output: Path, run: RunFile) -> None:
     """Write run.json into an output folder. Raises VesselError."""
     path = output / RUN_FILE
     with writing(path), replacing(path) as temporary:

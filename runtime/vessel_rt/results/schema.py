@@ -1,17 +1,19 @@
-"""What the files of an output folder hold, and whether a value that was read from one is that.
+"""The files of an output folder: their types, and a check for each. Does not read or write them.
 
-They lie where people work, so they are edited, damaged and made by other versions. What passes here has every field that a reader looks
-for, of its kind and within its bounds, and names nothing outside its folder. Fields that are not known are let through.
+People edit these files, and other versions write them. A value that passes its check has every field that readers use, of its type and
+within its bounds, and names no file outside its folder. Unknown fields are allowed. Messages name fields, never their values, which may be
+names of patients.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
+from msgspec import Meta
+
+from vessel_rt.formats.schema import decode
 from vessel_rt.inputs.images import MAX_SIDE
 
 __all__ = [
@@ -19,6 +21,17 @@ __all__ = [
     "MASKS",
     "OVERLAYS",
     "PREVIEWS",
+    "SCHEMA",
+    "ComparedMask",
+    "EvaluationFile",
+    "JournalEntry",
+    "MaskRecord",
+    "Planned",
+    "ResultLine",
+    "Rle",
+    "RunFile",
+    "ScoreRecord",
+    "TimingLine",
     "check_entry",
     "check_evaluation",
     "check_planned",
@@ -28,9 +41,294 @@ __all__ = [
     "is_result_file",
 ]
 
+SCHEMA = 1
 MASKS, OVERLAYS, PREVIEWS, CINES = "masks", "overlays", "previews", "cines"
 
 _MOST = 2**53  # beyond, JSON's numbers are not the same everywhere
+_Schema = Annotated[int, Meta(ge=1, le=SCHEMA)]
+_Count = Annotated[int, Meta(ge=0, lt=_MOST)]
+_Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+_Number = Annotated[float, Meta(gt=-_MOST, lt=_MOST)]
+
+
+class Rle(TypedDict):
+    """A mask as run lengths, as COCO's tools read them.
+
+    Attributes:
+        size: height and width, in pixels.
+        counts: the compressed run lengths.
+    """
+
+    size: Annotated[list[_Side], Meta(min_length=2, max_length=2)]
+    counts: str
+
+
+class MaskRecord(TypedDict):
+    """A mask in a line of results.jsonl.
+
+    Attributes:
+        file: the PNG file, relative to the output folder.
+        iou: the IoU that the model predicts, rounded.
+        object_score: the logit of an object being there, rounded.
+        area: the number of pixels.
+        box: left, top, width and height in pixels; null for an empty mask.
+        rle: the mask.
+    """
+
+    file: str
+    iou: _Number
+    object_score: _Number
+    area: _Count
+    box: Annotated[list[_Count], Meta(min_length=4, max_length=4)] | None
+    rle: Rle
+
+
+class ResultLine(TypedDict):
+    """A line of results.jsonl: one frame and one question.
+
+    Attributes:
+        schema: the version of this format; 1 if absent.
+        index: the frame's place among the inputs.
+        image: the input's file name, or its study code with `--pseudonymize`.
+        frame: the frame's number in a multi-frame file; otherwise null.
+        name: the name of the frame's output files, without suffix.
+        code: the study code.
+        question: the question.
+        status: `ok` or `error`.
+        error: the message if the status is `error`; otherwise null.
+        width: of the image in pixels; null after an error.
+        height: of the image in pixels; null after an error.
+        answer: the text that the model answered; null after an error.
+        masks: one for each [SEG] in the answer.
+        files: the SHA-256 of each output file of the frame, by its path in the output folder.
+        input: the SHA-256 of the input file; null after an error.
+        settings: a hash of everything that decides the results: version, bundle, kind of device, questions, options.
+    """
+
+    schema: NotRequired[_Schema]
+    index: _Count
+    image: str
+    frame: _Count | None
+    name: str
+    code: str
+    question: str
+    status: Literal["ok", "error"]
+    error: str | None
+    width: _Side | None
+    height: _Side | None
+    answer: str | None
+    masks: list[MaskRecord]
+    files: dict[str, str]
+    input: str | None
+    settings: str
+
+
+class TimingLine(TypedDict):
+    """A line of timings.jsonl, for the line of results.jsonl at the same place. Fields are null if the times were lost.
+
+    Attributes:
+        schema: the version of this format; 1 if absent.
+        index: as in results.jsonl.
+        code: as in results.jsonl.
+        question: as in results.jsonl.
+        drafted: tokens of the draft.
+        accepted: tokens of the draft that were accepted.
+        decode_steps: runs of language_model after the first.
+        batch: the number of images that ran together.
+        ms: milliseconds of each step.
+    """
+
+    schema: NotRequired[_Schema]
+    index: _Count
+    code: str
+    question: str
+    drafted: _Count | None
+    accepted: _Count | None
+    decode_steps: _Count | None
+    batch: _Count | None
+    ms: dict[str, _Number]
+
+
+class Planned(TypedDict):
+    """The first line of journal.jsonl.
+
+    Attributes:
+        schema: the version of this format; 1 if absent.
+        planned: the names of all frames of the run.
+    """
+
+    schema: NotRequired[_Schema]
+    planned: list[str]
+
+
+class JournalEntry(TypedDict):
+    """Any other line of journal.jsonl: a frame that is done.
+
+    Attributes:
+        name: the frame's name.
+        lines: its lines of results.jsonl.
+        timings: its lines of timings.jsonl.
+    """
+
+    name: str
+    lines: Annotated[list[ResultLine], Meta(min_length=1)]
+    timings: list[TimingLine]
+
+
+class RunBundle(TypedDict):
+    """The bundle of a run.
+
+    Attributes:
+        name: of its folder.
+        sha256: of its bundle.json.
+        precision: `fp32`, `fp16` or `bf16`.
+        checkpoint: the file name of the checkpoint.
+    """
+
+    name: str
+    sha256: NotRequired[str]
+    precision: str
+    checkpoint: str
+
+
+class RunOptions(TypedDict):
+    """The options of a run, without names of inputs and folders. There are more than are listed here, named as on the command line.
+
+    Attributes:
+        num_shards: the number of shards that the inputs were split into.
+        shard_id: which of them this is, from 0.
+        show_names: whether report and messages show file names.
+        key: identifies the key of the study codes.
+    """
+
+    num_shards: _Count
+    shard_id: _Count
+    show_names: bool
+    key: str
+
+
+class RunCounts(TypedDict):
+    """The counts of a run.
+
+    Attributes:
+        in_all_shards: frames of all shards together.
+        images: frames that were tried, by this run or an earlier one.
+        ok: frames that have results.
+        failed: frames that failed.
+        kept: frames that an earlier run did.
+        answers: results; a frame has one for each question.
+        with_decode_steps: answers that the draft did not predict.
+        masks: masks.
+        without_mask: answers without a mask.
+    """
+
+    in_all_shards: _Count
+    images: _Count
+    ok: NotRequired[_Count]
+    failed: NotRequired[_Count]
+    kept: NotRequired[_Count]
+    answers: NotRequired[_Count]
+    with_decode_steps: NotRequired[_Count]
+    masks: NotRequired[_Count]
+    without_mask: NotRequired[_Count]
+
+
+class RunFile(TypedDict):
+    """run.json, written at the end of a run.
+
+    Attributes:
+        schema: the version of this format; 1 if absent.
+        versions: of vessel-rt and its libraries.
+        bundle: the bundle.
+        device: the devices that ran it.
+        options: the options.
+        counts: the counts.
+        started: when the run began, in ISO 8601.
+        seconds: the time of `load` and `images`.
+        images_per_second: frames that this run did, by the time of `images`.
+        peak_memory_bytes: the peak resident set; null where the system does not tell.
+        batch: `streams`, and the images of a batch `at_first` and at the `least`, after a shortage of memory.
+        skipped: the number of files that were not taken, by input and kind.
+        shards: the accounts of the shards that were merged.
+    """
+
+    schema: NotRequired[_Schema]
+    versions: dict[str, str]
+    bundle: RunBundle
+    device: str
+    options: RunOptions
+    counts: RunCounts
+    started: str
+    seconds: dict[str, _Number]
+    images_per_second: _Number
+    peak_memory_bytes: _Count | None
+    batch: NotRequired[Any]
+    skipped: NotRequired[Any]
+    shards: NotRequired[Any]
+
+
+class ComparedMask(TypedDict):
+    """A mask and its ground truth, in evaluation.json. Each metric is a further field: a number, or null where it is not defined.
+
+    Attributes:
+        index: of the frame, as in results.jsonl.
+        question: as in results.jsonl.
+        concept: what the mask shows.
+        mask: its number in the answer, from 0; null for all masks together.
+        predicted_area: in pixels.
+        true_area: in pixels.
+        truth_rle: the ground truth.
+    """
+
+    index: _Count
+    question: str
+    concept: str
+    mask: _Count | None
+    predicted_area: _Count
+    true_area: _Count
+    truth_rle: Rle
+
+
+class ScoreRecord(TypedDict):
+    """The means of one question and concept, in evaluation.json. Tables are by metric.
+
+    Attributes:
+        question: as in results.jsonl.
+        concept: what the masks show.
+        images: the number of images.
+        mean: the mean over the images.
+        ci95: the ends of its 95 % interval; null where there is none.
+        left_out: the number of images where the metric is not defined.
+    """
+
+    question: str
+    concept: str
+    images: _Count
+    mean: dict[str, _Number | None]
+    ci95: dict[str, Annotated[list[_Number | None], Meta(min_length=2, max_length=2)] | None]
+    left_out: dict[str, _Count]
+
+
+class EvaluationFile(TypedDict):
+    """evaluation.json.
+
+    Attributes:
+        schema: the version of this format; 1 if absent.
+        truth: what the ground truth is.
+        metrics: the metrics, in the order of the tables.
+        images: the compared masks.
+        summary: the means.
+        failed: the number of images without an answer.
+        without_truth: the number of images without ground truth.
+    """
+
+    schema: NotRequired[_Schema]
+    truth: str
+    metrics: list[str]
+    images: list[ComparedMask]
+    summary: list[ScoreRecord]
+    failed: _Count
+    without_truth: _Count
 
 
 def is_result_file(name: str) -> bool:
@@ -39,197 +337,88 @@ def is_result_file(name: str) -> bool:
     return folder in (MASKS, OVERLAYS, PREVIEWS) and _is_component(file)
 
 
-def check_result(value: Any) -> None:
+def check_result(value: Any) -> ResultLine:
     """A line of results.jsonl. Raises ValueError, which names the field."""
-    _require(value, _RESULT)
-    for number, mask in enumerate(value["masks"], start=1):
-        _require(mask, _MASK, f"mask {number}: ")
-        if mask["file"] not in value["files"]:
-            raise ValueError(f"mask {number}: its file is not among 'files'")
-    if value["status"] == "ok" and None in (value["width"], value["height"], value["input"], value["answer"]):
+    _require(value, ResultLine)
+    line = cast(ResultLine, value)
+    _require_name(line["name"], "name")
+    if not all(map(is_result_file, line["files"])):
+        raise ValueError("files: lists a file outside the folders of results")
+    for number, mask in enumerate(line["masks"]):
+        if not mask["file"].startswith(f"{MASKS}/") or mask["file"] not in line["files"]:
+            raise ValueError(f"masks[{number}].file: not among 'files'")
+    if line["status"] == "ok" and None in (line["width"], line["height"], line["input"], line["answer"]):
         raise ValueError("a frame that is done lacks 'width', 'height', 'input' or 'answer'")
-    if (value["status"] == "ok") != (value["error"] is None):
+    if (line["status"] == "ok") != (line["error"] is None):
         raise ValueError("'status' and 'error' do not agree")
+    return line
 
 
-def check_timing(value: Any) -> None:
+def check_timing(value: Any) -> TimingLine:
     """A line of timings.jsonl. Raises ValueError, which names the field."""
-    _require(value, _TIMING)
+    _require(value, TimingLine)
+    return cast(TimingLine, value)
 
 
-def check_planned(value: Any) -> None:
+def check_planned(value: Any) -> Planned:
     """The first line of the journal. Raises ValueError, which names the field."""
-    _require(value, {"planned": _list_of(_is_component)})
+    _require(value, Planned)
+    for name in value["planned"]:
+        _require_name(name, "planned")
+    return cast(Planned, value)
 
 
-def check_entry(value: Any) -> None:
-    """Any other line of the journal: a frame's name, and its lines of results.jsonl and timings.jsonl. Raises ValueError."""
-    _require(value, {"name": _is_component, "lines": _list_of(_is_table), "timings": _list_of(_is_table)})
-    if value.keys() - {"name", "lines", "timings"}:
+def check_entry(value: Any) -> JournalEntry:
+    """Any other line of the journal. Raises ValueError, which names the field."""
+    _require(value, JournalEntry)
+    if value.keys() - JournalEntry.__annotations__.keys():
         raise ValueError("it has fields that are not known")
-    if not value["lines"] or len(value["lines"]) != len(value["timings"]):
+    if len(value["lines"]) != len(value["timings"]):
         raise ValueError("'lines' and 'timings' do not agree")
-    for line, timing in zip(value["lines"], value["timings"], strict=True):
-        check_result(line)
-        check_timing(timing)
-        if line["name"] != value["name"]:
+    for line in value["lines"]:
+        if check_result(line)["name"] != value["name"]:
             raise ValueError("'name' is not that of its lines")
+    return cast(JournalEntry, value)
 
 
-def check_run(value: Any) -> None:
+def check_run(value: Any) -> RunFile:
     """run.json. Raises ValueError, which names the field."""
-    _require(value, _RUN)
+    _require(value, RunFile)
+    return cast(RunFile, value)
 
 
-def check_evaluation(value: Any) -> None:
+def check_evaluation(value: Any) -> EvaluationFile:
     """evaluation.json. Raises ValueError, which names the field."""
-    _require(value, _EVALUATION)
-    metrics = dict.fromkeys(value["metrics"], _maybe(_is_number))
-    for number, image in enumerate(value["images"], start=1):
-        _require(image, _IMAGE | metrics, f"image {number}: ")
-    for number, score in enumerate(value["summary"], start=1):
-        _require(score, _SCORE, f"score {number}: ")
-        if not all(score[of].keys() >= metrics.keys() for of in ("mean", "ci95", "left_out")):
-            raise ValueError(f"score {number}: a metric is missing")
+    _require(value, EvaluationFile)
+    metrics = value["metrics"]
+    for number, image in enumerate(value["images"]):
+        for metric in metrics:
+            try:
+                _require({"value": image.get(metric, "missing")}, _Metric)
+            except ValueError:
+                raise ValueError(f"images[{number}]: a metric is missing or not a number") from None
+    for number, score in enumerate(value["summary"]):
+        if not all(score[of].keys() >= set(metrics) for of in ("mean", "ci95", "left_out")):
+            raise ValueError(f"summary[{number}]: a metric is missing")
+    return cast(EvaluationFile, value)
 
 
-def _require(value: Any, fields: Mapping[str, Callable[[Any], bool]], where: str = "") -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}not an object")
-    for key, fits in fields.items():
-        if key not in value:
-            raise ValueError(f"{where}{key!r} is missing")
-        if not fits(value[key]):
-            raise ValueError(f"{where}{key!r} is not what it has to be")
+class _Metric(TypedDict):
+    value: _Number | None
 
 
-def _maybe(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
+def _require(value: Any, kind: type) -> None:
+    decode(value, kind, SCHEMA)  # it has no unknown fields, so the value itself is used
 
 
-def _list_of(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(fits, value))
+def _require_name(name: str, where: str) -> None:
+    if not _is_component(name):
+        raise ValueError(f"{where}: not the name of a file")
 
 
-def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MOST
-
-
-def _is_side(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MAX_SIDE
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _MOST and math.isfinite(value)
-
-
-def _is_component(value: Any) -> bool:
-    """Whether it can be the name of a file, and of nothing but one in its folder. On POSIX a backslash is a letter like others."""
+def _is_component(name: str) -> bool:
+    """Whether `name` can only be the name of a file in its folder. On POSIX a backslash is a letter like others."""
     try:
-        return isinstance(value, str) and value not in ("", "..") and PurePath(value).name == value and b"\0" not in os.fsencode(value)
+        return name not in ("", "..") and PurePath(name).name == name and b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # half of a pair of UTF-16, which is no letter
         return False
-
-
-def _is_rle(value: Any) -> bool:
-    """By its form; whether the counts are those of a mask, `decode_rle` tells."""
-    return isinstance(value, dict) and _list_of(_is_side, 2)(value.get("size")) and isinstance(value.get("counts"), str)
-
-
-def _lists_files(value: Any) -> bool:
-    return isinstance(value, dict) and all(is_result_file(name) and isinstance(sha256, str) for name, sha256 in value.items())
-
-
-_RESULT = {
-    "index": _is_count,
-    "image": _is_text,
-    "frame": _maybe(_is_count),
-    "name": _is_component,
-    "code": _is_text,
-    "question": _is_text,
-    "status": lambda value: value in ("ok", "error"),
-    "error": _maybe(_is_text),
-    "width": _maybe(_is_side),
-    "height": _maybe(_is_side),
-    "answer": _maybe(_is_text),
-    "masks": _list_of(_is_table),
-    "files": _lists_files,
-    "input": _maybe(_is_text),
-    "settings": _is_text,
-}
-_MASK = {
-    "file": lambda value: isinstance(value, str) and value.startswith(f"{MASKS}/"),
-    "iou": _is_number,
-    "object_score": _is_number,
-    "area": _is_count,
-    "box": _maybe(_list_of(_is_count, 4)),
-    "rle": _is_rle,
-}
-_TIMING = {
-    "index": _is_count,
-    "code": _is_text,
-    "question": _is_text,
-    "drafted": _maybe(_is_count),
-    "accepted": _maybe(_is_count),
-    "decode_steps": _maybe(_is_count),
-    "batch": _maybe(_is_count),
-    "ms": _table_of(_is_number),
-}
-
-
-def _has(**fields: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(key in value and fits(value[key]) for key, fits in fields.items())
-
-
-_RUN = {
-    "versions": _table_of(_is_text),
-    "bundle": _has(name=_is_text, precision=_is_text, checkpoint=_is_text),
-    "device": _is_text,
-    "options": _has(num_shards=_is_count, shard_id=_is_count, show_names=_is_bool, key=_is_text),
-    "counts": lambda value: _table_of(_is_count)(value) and {"in_all_shards", "images"} <= value.keys(),
-    "started": _is_text,
-    "seconds": _table_of(_is_number),
-    "images_per_second": _is_number,
-    "peak_memory_bytes": _maybe(_is_count),
-}
-_EVALUATION = {
-    "truth": _is_text,
-    "metrics": _list_of(_is_text),
-    "images": _list_of(_is_table),
-    "summary": _list_of(_is_table),
-    "failed": _is_count,
-    "without_truth": _is_count,
-}
-_IMAGE = {
-    "index": _is_count,
-    "question": _is_text,
-    "concept": _is_text,
-    "mask": _maybe(_is_count),
-    "predicted_area": _is_count,
-    "true_area": _is_count,
-    "truth_rle": _is_rle,
-}
-_SCORE = {
-    "question": _is_text,
-    "concept": _is_text,
-    "images": _is_count,
-    "mean": _table_of(_maybe(_is_number)),
-    "ci95": _table_of(_maybe(_list_of(_maybe(_is_number), 2))),
-    "left_out": _table_of(_is_count),
-}

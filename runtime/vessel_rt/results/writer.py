@@ -11,9 +11,9 @@ import errno
 import hashlib
 import io
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,12 @@ from vessel_rt.io.files import is_temporary, replacing, writing
 from vessel_rt.model.postprocess import eroded
 from vessel_rt.model.segmenter import Mask, Result
 from vessel_rt.results.rle import encode_rle
-from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS
+from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, SCHEMA, MaskRecord, ResultLine, TimingLine
 
 __all__ = [
     "Entry",
     "FrameWriter",
+    "Made",
     "draw_overlay",
     "failure",
     "is_blank",
@@ -50,13 +51,19 @@ class Entry:
     """What became of one frame: a line for each question, in results.jsonl (alike in every run) and in timings.jsonl (not so)."""
 
     name: str
-    lines: list[dict[str, Any]]
-    timings: list[dict[str, Any]]
+    lines: list[ResultLine]
+    timings: list[TimingLine]
 
     @property
     def error(self) -> str | None:
-        error: str | None = self.lines[0]["error"]
-        return error
+        return self.lines[0]["error"]
+
+
+class Made(TypedDict):
+    """What a result was made from: the SHA-256 of the input, and the hash of the settings."""
+
+    input: str | None
+    settings: str
 
 
 class FrameWriter:
@@ -102,7 +109,7 @@ class FrameWriter:
                 with contextlib.suppress(OSError):
                     (self._folder / name).unlink(missing_ok=True)
             raise
-        made = {"input": sha256, "settings": self._settings}
+        made: Made = {"input": sha256, "settings": self._settings}
         lines = [
             result_line(frame, result.question, image.size, result.answer, of_result, _files(of_result, written) | pictures, made)
             for result, of_result in zip(results, records, strict=True)
@@ -113,7 +120,7 @@ class FrameWriter:
         """The entry of a frame that could not be segmented; no file is written."""
         return failure(frame, questions, error, self._settings)
 
-    def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> dict[str, Any]:
+    def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> MaskRecord:
         self._save(name, _stencil(mask.pixels), written, format="PNG")
         return mask_record(mask, name)
 
@@ -134,7 +141,7 @@ class FrameWriter:
 
 def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -> Entry:
     """The entry of a frame that could not be segmented."""
-    made = {"input": None, "settings": settings}
+    made: Made = {"input": None, "settings": settings}
     lines = [result_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
     return Entry(frame.name, lines, [unknown_timing(line) for line in lines])
 
@@ -145,7 +152,7 @@ def numbered(name: str, taken: Collection[str]) -> Iterator[str]:
     yield from (other for number in itertools.count(1) if (other := f"{name}_{number}").casefold() not in taken)
 
 
-def mask_record(mask: Mask, file: str | None) -> dict[str, Any]:
+def mask_record(mask: Mask, file: str) -> MaskRecord:
     """A mask in a line of results.jsonl."""
     return {
         "file": file,
@@ -157,7 +164,7 @@ def mask_record(mask: Mask, file: str | None) -> dict[str, Any]:
     }
 
 
-def _files(masks: Sequence[dict[str, Any]], written: dict[str, str]) -> dict[str, str]:
+def _files(masks: Sequence[MaskRecord], written: dict[str, str]) -> dict[str, str]:
     return {mask["file"]: written[mask["file"]] for mask in masks}
 
 
@@ -166,13 +173,14 @@ def result_line(
     question: str,
     size: tuple[int | None, int | None],
     answer: str | None,
-    masks: list[dict[str, Any]],
+    masks: list[MaskRecord],
     files: dict[str, str],
-    made: Mapping[str, str | None],
+    made: Made,
     error: str | None = None,
-) -> dict[str, Any]:
+) -> ResultLine:
     """A line of results.jsonl, which has the same keys whatever came of the frame."""
     return {
+        "schema": SCHEMA,
         "index": frame.index,
         "image": frame.image,
         "frame": frame.number,
@@ -190,15 +198,25 @@ def result_line(
     }
 
 
-def unknown_timing(line: Mapping[str, Any]) -> dict[str, Any]:
+def unknown_timing(line: ResultLine) -> TimingLine:
     """The line of timings.jsonl for a line of results.jsonl of which no times are known."""
-    unknown = dict.fromkeys(("drafted", "accepted", "decode_steps", "batch"))
-    return {"index": line["index"], "code": line["code"], "question": line["question"], **unknown, "ms": {}}
+    return {
+        "schema": SCHEMA,
+        "index": line["index"],
+        "code": line["code"],
+        "question": line["question"],
+        "drafted": None,
+        "accepted": None,
+        "decode_steps": None,
+        "batch": None,
+        "ms": {},
+    }
 
 
-def _timing(line: Mapping[str, Any], result: Result) -> dict[str, Any]:
+def _timing(line: ResultLine, result: Result) -> TimingLine:
     """A line of timings.jsonl."""
-    return unknown_timing(line) | {
+    return {
+        **unknown_timing(line),
         "drafted": result.drafted,
         "accepted": result.accepted,
         "decode_steps": result.decode_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vessel_rt.errors import VesselError
@@ -19,12 +19,11 @@ from vessel_rt.results.reader import (
     RUN_FILE,
     TIMINGS_FILE,
     FormError,
-    Lines,
     iter_frames,
     iter_lines,
     iter_timings,
 )
-from vessel_rt.results.schema import check_entry, check_planned
+from vessel_rt.results.schema import ResultLine, TimingLine, check_entry, check_planned
 from vessel_rt.results.writer import Entry, unknown_timing
 
 __all__ = ["DERIVED", "Earlier", "read_earlier"]
@@ -90,7 +89,7 @@ def _from_results(folder: Path) -> Earlier:
     return Earlier({entry.name: entry for entry in entries}, warnings=warnings, found=True)
 
 
-def _timings(folder: Path, frames: list[Lines]) -> list[Lines]:
+def _timings(folder: Path, frames: list[list[ResultLine]]) -> list[list[TimingLine]]:
     """Those of the frames. Raises FormError where there are none that agree."""
     path = folder / TIMINGS_FILE
     if not path.exists():
@@ -101,5 +100,5 @@ def _timings(folder: Path, frames: list[Lines]) -> list[Lines]:
     return timings
 
 
-def _keys(frames: list[Lines]) -> Iterator[tuple[int, str]]:
+def _keys(frames: Sequence[Sequence[ResultLine | TimingLine]]) -> Iterator[tuple[int, str]]:
     return ((line["index"], line["question"]) for lines in frames for line in lines)

@@ -14,11 +14,11 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ from vessel_rt.inputs.frames import Frame, cine_of, input_sha256
 from vessel_rt.io.files import is_temporary, open_regular, replacing, writing
 from vessel_rt.io.folder_lock import FolderLock
 from vessel_rt.results.reader import JOURNAL_FILE, RESULTS_FILE, TIMINGS_FILE
-from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, check_entry
+from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, SCHEMA, ResultLine, TimingLine, check_entry
 from vessel_rt.results.writer import Entry, is_blank
 from vessel_rt.run.earlier import DERIVED, Earlier
 
@@ -37,6 +37,8 @@ _KINDS = (MASKS, OVERLAYS, PREVIEWS)
 _HASHING = 4  # threads
 _LONGEST_NAME = 255  # bytes, on every usual file system
 _NAMED = 3  # frames, in a message
+
+_Line = TypeVar("_Line", ResultLine, TimingLine)
 
 
 class Record:
@@ -108,7 +110,7 @@ class Record:
             with replacing(self.folder / JOURNAL_FILE) as temporary:
                 self._journal = stack.enter_context(temporary.open("x+b", buffering=0))
                 self._places: dict[str, int] = {}
-                _write_whole(self._journal, {"planned": list(self._frames)})
+                _write_whole(self._journal, {"schema": SCHEMA, "planned": list(self._frames)})
                 for entry in self._kept.values():
                     self._note(entry)
             for name in (RESULTS_FILE, TIMINGS_FILE, *DERIVED):  # only now that the journal has what is kept of them
@@ -157,11 +159,11 @@ class Record:
                     raise VesselError(f"{self.folder / JOURNAL_FILE}: was changed while the run wrote it; it is left as it is") from e
                 yield Entry(**value)
 
-    def _in_place(self, line: dict[str, Any], name: str) -> dict[str, Any]:
+    def _in_place(self, line: _Line, name: str) -> _Line:
         """A line with what inputs and key say today: there may be more files than when it was made."""
         frame = self._frames[name]
         today = {"index": frame.index, "image": frame.image, "code": frame.code}
-        return line | {key: value for key, value in today.items() if key in line}
+        return cast(_Line, line | {key: value for key, value in today.items() if key in line})
 
     def _check_foreign(self, earlier: Earlier) -> None:
         """Make sure that nothing is overwritten but what an earlier run wrote, or was about to write."""
@@ -280,7 +282,7 @@ def _name_beside(path: Path) -> Path:
     raise AssertionError
 
 
-def _write_whole(file: IO[bytes], line: dict[str, Any]) -> None:
+def _write_whole(file: IO[bytes], line: Mapping[str, Any]) -> None:
     """All of a line, or OSError."""
     text = json.dumps(line).encode() + b"\n"
     while text:

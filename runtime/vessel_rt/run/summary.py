@@ -9,11 +9,12 @@ import platform
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import vessel_rt
 from vessel_rt.device.providers import Device, onnxruntime
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.results.schema import SCHEMA, RunFile, RunOptions
 from vessel_rt.results.writer import Entry
 
 __all__ = ["Summary", "run_content"]
@@ -69,9 +70,10 @@ class Summary:
 
 def run_content(
     bundle: Bundle, devices: Sequence[Device], options: Mapping[str, Any], started: datetime.datetime, summary: Summary
-) -> dict[str, Any]:
+) -> RunFile:
     """The content of run.json, for a run with these options."""
     return {
+        "schema": SCHEMA,
         "versions": {
             "vessel-rt": vessel_rt.__version__,
             "python": platform.python_version(),
@@ -86,7 +88,7 @@ def run_content(
         },
         "device": ", ".join(map(str, devices)),
         "batch": {"streams": summary.streams, "at_first": summary.batch, "least": summary.least_batch},
-        "options": options,
+        "options": cast(RunOptions, options),
         "counts": {
             "in_all_shards": summary.in_all_shards,
             "images": summary.images,

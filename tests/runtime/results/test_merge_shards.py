@@ -69,7 +69,7 @@ def test_results_cannot_point_outside_their_folder(shards: list[Path], tmp_path:
     line = json.loads((shards[1] / "results.jsonl").read_text())
     line["files"] = {"masks/../../victim.png": "0"}
     (shards[1] / "results.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(VesselError, match="'files' is not what it has to be"):
+    with pytest.raises(VesselError, match="files: lists a file outside"):
         merge_shards(shards, tmp_path / "merged")
 
 

@@ -181,7 +181,7 @@ def test_previews_that_were_removed_are_left_out(out: Path) -> None:
 def test_a_report_never_reads_outside_its_folder(out: Path) -> None:
     make_frame().save(out / "elsewhere.jpg")
     rewrite(out / "results.jsonl", lambda line: line | {"name": "../elsewhere"})
-    with pytest.raises(VesselError, match="'name' is not what it has to be"):
+    with pytest.raises(VesselError, match="name: not the name of a file"):
         write_report(out)
 
 

@@ -33,7 +33,8 @@ def test_what_is_written_of_a_frame(tmp_path: Path) -> None:
     assert files(tmp_path) == {"masks/a.png", "masks/a_1.png", "overlays/a.jpg", "previews/a.jpg"} == set(entry.lines[0]["files"])
     ([a], [b]) = entry.lines, failure(failed, ["Where?"], "an empty file", "s").lines
     assert list(a) == list(b)
-    assert [(key, a[key]) for key in list(a)[:11]] == [
+    assert [(key, a[key]) for key in list(a)[:12]] == [
+        ("schema", 1),
         ("index", 0),
         ("image", "a.jpg"),
         ("frame", None),
@@ -50,6 +51,7 @@ def test_what_is_written_of_a_frame(tmp_path: Path) -> None:
     assert (b["index"], b["status"], b["error"], b["answer"], b["masks"], b["files"]) == (1, "error", "an empty file", None, [], {})
     assert entry.timings == [
         {
+            "schema": 1,
             "index": 0,
             "code": frame.code,
             "question": "Where?",

@@ -115,7 +115,7 @@ def test_without_its_times_a_run_goes_on(out: Path, abc: list[Frame], damage: st
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (lambda text: text.replace('"question"', '"questions"', 2), r"results\.jsonl: line 1: 'question' is missing"),
+        (lambda text: text.replace('"question"', '"questions"', 2), r"results\.jsonl: line 1: missing key question"),
         (lambda text: text[:-40], r"results\.jsonl: line 3: not JSON"),
         (lambda text: "\n\n" + text[: len(text) // 2] + "\0" + text[len(text) // 2 :], r"results\.jsonl: line [45]: not JSON"),
         (lambda text: text + text, r"results\.jsonl: line 4: 'index' is less"),
@@ -131,9 +131,9 @@ def test_a_line_that_is_damaged_is_named(out: Path, abc: list[Frame], damage: Ca
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (lambda text: text.replace('"lines"', '"linse"', 1), r"journal\.jsonl: line 2: 'lines' is missing"),
+        (lambda text: text.replace('"lines"', '"linse"', 1), r"journal\.jsonl: line 2: missing key lines"),
         (lambda text: text.replace('"name"', '"newer": 1, "name"', 1), r"journal\.jsonl: line 2: it has fields that are not known"),
-        (lambda text: text.replace("planned", "plan"), r"journal\.jsonl: line 1: 'planned' is missing"),
+        (lambda text: text.replace("planned", "plan"), r"journal\.jsonl: line 1: missing key planned"),
         (lambda text: "", r"journal\.jsonl: empty"),
         (lambda text: text[:5], r"journal\.jsonl: empty"),
     ],
@@ -148,7 +148,7 @@ def test_a_folder_of_another_version_is_said_to_be_one(out: Path, abc: list[Fram
     text = (out / "results.jsonl").read_text()
     (out / "results.jsonl").write_text(text.replace('"settings"', '"settings_hash"'))
     (out / "run.json").write_text(json.dumps({"versions": {"vessel-rt": "9.9.9"}}))
-    refused(out, abc, r"'settings' is missing; written by vessel-rt 9\.9\.9, this is", lambda: (out / "results.jsonl").write_text(text), [])
+    refused(out, abc, r"missing key settings; written by vessel-rt 9\.9\.9, this is", lambda: (out / "results.jsonl").write_text(text), [])
 
 
 def test_what_an_editor_makes_of_it_does_not_matter(out: Path, abc: list[Frame]) -> None:
