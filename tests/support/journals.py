@@ -11,7 +11,7 @@ import numpy as np
 from tests.support.frames import make_frame
 from vessel_rt.inputs.frames import Frame, input_sha256
 from vessel_rt.io.folder_lock import locked
-from vessel_rt.model.segmenter import Mask, Result
+from vessel_rt.model.result import Mask, Result
 from vessel_rt.results.writer import FrameWriter
 from vessel_rt.run.earlier import read_earlier
 from vessel_rt.run.journal import Record

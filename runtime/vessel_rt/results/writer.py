@@ -23,7 +23,7 @@ from vessel_rt.errors import ImageError
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.io.files import is_temporary, replacing, writing
 from vessel_rt.model.postprocess import eroded
-from vessel_rt.model.segmenter import Mask, Result
+from vessel_rt.model.result import Mask, Result
 from vessel_rt.results.rle import encode_rle
 from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, SCHEMA, MaskRecord, ResultLine, TimingLine
 

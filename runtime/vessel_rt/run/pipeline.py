@@ -18,7 +18,8 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from vessel_rt.errors import ImageError, OutOfMemory
-from vessel_rt.model.segmenter import Answer, Pixels, Result, Segmenter
+from vessel_rt.model.result import Answer, Pixels, Result
+from vessel_rt.model.segmenter import Segmenter
 
 __all__ = ["Picture", "Pipeline"]
 

@@ -19,7 +19,8 @@ from vessel_rt.inputs.frames import Frame, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale
 from vessel_rt.inputs.pseudonyms import remember
 from vessel_rt.io.checked_files import CheckedFiles
-from vessel_rt.model.segmenter import Result, Segmenter
+from vessel_rt.model.result import Result
+from vessel_rt.model.segmenter import Segmenter
 from vessel_rt.results.writer import Entry, FrameWriter
 from vessel_rt.run.pipeline import Picture, Pipeline
 

@@ -22,7 +22,7 @@ from vessel_rt.evaluation.evaluate import evaluate
 from vessel_rt.evaluation.ground_truth import read_truth
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.frames import Selection
-from vessel_rt.model.segmenter import Mask
+from vessel_rt.model.result import Mask
 from vessel_rt.results.rle import encode_rle
 from vessel_rt.results.writer import FrameWriter, failure
 from vessel_rt.run.infer import infer

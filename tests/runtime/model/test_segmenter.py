@@ -20,7 +20,8 @@ from vessel_rt.device.session import Session
 from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.model.preprocess import mask_pixels
-from vessel_rt.model.segmenter import Result, Segmenter
+from vessel_rt.model.result import Result
+from vessel_rt.model.segmenter import Segmenter
 
 CPU = Device("cpu")
 STICKY = "CUDA failure 700: an illegal memory access was encountered"

@@ -19,7 +19,7 @@ from vessel_rt.cli import main
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.frames import Naming, Selection
-from vessel_rt.model.segmenter import Mask, Result
+from vessel_rt.model.result import Mask, Result
 from vessel_rt.results.cines import write_cines
 from vessel_rt.results.writer import FrameWriter, failure
 from vessel_rt.run.infer import InferOptions, infer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,3 +242,14 @@ def test_a_preview_that_is_none(sound: Path, standin: Bundle, tmp_path: Path, wh
             preview.write_bytes(content[:at] + b"\xff\xff\xff\xff" + content[at + 4 :] + b"\0" * 30_000_000)
     assert main(["report", str(place / "out")]) == (1 if what == "bomb" else 0)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "timings.jsonl", "run.json", "evaluation.json"])
+def test_a_newer_schema_is_said_to_be_one(sound: Path, standin: Bundle, tmp_path: Path, name: str, capfd: Any) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(sound, place)
+    path = place / "out" / name
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    assert main(["report", str(place / "out")]) == 1
+    said = capfd.readouterr().err
+    assert re.search(rf"{name}: (line 1: )?schema 2 is newer than 1.*upgrade vessel-rt\n\Z", said), said

@@ -19,7 +19,8 @@ from tests.support.runs import lines, options
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import BundleError, ImageError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
-from vessel_rt.model.segmenter import Answer, Pixels, Segmenter
+from vessel_rt.model.result import Answer, Pixels
+from vessel_rt.model.segmenter import Segmenter
 from vessel_rt.run.infer import infer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a file in use can be written to as on Linux")

@@ -12,58 +12,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, overload
+from typing import Any, Literal, Self, overload
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from vessel_rt.api.arguments import TAKEN, ImageLike, as_count, as_number, as_path, as_picture, as_rescale, type_of
+from vessel_rt.api.result import Result, place_of
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs import frames
-from vessel_rt.inputs.frames import Frame, frame_suffix, input_hasher, read_frame
+from vessel_rt.inputs.frames import Frame, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale, rgb_image
-from vessel_rt.inputs.input_files import stem_of
 from vessel_rt.inputs.pseudonyms import printable
-from vessel_rt.model import segmenter
-from vessel_rt.model.segmenter import Answer, Mask, Pixels, Segmenter
-from vessel_rt.results.writer import Made, draw_overlay, mask_record, result_line
+from vessel_rt.model import result as model_result
+from vessel_rt.model.result import Answer, Pixels
+from vessel_rt.model.segmenter import Segmenter
 from vessel_rt.run.pipeline import Picture, Pipeline
 
-__all__ = ["ImageLike", "Mask", "Model", "Result", "frame_count", "load"]
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]"
-
-_TAKEN = "give a path, a PIL image, or an array of uint8 [H, W] or [H, W, 3]"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Result(segmenter.Result):
-    """The answer to one question about one image, and its masks.
-
-    `image` is the image in RGB, as it was segmented, and `index` its place in `segment_many`, from 0. `path` and `sha256` are of its file,
-    and None for an image in memory; `frame` is the one that was asked for.
-    """
-
-    image: Image.Image
-    index: int
-    path: Path | None
-    frame: int | None
-    sha256: str | None
-
-    def overlay(self) -> Image.Image:
-        """The image with its masks tinted and outlined, RGB: what `vessel-rt infer` writes to overlays/."""
-        return draw_overlay(self.image, [mask.pixels for mask in self.masks])
-
-    def to_dict(self) -> dict[str, Any]:
-        """A line of results.jsonl, fit for JSON. What only a run's folder has is None (code, settings, a mask's file) or empty (files)."""
-        masks, made = [mask_record(mask, "") for mask in self.masks], Made(input=self.sha256, settings="")
-        place = _place(self.path or Path(), self.frame, self.index)
-        line = result_line(place, self.question, self.image.size, self.answer, masks, {}, made)
-        unknown = {"code": None, "settings": None, "masks": [{**mask, "file": None} for mask in masks]}
-        return {**line, **unknown, **({} if self.path else {"image": None, "name": None})}
+__all__ = ["Model", "frame_count", "load"]
 
 
 class Model:
@@ -118,7 +87,7 @@ class Model:
             DeviceError: the device fails.
             VesselError: a bad argument, or a closed model.
         """
-        scale = _rescale(rescale)
+        scale = as_rescale(rescale)
         [outcome] = self._pipeline(question, scale, batch=1).run([_input(image, frame, 0, "image", scale)])
         if isinstance(outcome, ImageError):
             raise outcome
@@ -169,10 +138,10 @@ class Model:
             VesselError: as `segment`. Bad arguments are found at once, the rest when the results are iterated.
         """
         if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) or not isinstance(images, Iterable):
-            raise VesselError(f"images is {_kind(images)}: give a list or another iterable of images; segment() takes a single one")
+            raise VesselError(f"images is {type_of(images)}: give a list or another iterable of images; segment() takes a single one")
         if on_error not in ("raise", "return"):
             raise VesselError(f"on_error is {on_error!r}: give 'raise' or 'return'")
-        size, most, scale = _count("batch", batch) or self._deployment.batch, self._deployment.max_batch, _rescale(rescale)
+        size, most, scale = as_count("batch", batch) or self._deployment.batch, self._deployment.max_batch, as_rescale(rescale)
         if most and size > most:
             raise VesselError(f"batch is {size}: on {self.device} this model takes up to {most} images at once; give batch to load()")
         items = (_item(image, index, scale) for index, image in enumerate(images))
@@ -180,7 +149,7 @@ class Model:
 
     def _pipeline(self, question: Any, rescale: Rescale | None, batch: int) -> Pipeline[_Input, Result | ImageError]:
         if not isinstance(question, str | None):
-            raise VesselError(f"question is {_kind(question)}: give a str, or None for the bundle's own")
+            raise VesselError(f"question is {type_of(question)}: give a str, or None for the bundle's own")
         asked, sha256 = self.default_question if question is None else question, input_hasher()
         self._segmenter.prepare_question(asked)
 
@@ -261,10 +230,10 @@ def load(
         EngineError: the engines do not fit the bundle, the GPU, or `batch`.
         VesselError: the device cannot be used, a graph cannot be loaded there, or a bad argument.
     """
-    folder = _path(bundle, "bundle", "give its folder as str or Path", VesselError)
-    images, cores = _count("batch", batch), _count("threads", threads) or 0
+    folder = as_path(bundle, "bundle", "give its folder as str or Path", VesselError)
+    images, cores = as_count("batch", batch), as_count("threads", threads) or 0
     if not isinstance(device, str):
-        raise VesselError(f"device is {_kind(device)}: give a str, such as auto, cpu or cuda:0")
+        raise VesselError(f"device is {type_of(device)}: give a str, such as auto, cpu or cuda:0")
     try:
         wanted = Device.parse(device)
     except ValueError as e:
@@ -278,7 +247,7 @@ def frame_count(path: str | os.PathLike[str]) -> int:
     Raises:
         ImageError: the file cannot be read.
     """
-    file = _path(path, "path", "give a file as str or Path")
+    file = as_path(path, "path", "give a file as str or Path")
     try:
         return frames.frame_count(file) or 1
     except ImageError as e:
@@ -305,30 +274,13 @@ def _input(image: Any, frame: int | None, index: int, shown: str, rescale: Resca
         if not isinstance(image, str | os.PathLike):
             if frame is not None:
                 raise ImageError(f"frame is {frame!r}, which is for files; an image in memory is one frame")
-            return _Input(memory, rgb_image(_picture(image), rescale))
-        return _Input(_place(_path(image, "image", _TAKEN), _number(frame), index))
+            return _Input(memory, rgb_image(as_picture(image), rescale))
+        return _Input(place_of(as_path(image, "image", TAKEN), as_number(frame), index))
     except ImageError as e:
         return _Input(memory, error=e.with_traceback(None))
 
 
-def _picture(image: Any) -> Image.Image:
-    """A PIL image of what is in memory."""
-    if isinstance(image, Image.Image):
-        return image
-    if not isinstance(image, np.ndarray):
-        raise ImageError(f"it is {_kind(image)}: {_TAKEN}")
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-        raise ImageError(f"it is an array of {image.dtype} {list(image.shape)}: {_TAKEN}")
-    return Image.fromarray(np.ascontiguousarray(image))
-
-
-def _place(path: Path, number: int | None, index: int) -> Frame:
-    """A file as a run would have it, without a study code."""
-    shown = printable(str(path)) + ("" if number is None else f", frame {number}")
-    return Frame(path, number, index, stem_of(path) + frame_suffix(number), "", path.name, shown)
-
-
-def _result(item: _Input, picture: Picture, results: Sequence[segmenter.Result]) -> Result:
+def _result(item: _Input, picture: Picture, results: Sequence[model_result.Result]) -> Result:
     [result] = results
     place, told = item.place, {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     path = None if item.image else place.path
@@ -337,48 +289,3 @@ def _result(item: _Input, picture: Picture, results: Sequence[segmenter.Result])
 
 def _named(item: _Input, error: ImageError) -> ImageError:
     return type(error)(f"{item.place.shown}: {error}")
-
-
-def _path(value: Any, name: str, taken: str, error: type[VesselError] = ImageError) -> Path:
-    """Raises `error` where it is nothing that a file can be called."""
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
-    if not isinstance(path, str):
-        raise error(f"{name} is {_kind(path)}: {taken}")
-    try:
-        named = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        named = False
-    if not named:
-        raise error(f"{name} is {path!r}, which no file can be called: {taken}")
-    return Path(path)
-
-
-def _number(frame: Any) -> int | None:
-    if frame is None or (_is_integer(frame) and frame >= 0):
-        return None if frame is None else int(frame)
-    raise ImageError(f"frame is {frame!r}: give a number from 0")
-
-
-def _count(name: str, value: Any) -> int | None:
-    if value is None or (_is_integer(value) and value >= 1):
-        return None if value is None else int(value)
-    raise VesselError(f"{name} is {value!r}: give a positive number, or None")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _rescale(value: Any) -> Rescale | None:
-    if isinstance(value, bool):
-        return Rescale() if value else None
-    try:
-        low, high = map(float, value if isinstance(value, tuple | list) else ())
-        return Rescale(low, high)
-    except (TypeError, ValueError, OverflowError):
-        raise VesselError(f"rescale is {value!r}: give True, False, or (low, high) with low below high") from None
-
-
-def _kind(value: Any) -> str:
-    """What is said of a value of a wrong type: never its content, which may be large."""
-    return f"of type {type(value).__name__}"

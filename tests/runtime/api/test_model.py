@@ -547,8 +547,8 @@ def test_type_checkers_see_the_types(tmp_path: Path) -> None:
     told = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path).stdout
     for text in (
         "bool",
-        "Iterator[vessel_rt.api.Result]",
-        "Iterator[vessel_rt.api.Result | vessel_rt.errors.ImageError]",
+        "Iterator[vessel_rt.api.result.Result]",
+        "Iterator[vessel_rt.api.result.Result | vessel_rt.errors.ImageError]",
         "arg-type",
         "attr-defined",
     ):
