@@ -42,6 +42,7 @@ __all__ = [
 _PREVIEW_SIDE = 512  # pixels: of the longer side, at most
 # Distinct from each other and from gray, for the eyes of most colour-blind people too.
 _COLOURS = ((255, 82, 82), (64, 196, 255), (255, 214, 64), (105, 240, 174), (224, 130, 255), (255, 158, 64))
+_IOU_DIGITS, _SCORE_DIGITS = 3, 2  # after the point: further ones depend on the batch (docs/numerics.md)
 _TINT = 0.45  # the share of the mask's colour inside it; its outline is all colour
 
 
@@ -149,8 +150,8 @@ def mask_record(mask: Mask, file: str | None) -> dict[str, Any]:
     """A mask in a line of results.jsonl."""
     return {
         "file": file,
-        "iou": round(mask.iou, 6),
-        "object_score": round(mask.object_score, 6),
+        "iou": round(mask.iou, _IOU_DIGITS),
+        "object_score": round(mask.object_score, _SCORE_DIGITS),
         "area": mask.area,
         "box": mask.box,
         "rle": encode_rle(mask.pixels),

@@ -15,7 +15,8 @@ from tests.support.journals import box_mask, files, result_with
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.io.files import replacing, writing
-from vessel_rt.results.writer import Entry, FrameWriter, draw_overlay, failure
+from vessel_rt.model.segmenter import Mask
+from vessel_rt.results.writer import Entry, FrameWriter, draw_overlay, failure, mask_record
 
 
 def write(folder: Path, frames: list[Frame], count: int = 1) -> list[Entry]:
@@ -69,6 +70,11 @@ def test_what_is_written_of_a_frame(tmp_path: Path) -> None:
         assert (record["iou"], record["object_score"]) == (0.5, 2.25)
     assert [record["box"] for record in a["masks"]] == [[3, 5, 20, 30], None]
     assert Image.open(tmp_path / "overlays" / "a.jpg").size == (96, 64)
+
+
+def test_scores_have_as_many_digits_as_are_meaningful() -> None:
+    record = mask_record(Mask(box_mask(3, 5, 20, 30), 0.91264449, 12.34567), None)
+    assert (record["iou"], record["object_score"]) == (0.913, 12.35)
 
 
 def test_a_preview_is_the_frame_in_small(tmp_path: Path) -> None:
