@@ -44,7 +44,11 @@ def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Lines]) -> 
     for question, mask in places:
         with writing(f"{output}: the TIFF of a cine"):
             (output / CINES).mkdir(exist_ok=True)
-            with replacing(output / CINES / f"{next(names)}.tif") as temporary, AppendingTiffWriter(temporary, new=True) as tiff:
+            # Synced: no entry has a hash of these files.
+            with (
+                replacing(output / CINES / f"{next(names)}.tif", sync=True) as temporary,
+                AppendingTiffWriter(temporary, new=True) as tiff,
+            ):
                 for page in _pages(output, frames, question, mask):  # one at a time: save(save_all=True) would hold all of them
                     page.save(tiff, format="TIFF", compression="tiff_adobe_deflate")
                     tiff.newFrame()

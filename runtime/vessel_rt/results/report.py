@@ -60,7 +60,7 @@ def write_report(output: Path) -> Path:
     truths = defaultdict(list)
     for truth in evaluation["images"] if evaluation is not None else ():
         truths[truth["index"]].append(truth)
-    with writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
+    with writing(path), replacing(path, sync=True) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
         page.write(before)
         _write_data(page, "run", {"run": run, "evaluation": _summary(evaluation) if evaluation is not None else None})
         for lines, timings in zip(iter_frames(output), iter_timings(output), strict=True):

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.inputs.frames import Frame, cine_of, input_sha256
-from vessel_rt.io.files import is_temporary, open_regular, replacing, writing
+from vessel_rt.io.files import is_temporary, open_regular, replacing, sync, writing
 from vessel_rt.io.folder_lock import FolderLock
 from vessel_rt.results.reader import JOURNAL_FILE, RESULTS_FILE, TIMINGS_FILE
 from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, check_entry
@@ -34,8 +35,10 @@ from vessel_rt.run.earlier import DERIVED, Earlier
 __all__ = ["Record"]
 
 _KINDS = (MASKS, OVERLAYS, PREVIEWS)
+_SYNC_SECONDS = 5.0  # between two syncs of the journal
 _HASHING = 4  # threads
 _LONGEST_NAME = 255  # bytes, on every usual file system
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 _NAMED = 3  # frames, in a message
 
 
@@ -105,12 +108,13 @@ class Record:
             for name in _KINDS:
                 (self.folder / name).mkdir(exist_ok=True)
             self._remove_stale()
-            with replacing(self.folder / JOURNAL_FILE) as temporary:
+            with replacing(self.folder / JOURNAL_FILE, sync=True) as temporary:
                 self._journal = stack.enter_context(temporary.open("x+b", buffering=0))
                 self._places: dict[str, int] = {}
                 _write_whole(self._journal, {"planned": list(self._frames)})
                 for entry in self._kept.values():
                     self._note(entry)
+            self._synced = time.monotonic()
             for name in (RESULTS_FILE, TIMINGS_FILE, *DERIVED):  # only now that the journal has what is kept of them
                 (self.folder / name).unlink(missing_ok=True)
             self._remove_leftovers()
@@ -120,9 +124,10 @@ class Record:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self._stack, writing(self.folder / RESULTS_FILE):
             self._lock.check()
+            sync(self._journal.fileno())
             self._remove_leftovers()
             for file, lines in ((RESULTS_FILE, "lines"), (TIMINGS_FILE, "timings")):
-                with replacing(self.folder / file) as temporary, temporary.open("wb", buffering=0) as target:
+                with replacing(self.folder / file, sync=True) as temporary, temporary.open("wb", buffering=0) as target:
                     for entry in self._in_order():
                         for line in getattr(entry, lines):
                             _write_whole(target, self._in_place(line, entry.name))
@@ -139,6 +144,9 @@ class Record:
                 self._journal.truncate(before)
                 self._journal.seek(before)
                 raise
+            if time.monotonic() - self._synced >= _SYNC_SECONDS:
+                sync(self._journal.fileno())
+                self._synced = time.monotonic()
 
     def _note(self, entry: Entry) -> None:
         place = self._journal.tell()
@@ -229,7 +237,7 @@ class Record:
             if any(line["input"] != inputs(self._frames[entry.name].path) for line in entry.lines):
                 return False
         except ImageError as e:  # says nothing of what was done; it may be readable again tomorrow
-            there = all((self.folder / file).is_file() for file in _listed(entry))
+            there = all((self.folder / file).is_file() and not _is_cut_short(self.folder / file) for file in _listed(entry))
             if there:
                 self.unread[entry.name] = str(e)
             return there
@@ -243,7 +251,7 @@ class Record:
                 path = self.folder / file
                 if file in kept or not os.path.lexists(path):
                     continue
-                if path.is_dir() or (file.startswith(MASKS) and _sha256(path) != sha256):
+                if path.is_dir() or (file.startswith(MASKS) and _sha256(path) != sha256 and not _is_cut_short(path)):
                     os.replace(path, _name_beside(path))
                 else:
                     path.unlink()
@@ -285,6 +293,16 @@ def _write_whole(file: IO[bytes], line: dict[str, Any]) -> None:
     text = json.dumps(line).encode() + b"\n"
     while text:
         text = text[file.write(text) :]
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether a file is what a power failure leaves of one: nothing, zeros, or a PNG without its end. No editor saves such a file."""
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError:
+        return False
+    return not content.strip(b"\0") or (content.startswith(_PNG) and _PNG_END not in content)
 
 
 def _sha256(path: Path) -> str | None:

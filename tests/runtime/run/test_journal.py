@@ -445,3 +445,102 @@ def test_resuming_takes_as_many_steps_as_there_are_frames(tmp_path: Path) -> Non
         steps.append(operations(lambda folder=tmp_path / str(count), frames=frames: resume(folder, frames)))  # type: ignore[misc]
     first, second = steps[1] - steps[0], steps[2] - steps[1]
     assert second < 2.2 * first
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the journal sees, as its only item."""
+    now = [100.0]
+    monkeypatch.setattr("vessel_rt.run.journal.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were synced, in order."""
+    noted: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: noted.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    return noted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of open files are in /proc")
+def test_the_journal_is_synced_every_five_seconds_and_at_the_end(tmp_path: Path, clock: list[float], synced: list[str]) -> None:
+    frames = placed(*(tmp_path / f"{number:02}.png" for number in range(20)))
+    for frame in frames:
+        frame.path.write_bytes(b"")
+    with opened(tmp_path / "out", frames) as record, record:
+        assert len(synced) == 2  # the new journal, and its folder
+        for frame in frames:
+            clock[0] += 1
+            do(record, [frame])
+        assert synced[2:] == ["journal.jsonl"] * 4
+        synced.clear()
+    assert synced[0] == "journal.jsonl"
+    assert len(synced) == 5  # results.jsonl and timings.jsonl, each with its folder
+    assert not (tmp_path / "out" / JOURNAL_FILE).exists()
+
+
+def test_results_are_on_the_disk_before_the_journal_is_gone(
+    abc: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: list[str]
+) -> None:
+    before: list[int] = []
+    unlink = Path.unlink
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        if path.name == JOURNAL_FILE:
+            before.append(len(synced))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    run(tmp_path / "out", abc)
+    assert before == [len(synced)]
+
+
+def _killed(out: Path, frames: Sequence[Frame], done: int) -> Path:
+    """The journal of a run that was killed when these frames were done."""
+    with opened(out, frames) as record:
+        record.__enter__()
+        do(record, frames[:done])
+    return out / JOURNAL_FILE
+
+
+@pytest.mark.parametrize("left", [0, 1, 200, -1])
+@pytest.mark.parametrize("tail", [b"", bytes(4096), bytes(300) + b'"b"}]}\n{"name": "c"'])
+def test_a_journal_whose_end_a_power_failure_took_counts_up_to_there(abc: list[Frame], tmp_path: Path, left: int, tail: bytes) -> None:
+    """`left` bytes of the second entry are there, and what else its blocks hold."""
+    out = tmp_path / "out"
+    journal = _killed(out, abc, 2)
+    planned, first, second = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(planned + first + second[:left] + tail)
+    assert run(out, abc) == ["b", "c"]
+    run(tmp_path / "once", abc)
+    assert content(out) == content(tmp_path / "once")
+
+
+@pytest.mark.parametrize("kind", ["masks", "overlays", "previews"])
+@pytest.mark.parametrize("how", ["missing", "empty", "short", "zeros"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_file_that_a_power_failure_took_is_made_again(abc: list[Frame], tmp_path: Path, kind: str, how: str, killed: bool) -> None:
+    """Its entry was on the disk before it."""
+    out = tmp_path / "out"
+    if killed:
+        _killed(out, abc, 2)
+    else:
+        run(out, abc)
+    [path] = [path for path in (out / kind).iterdir() if path.stem in ("b", abc[1].code)]
+    whole = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "short": whole[: len(whole) // 2], "zeros": bytes(len(whole))}[how])
+    assert run(out, abc) == (["b", "c"] if killed else ["b"])
+    run(tmp_path / "once", abc)
+    assert content(out) == content(tmp_path / "once")
+
+
+def test_an_empty_mask_is_no_result_of_an_input_that_cannot_be_read(abc: list[Frame], tmp_path: Path) -> None:
+    run(tmp_path / "out", abc)
+    (tmp_path / "out" / "masks" / "b.png").write_bytes(b"")
+    abc[1].path.unlink()
+    with opened(tmp_path / "out", abc) as record:
+        assert "b" not in [entry.name for entry in record.kept]
