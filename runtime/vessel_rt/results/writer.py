@@ -35,6 +35,7 @@ __all__ = [
     "is_blank",
     "mask_record",
     "numbered",
+    "preview_file",
     "result_line",
     "unknown_timing",
 ]
@@ -95,7 +96,7 @@ class FrameWriter:
                     name: self._save(name, picture, written, format="JPEG", quality=quality, subsampling=0)
                     for name, picture, quality in (
                         (f"{OVERLAYS}/{frame.name}.jpg", draw_overlay(image, masks), 92),
-                        (f"{PREVIEWS}/{frame.name}.jpg", _preview(image), 80),
+                        (preview_file(frame.code), _preview(image), 80),
                     )
                 }
         except BaseException:
@@ -138,6 +139,11 @@ def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -
     made = {"input": None, "settings": settings}
     lines = [result_line(frame, question, (None, None), None, [], {}, made, error) for question in questions]
     return Entry(frame.name, lines, [unknown_timing(line) for line in lines])
+
+
+def preview_file(code: str) -> str:
+    """The name of a frame's preview, by its study code: report.html links it, and shows no other name."""
+    return f"{PREVIEWS}/{code}.jpg"
 
 
 def numbered(name: str, taken: Collection[str]) -> Iterator[str]:

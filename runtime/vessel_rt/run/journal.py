@@ -14,6 +14,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +27,12 @@ from tqdm import tqdm
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.inputs.frames import Frame, cine_of, input_sha256
+from vessel_rt.inputs.pseudonyms import CODE_DIGITS
 from vessel_rt.io.files import is_temporary, open_regular, replacing, sync, writing
 from vessel_rt.io.folder_lock import FolderLock
 from vessel_rt.results.reader import JOURNAL_FILE, RESULTS_FILE, TIMINGS_FILE
 from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, check_entry
-from vessel_rt.results.writer import Entry, is_blank
+from vessel_rt.results.writer import Entry, is_blank, preview_file
 from vessel_rt.run.earlier import DERIVED, Earlier
 
 __all__ = ["Record"]
@@ -39,6 +42,7 @@ _SYNC_SECONDS = 5.0  # between two syncs of the journal
 _HASHING = 4  # threads
 _LONGEST_NAME = 255  # bytes, on every usual file system
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
+_CODE = re.compile(rf"[0-9a-f]{{{CODE_DIGITS}}}(_frame_\d+)?")
 _NAMED = 3  # frames, in a message
 
 
@@ -61,7 +65,9 @@ class Record:
         self._lock, self.folder, self._overwrite = lock, lock.folder, overwrite
         self._frames = {frame.name: frame for frame in frames}
         self._folded = {name.casefold(): name for name in self._frames}
+        self._coded = {frame.code: frame.name for frame in frames}
         self._earlier, self._whole = earlier.entries, not earlier.warnings
+        self._was_killed = bool(earlier.planned)
         self._kept: dict[str, Entry] = {}
         self._stale = set(self._earlier)
         self.unread: dict[str, str] = {}
@@ -108,15 +114,18 @@ class Record:
             for name in _KINDS:
                 (self.folder / name).mkdir(exist_ok=True)
             self._remove_stale()
+            renamed = self._copy_previews()
             with replacing(self.folder / JOURNAL_FILE, sync=True) as temporary:
                 self._journal = stack.enter_context(temporary.open("x+b", buffering=0))
                 self._places: dict[str, int] = {}
                 _write_whole(self._journal, {"planned": list(self._frames)})
                 for entry in self._kept.values():
-                    self._note(entry)
+                    self._note(self._today(entry))
             self._synced = time.monotonic()
-            for name in (RESULTS_FILE, TIMINGS_FILE, *DERIVED):  # only now that the journal has what is kept of them
+            for name in (RESULTS_FILE, TIMINGS_FILE, *DERIVED, *renamed):  # only now that the journal has what is kept of them
                 (self.folder / name).unlink(missing_ok=True)
+            if self._was_killed:
+                self._remove_previews_of_other_keys()
             self._remove_leftovers()
             self._stack = stack.pop_all()
         return self
@@ -168,14 +177,26 @@ class Record:
     def _in_place(self, line: dict[str, Any], name: str) -> dict[str, Any]:
         """A line with what inputs and key say today: there may be more files than when it was made."""
         frame = self._frames[name]
-        today = {"index": frame.index, "image": frame.image, "code": frame.code}
+        today: dict[str, Any] = {"index": frame.index, "image": frame.image, "code": frame.code}
+        if "files" in line:
+            now = preview_file(frame.code)
+            today["files"] = {now if file.startswith(f"{PREVIEWS}/") else file: sha256 for file, sha256 in line["files"].items()}
         return line | {key: value for key, value in today.items() if key in line}
+
+    def _today(self, entry: Entry) -> Entry:
+        lines, timings = ([self._in_place(line, entry.name) for line in of_entry] for of_entry in (entry.lines, entry.timings))
+        return Entry(entry.name, lines, timings)
 
     def _check_foreign(self, earlier: Earlier) -> None:
         """Make sure that nothing is overwritten but what an earlier run wrote, or was about to write."""
         ours = {file for entry in self._earlier.values() for file in _listed(entry)}
         begun = earlier.planned - self._earlier.keys()
-        foreign = [(file, name) for file, name in self._files_of_frames() if file not in ours and name not in begun]
+        foreign = [
+            (file, name)
+            for file, name in self._files_of_frames()
+            if file not in ours and name not in begun
+            if not (file.startswith(f"{PREVIEWS}/") and name in self._earlier)  # a run was killed while it changed study codes
+        ]
         others = [] if earlier.found else [name for name in (TIMINGS_FILE, *DERIVED) if (self.folder / name).exists()]
         places = [*dict.fromkeys(f"{file.partition('/')[0]}/" for file, _ in foreign), *others]
         if places:
@@ -208,10 +229,14 @@ class Record:
         for kind in _KINDS:
             for file in os.listdir(self.folder / kind) if (self.folder / kind).is_dir() else ():
                 stem, suffix = os.path.splitext(file)
-                first, _, number = stem.casefold().rpartition("_")
-                name = self._folded.get(stem.casefold()) or (self._folded.get(first) if number.isdecimal() else None)
+                name = self._coded.get(stem) if kind == PREVIEWS else self._frame_of(stem)
                 if name and suffix in (".png", ".jpg"):
                     yield f"{kind}/{file}", name
+
+    def _frame_of(self, stem: str) -> str | None:
+        """The frame that has or may get a mask or an overlay of this name."""
+        first, _, number = stem.casefold().rpartition("_")
+        return self._folded.get(stem.casefold()) or (self._folded.get(first) if number.isdecimal() else None)
 
     def _unchanged(self, questions: list[str]) -> list[Entry]:
         """The earlier entries that are still true, and those that are all there whose inputs cannot be read now."""
@@ -229,7 +254,8 @@ class Record:
 
     def _is_in_the_way(self, entry: Entry) -> bool:
         """Whether one of its further masks is called as another frame is, which was not among the inputs then."""
-        stems = (os.path.splitext(file.partition("/")[2])[0].casefold() for file in _listed(entry))
+        masks = (file for file in _listed(entry) if file.startswith(f"{MASKS}/"))
+        stems = (os.path.splitext(file.partition("/")[2])[0].casefold() for file in masks)
         return any(self._folded.get(stem, entry.name) != entry.name for stem in stems)
 
     def _holds(self, entry: Entry, inputs: Callable[[Path], str]) -> bool:
@@ -259,6 +285,25 @@ class Record:
         for path in (self.folder / CINES).glob("*.tif"):
             first, _, number = path.stem.rpartition("_")
             if path.stem in cines or (first in cines and number.isdecimal()):
+                path.unlink()
+
+    def _copy_previews(self) -> list[str]:
+        """Copy the previews of kept entries to today's study codes, if the key is another one; returns the files with the old codes."""
+        copied = []
+        for entry in self._kept.values():
+            now = preview_file(self._frames[entry.name].code)
+            for file in _listed(entry):
+                if file.startswith(f"{PREVIEWS}/") and file != now:
+                    with replacing(self.folder / now) as temporary:
+                        shutil.copyfile(self.folder / file, temporary)
+                    copied.append(file)
+        return copied
+
+    def _remove_previews_of_other_keys(self) -> None:
+        """Remove the previews of frames that were in progress when a run with another key was killed: no entry lists them."""
+        listed = {preview_file(self._frames[name].code) for name in self._places}
+        for path in (self.folder / PREVIEWS).glob("*.jpg"):
+            if _CODE.fullmatch(path.stem) and f"{PREVIEWS}/{path.name}" not in listed:
                 path.unlink()
 
     def _remove_leftovers(self) -> None:

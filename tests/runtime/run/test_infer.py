@@ -257,8 +257,9 @@ def test_an_interrupted_run_leaves_whole_results_and_nothing_else(
     assert done == [name for name in names if name in done]
     assert call - streams <= len(done) < 8
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == set(done)
-    for kind in ("overlays", "previews"):
-        assert {path.stem for path in (tmp_path / "out" / kind).iterdir()} == {Path(name).stem for name in done}
+    stems = {Path(name).stem for name in done}
+    assert {path.stem for path in (tmp_path / "out" / "overlays").iterdir()} == stems
+    assert {path.stem for path in (tmp_path / "out" / "previews").iterdir()} == {CODES.code(stem) for stem in stems}
     assert not (tmp_path / "out" / "run.json").exists()
 
 

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from tests.support.disks import SmallDisk
-from tests.support.frames import make_frame, placed
+from tests.support.frames import CODES, make_frame, placed, preview
 from tests.support.journals import QUESTIONS, S, box_mask, content, do, files, look, opened, result_with, run
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import Frame, input_sha256
+from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.results.reader import JOURNAL_FILE, read_results
 from vessel_rt.results.writer import FrameWriter, failure
 from vessel_rt.run.earlier import read_earlier
@@ -85,10 +86,12 @@ def test_a_frame_is_done_again_when_anything_of_it_changed(abc: list[Frame], tmp
         case "overlay":
             (out / "overlays" / "b.jpg").write_bytes(b"")
     assert run(out, abc) == ["b"]
-    assert {name for name in files(out) if Path(name).stem.startswith("b") and not name.endswith(".changed")} == {
+    assert {
+        name for name in files(out) if Path(name).stem.partition("_")[0] in ("b", CODES.code("b")) and not name.endswith(".changed")
+    } == {
         "masks/b.png",
         "overlays/b.jpg",
-        "previews/b.jpg",
+        preview("b"),
     }
     kept = {path.name: path.read_bytes() for path in out.rglob("*.changed")}
     assert kept == ({"b_1.png.changed": b"drawn anew by hand"} if change == "mask" else {})
@@ -103,7 +106,7 @@ def test_other_settings_or_other_inputs_need_overwrite(abc: list[Frame], tmp_pat
         run(tmp_path / "out", abc[:1])
     assert content(tmp_path / "out") == before
     assert run(tmp_path / "out", placed(abc[0].path), settings="others", overwrite=True) == ["a"]
-    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", "previews/a.jpg", "results.jsonl", "timings.jsonl"}
+    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", preview("a"), "results.jsonl", "timings.jsonl"}
 
 
 def test_a_folder_with_something_else_in_it_needs_overwrite(abc: list[Frame], tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(abc: list[Frame], t
     for path in foreign:
         path.write_text("mine")
     run(out, placed(abc[2].path), overwrite=True)
-    ours = {"masks/c.png", "overlays/c.jpg", "previews/c.jpg", "results.jsonl", "timings.jsonl"}
+    ours = {"masks/c.png", "overlays/c.jpg", preview("c"), "results.jsonl", "timings.jsonl"}
     assert files(out) == ours | {path.relative_to(out).as_posix() for path in foreign}
     assert {path.read_text() for path in foreign} == {"mine"}
 
@@ -178,7 +181,7 @@ def test_whatever_ends_a_run_what_is_done_is_listed_and_nothing_else_is_there(ab
         writer = FrameWriter(tmp_path / "out", ["a", "b", "c"], S)
         writer.write(abc[1], "0", make_frame(), [result_with(box_mask(0, 0, 1, 1))])
         raise KeyboardInterrupt
-    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", "previews/a.jpg", "results.jsonl", "timings.jsonl"}
+    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", preview("a"), "results.jsonl", "timings.jsonl"}
     assert [line["image"] for line in read_results(tmp_path / "out")] == ["a.jpg"]
 
 
@@ -544,3 +547,56 @@ def test_an_empty_mask_is_no_result_of_an_input_that_cannot_be_read(abc: list[Fr
     abc[1].path.unlink()
     with opened(tmp_path / "out", abc) as record:
         assert "b" not in [entry.name for entry in record.kept]
+
+
+def _recoded(frames: Sequence[Frame]) -> list[Frame]:
+    """The frames under another key of study codes."""
+    codes = StudyCodes(b"another key")
+    return [dataclasses.replace(frame, code=codes.code(frame.path.stem)) for frame in frames]
+
+
+def test_previews_follow_the_key_of_study_codes(abc: list[Frame], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(out, abc[:2])
+    assert run(out, _recoded(abc)) == ["c"]
+    run(tmp_path / "once", _recoded(abc))
+    assert content(out) == content(tmp_path / "once")
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_run_that_was_killed_goes_on_with_another_key(abc: list[Frame], tmp_path: Path, done: int) -> None:
+    out = tmp_path / "out"
+    _killed(out, abc, done)
+    (out / preview("c")).write_bytes(b"begun")
+    run(out, _recoded(abc))
+    run(tmp_path / "once", _recoded(abc))
+    assert content(out) == content(tmp_path / "once")
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "results.jsonl"])
+def test_a_run_that_is_killed_while_it_changes_study_codes_is_no_obstacle(
+    abc: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Before the journal is written, and before what it replaces is removed."""
+    out = tmp_path / "out"
+    run(out, abc)
+    replace, unlink = os.replace, Path.unlink
+
+    def killed_replace(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def killed_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_replace)
+        patch.setattr(Path, "unlink", killed_unlink)
+        with pytest.raises(KeyboardInterrupt), opened(out, _recoded(abc)) as record:
+            record.__enter__()
+    assert run(out, _recoded(abc)) == []
+    run(tmp_path / "once", _recoded(abc))
+    assert content(out) == content(tmp_path / "once")
