@@ -181,7 +181,7 @@ def test_without_memory_for_a_batch_smaller_ones_go_on(
     assert (summary.images, summary.failed, summary.least_batch) == (12, 1, 2)
     assert results(tmp_path / "batch") == results(one_by_one / "single")
     assert json.loads((tmp_path / "batch" / "run.json").read_text())["batch"] == {"streams": 1, "at_first": 8, "least": 2}
-    assert "no memory for 8 images at once, going on with 4" in capsys.readouterr().err
+    assert "no memory for 8 images at once, continuing with 4" in capsys.readouterr().err
 
 
 def test_one_image_that_fails_does_not_take_its_batch_along(standin: Bundle, frames: Path, tmp_path: Path) -> None:
