@@ -158,6 +158,11 @@ def _resume() -> str:
             "kills, and frames done after the first and the last",
             f"{found['kills']}, {found['done_after_each'][0]} and {found['done_after_each'][-1]}",
         ],
+        [
+            "syncs to the disk without kills, and their share of the run's time (bound: 2 %)",
+            f"{found['syncs']}, {found['syncs_share_of_time']:.2%}",
+        ],
+        ["report.html", f"{found['report_bytes'] / 1e6:.1f} MB"],
         ["files compared, without those with times", found["files_compared"]],
         ["files that differ", found["files_that_differ"]],
     ]

@@ -3,8 +3,8 @@
     python -m benchmarks.resume [--bundle DIR] [--images N] [--kills N] [--seed S]
 
 Each kill happens at a random moment: while the run loads, checks finished frames, works, or ends. The final output must be byte-identical
-to that of the uninterrupted run, except for files with times (run.json, timings.jsonl and report.html). The last line is JSON. The exit
-code is 1 if a file differs.
+to that of the uninterrupted run, except for files with times (run.json, timings.jsonl and report.html). The uninterrupted run also
+counts how often, and how long, it waits until files are on the disk. The last line is JSON. The exit code is 1 if a file differs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,21 @@ from benchmarks.measure import publish, square_frames
 
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
 _SIDE = 512  # pixels: one tile
+# vessel-rt, with the count and the seconds of its syncs written to the file that the first argument names. Worker processes do not sync.
+_COUNTING = """
+import json, os, sys, time
+from vessel_rt.cli.program import main
+fsync, seconds = os.fsync, []
+def timed(descriptor):
+    began = time.perf_counter()
+    fsync(descriptor)
+    seconds.append(time.perf_counter() - began)
+os.fsync = timed
+code = main(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    json.dump({"count": len(seconds), "seconds": sum(seconds)}, file)
+sys.exit(code)
+"""
 _WITH_TIMES = {"run.json", "timings.jsonl", "report.html"}
 
 
@@ -43,11 +58,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         square_frames(arguments.frames, folder / "frames", _SIDE, arguments.images)
-        command = [_SCRIPT, "infer", folder / "frames", "--bundle", arguments.bundle, "--devices", arguments.devices, "-q", "-o"]
+        command = ["infer", folder / "frames", "--bundle", arguments.bundle, "--devices", arguments.devices, "-q", "-o"]
         clean, killed = [[str(part) for part in [*command, folder / out]] for out in ("clean", "killed")]
+        clean, killed = [sys.executable, "-c", _COUNTING, str(folder / "syncs.json"), *clean], [str(_SCRIPT), *killed]
         began = time.perf_counter()
         subprocess.run(clean, check=True, stdout=sys.stderr)
         seconds = time.perf_counter() - began
+        syncs = json.loads((folder / "syncs.json").read_text(encoding="utf-8"))
+        report_bytes = (folder / "clean" / "report.html").stat().st_size
         took = json.loads((folder / "clean" / "run.json").read_text(encoding="utf-8"))["seconds"]
         done = [0]
         for left in tqdm(range(arguments.kills, 0, -1), desc="killed", unit="time", disable=None):
@@ -66,6 +84,9 @@ def main() -> int:
         "done_after_each": done[1:],
         "seconds_uninterrupted": round(seconds, 1),
         "seconds_after_last_kill": round(last, 1),
+        "syncs": syncs["count"],
+        "syncs_share_of_time": round(syncs["seconds"] / seconds, 5),
+        "report_bytes": report_bytes,
         "files_compared": files,
         "files_that_differ": differing,
     }

@@ -13,6 +13,11 @@ from vessel_rt.inputs.pseudonyms import StudyCodes
 CODES = StudyCodes(bytes(32))
 
 
+def preview(name: str) -> str:
+    """The preview of a frame of this name in an output folder."""
+    return f"previews/{CODES.code(name)}.jpg"
+
+
 def make_frame(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
     """A bright field with a dark bar across it, and noise."""
     pixels = np.random.default_rng(seed).integers(150, 220, (height, width, 3), dtype=np.uint8)

@@ -66,6 +66,15 @@ await page.evaluate(() => { document.activeElement.blur(); scrollTo(0, document.
 await settle(page);
 found.thumbnailsAtTheEnd = await drawn();
 found.lastIsDrawn = await page.$$eval(".card canvas", (all) => all.length === 0 || all.at(-1).width > 0);
+// Which of these show a picture from a file: reading such a canvas is not allowed.
+found.fromFiles = await page.$$eval(".card canvas", (all) => all.filter((canvas) => canvas.width > 0).map((canvas) => {
+  try {
+    canvas.getContext("2d").getImageData(0, 0, 1, 1);
+    return [canvas.frame.label, false];
+  } catch {
+    return [canvas.frame.label, true];
+  }
+}));
 await page.evaluate(() => scrollTo(0, 0));
 await settle(page);
 

@@ -222,12 +222,16 @@ def _remember_file(file: InputFile, code: str, naming: Naming) -> None:
 
 
 def _check_distinct(files: Sequence[InputFile], naming: Naming) -> None:
-    """Refuse two files whose outputs would have the same name.
+    """Refuse two files whose outputs would have the same name, or that have the same study code.
 
     Names are compared without case: a folder that is copied to Windows or macOS loses one of `A.png` and `a.png`.
     """
     seen: dict[str, InputFile] = {}
+    coded: dict[str, InputFile] = {}
     for file in files:
+        other = coded.setdefault(naming.codes.code(file.stem), file)
+        if other.stem.casefold() != file.stem.casefold():
+            raise VesselError(f"{other.place} and {file.place}: two files of one study code; give another key with --key")
         other = seen.setdefault(naming.output_name(file.stem).casefold(), file)
         if other is not file:
             one, two = (printable(str(found.path)) if naming.show_names else found.place for found in (other, file))

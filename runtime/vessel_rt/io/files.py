@@ -18,7 +18,9 @@ from typing import BinaryIO
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["is_temporary", "missing_part", "open_regular", "read_regular", "replacing", "require_regular", "writing"]
+__all__ = ["is_temporary", "missing_part", "open_regular", "read_regular", "replacing", "require_regular", "sync", "writing"]
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of some network file systems
 
 _TEMPORARY = re.compile(r"\.\d+-\d+\.tmp")
 
@@ -100,17 +102,41 @@ def _size(limit: int) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """A temporary path next to `path` to write to. It is renamed to `path` if the block succeeds, and removed if not.
+
+    With `sync` the content is on the disk before the rename, and the rename before the block ends: after a power failure `path` is the old
+    file or the new one, and it is the new one if the block had ended.
 
     Raises OSError if the file cannot be written; see `writing`.
     """
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.tmp")  # short: the name itself may be as long as names can be
     try:
         yield temporary
+        if sync:
+            _sync_path(temporary, os.O_RDWR)  # Windows refuses a descriptor that is only for reading
         os.replace(temporary, path)
+        if sync and os.name == "posix":
+            _sync_path(path.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until the content of an open file is on the disk, where the file system offers that. Raises OSError."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _CANNOT_SYNC:
+            raise
+
+
+def _sync_path(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_temporary(path: Path) -> bool:

@@ -1,4 +1,7 @@
-"""The masks of a multi-frame file in one file: cines/<stem>.tif, a page for each frame that was run."""
+"""The masks of a multi-frame file in one TIFF: cines/<stem>.tif, one page per processed frame.
+
+Does not know how the masks were made; it reads them from the output folder.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ __all__ = ["write_cines"]
 
 
 def write_cines(output: Path) -> None:
-    """Write a TIFF for each cine of the run in `output`, and one more (`<stem>_1.tif`, ...) for each further mask of its answers.
+    """Write a TIFF for each cine of the run in `output`, and another (`<stem>_1.tif`, ...) for each further mask of its answers.
 
-    Pages follow the frames. A frame whose answer gave no mask has an empty page; a cine of which a frame failed has no TIFF, since its
-    pages would not be its frames. Raises VesselError.
+    The pages are in the order of the frames. A frame without a mask has an empty page. A cine with a failed frame has no TIFF, since its
+    pages would not match its frames. Raises VesselError.
     """
     cines: dict[str, dict[int, list[ResultLine]]] = defaultdict(dict)
     for lines in iter_frames(output):
@@ -44,7 +47,11 @@ def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Sequence[Re
     for question, mask in places:
         with writing(f"{output}: the TIFF of a cine"):
             (output / CINES).mkdir(exist_ok=True)
-            with replacing(output / CINES / f"{next(names)}.tif") as temporary, AppendingTiffWriter(temporary, new=True) as tiff:
+            # Synced: no entry has a hash of these files.
+            with (
+                replacing(output / CINES / f"{next(names)}.tif", sync=True) as temporary,
+                AppendingTiffWriter(temporary, new=True) as tiff,
+            ):
                 for page in _pages(output, frames, question, mask):  # one at a time: save(save_all=True) would hold all of them
                     page.save(tiff, format="TIFF", compression="tiff_adobe_deflate")
                     tiff.newFrame()
@@ -64,5 +71,5 @@ def _mask(output: Path, name: str, code: str) -> Image.Image:
     try:
         with open_regular(output / name) as file, Image.open(file, formats=("PNG",)) as page:
             return page.copy()
-    except Exception as e:  # a decoder given a file that somebody has changed may raise anything
-        raise VesselError(f"{output}: a mask of {code} cannot be read for the TIFF of its cine; give the same command again") from e
+    except Exception as e:  # a decoder may raise anything if the file was changed
+        raise VesselError(f"{output}: a mask of {code} cannot be read for the TIFF of its cine; repeat the command") from e

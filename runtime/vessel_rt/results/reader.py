@@ -99,7 +99,8 @@ def iter_timings(output: Path) -> Iterator[list[TimingLine]]:
 def iter_lines(path: Path, *checks: Callable[[Any], Any], cut_short: bool = False) -> Iterator[Any]:
     """The lines of a JSON Lines file, one after the other: each passes its check, the last of `checks` those that follow, too.
 
-    A byte order mark and empty lines, as editors make them, do not matter. With `cut_short` a last line without an end is left out.
+    A byte order mark and empty lines, as editors make them, do not matter. With `cut_short` the file ends before a line that has no end or
+    contains a zero byte.
 
     Raises:
         FormError: a line is not JSON, or not what its check takes; its number is named.
@@ -161,7 +162,7 @@ def _numbered(path: Path, checks: Sequence[Callable[[Any], Any]], cut_short: boo
     with _faults(path), open_regular(path) as file:
         left = deque(checks)
         for number, text in enumerate(file, start=1):
-            if cut_short and not text.endswith(b"\n"):
+            if cut_short and (not text.endswith(b"\n") or b"\0" in text):  # zeros: of blocks that a power failure left unwritten
                 return
             if text.strip():
                 try:

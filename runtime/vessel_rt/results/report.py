@@ -1,8 +1,9 @@
-"""report.html: a run to look at, in one file that needs nothing else.
+"""report.html: a page that shows a run and loads nothing from the network.
 
-Made of the output folder's files alone: the same files give the same bytes. The page is report.html beside this module; here it gets its
-data, as scripts that are no code: one of the `run`, and two for each frame, `facts`, which the page reads when it opens, and `shapes`,
-its picture and masks, which the page reads when it shows them.
+It is made from the files of the output folder alone, so the same files give the same bytes. The page itself is report.html next to this
+module. Here it gets its data as JSON scripts: one for the `run`, and two for each frame: `facts`, which the page reads when it opens, and
+`shapes`, the picture and masks, which it reads when it shows them. At most EMBEDDED pictures are in the page; the page loads the others
+from previews/ when it shows them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import base64
 import importlib.resources
 import io
 import json
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,20 +36,22 @@ from vessel_rt.results.reader import (
     read_run,
 )
 from vessel_rt.results.schema import PREVIEWS, ComparedMask, EvaluationFile, ResultLine, TimingLine
+from vessel_rt.results.writer import preview_file
 
-__all__ = ["write_report"]
+__all__ = ["EMBEDDED", "chosen", "write_report"]
+
+EMBEDDED = 300  # pictures in the page, at most
 
 _MARK = "<!-- DATA -->"
-# Bytes of all pictures together, a third more in base64: with the masks of a question, 2,000 frames stay under 60 MB, opened at once.
-_PICTURES = 30_000_000
+_PICTURES = 30_000_000  # bytes of all pictures in the page together, at most; a third more in base64
 _SMALLER = ((512, 65), (384, 65), (320, 60), (256, 55), (192, 50))  # longer side and JPEG quality, tried in turn
 
 
 def write_report(output: Path) -> Path:
     """Write report.html into a run's folder, finished or stopped, evaluated or not, and return its path.
 
-    Frames are shown by their study codes, by their names only where run.json has `show_names`. Previews are taken as they are; one that
-    takes more than its share of 30 MB is made smaller.
+    Frames are shown by their study codes, and by their names only if run.json has `show_names`. A picture in the page that exceeds its
+    share of 30 MB is made smaller.
 
     Raises:
         VesselError: a file of the run is missing or not in the form that this version writes, or the report cannot be written.
@@ -55,36 +59,72 @@ def write_report(output: Path) -> Path:
     before, after = importlib.resources.files("vessel_rt.results").joinpath("report.html").read_text(encoding="utf-8").split(_MARK)
     run = read_run(output) if (output / RUN_FILE).exists() else None
     evaluation = read_evaluation(output) if (output / EVALUATION_FILE).exists() else None
-    path, count = output / REPORT_FILE, _count(output)
-    show_names = run is not None and run["options"]["show_names"]
+    path, show_names = output / REPORT_FILE, run is not None and run["options"]["show_names"]
     truths = defaultdict(list)
     for truth in evaluation["images"] if evaluation is not None else ():
         truths[truth["index"]].append(truth)
-    with writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
+    scores = _scores(output, truths if evaluation is not None else None)
+    embedded = chosen(scores)
+    share = _PICTURES // max(1, len(embedded))
+    with writing(path), replacing(path, sync=True) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
         page.write(before)
         _write_data(page, "run", {"run": run, "evaluation": _summary(evaluation) if evaluation is not None else None})
-        for lines, timings in zip(iter_frames(output), iter_timings(output), strict=True):
-            drawn = truths[lines[0]["index"]]
-            _write_data(page, "facts", _facts(lines, timings, drawn, show_names))
-            _write_data(page, "shapes", _shapes(output, lines, drawn, _PICTURES // count))
+        for place, (lines, timings) in enumerate(zip(iter_frames(output), iter_timings(output), strict=True)):
+            of_frame = truths[lines[0]["index"]]
+            picture = _picture(output, lines[0], share) if place in embedded else _link(output, lines[0])
+            _write_data(page, "facts", _facts(lines, timings, of_frame, show_names) | {"linked": "file" in picture})
+            _write_data(page, "shapes", picture | _masks(output, lines, of_frame))
         page.write(after)
     return path
 
 
-def _count(output: Path) -> int:
-    """How many frames there are. Raises VesselError where results and timings are not of the same."""
-    results, timings = ([len(lines) for lines in found] for found in (iter_frames(output), iter_timings(output)))
-    if results != timings:
+def chosen(scores: Mapping[int, float]) -> frozenset[int]:
+    """The places of the frames whose pictures are in the page. `scores` has those of all frames with a picture, in order.
+
+    If these are too many, a third is for the lowest scores, a third for those around the median, and the rest is evenly spread.
+    """
+    if len(scores) <= EMBEDDED:
+        return frozenset(scores)
+    ranked, third = sorted(scores, key=lambda place: (scores[place], place)), EMBEDDED // 3
+    middle = max(0, sum(map(math.isfinite, scores.values())) - third) // 2
+    found = {*ranked[:third], *ranked[middle : middle + third]}
+    others, wanted = [place for place in scores if place not in found], EMBEDDED - len(found)
+    return frozenset(found | {others[number * len(others) // wanted] for number in range(wanted)})
+
+
+def _scores(output: Path, truths: Mapping[int, Sequence[ComparedMask]] | None) -> dict[int, float]:
+    """The score of each frame that did not fail, by its place: its lowest Dice, or, without an evaluation, its smallest mask area.
+
+    A frame without a mask has the lowest area, and one without a Dice the highest. Raises VesselError if results and timings are not of the
+    same frames.
+    """
+    scores, counts = {}, []
+    for place, lines in enumerate(iter_frames(output)):
+        counts.append(len(lines))
+        if lines[0]["error"] is None:
+            scores[place] = min(map(_area, lines)) if truths is None else _dice(truths.get(lines[0]["index"], ()))
+    if counts != [len(timings) for timings in iter_timings(output)]:
         raise FormError(f"{output / TIMINGS_FILE}: not of the same frames as {RESULTS_FILE}; give the run's command again to make it anew")
-    return len(results)
+    return scores
+
+
+def _area(line: ResultLine) -> float:
+    """The share of the image that the largest mask has, by which the page sorts."""
+    largest = max((mask["area"] for mask in line["masks"]), default=0)
+    return largest / ((line["width"] or 1) * (line["height"] or 1))
+
+
+def _dice(truths: Sequence[ComparedMask]) -> float:
+    values = [value for truth in truths if isinstance(value := truth.get("dice"), float | int)]
+    return min(values, default=math.inf)
 
 
 def _summary(evaluation: EvaluationFile) -> dict[str, Any]:
     return {"truth": evaluation["truth"], "metrics": evaluation["metrics"], "summary": evaluation["summary"]}
 
 
-def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], drawn: Sequence[ComparedMask], show_names: bool) -> dict[str, Any]:
-    """What is told of a frame. Only here may a name come in."""
+def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: Sequence[ComparedMask], show_names: bool) -> dict[str, Any]:
+    """What the page says about a frame. Names may appear only here."""
     first = lines[0]
     named = first["image"] if first["frame"] is None else f"{first['image']}, frame {first['frame']}"
     mask_keys = ("iou", "object_score", "area", *(["file"] if show_names else []))
@@ -103,36 +143,39 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], drawn: Se
             }
             for line in lines
         ],
-        "truths": [{key: value for key, value in truth.items() if key not in ("index", "truth_rle")} for truth in drawn],
+        "truths": [{key: value for key, value in truth.items() if key not in ("index", "truth_rle")} for truth in truths],
     }
 
 
 def _times(timings: Sequence[TimingLine]) -> dict[str, float]:
-    """Milliseconds of each step: those of all questions are in every line, but for the last step, which each question has of its own."""
+    """Milliseconds of each step. Every line has the steps that the questions share; only `upsample` is separate for each question."""
     times: dict[str, float] = dict(timings[0]["ms"])
     if "upsample" in times:
         times["upsample"] = round(sum(timing["ms"].get("upsample", 0) for timing in timings), 3)
     return times
 
 
-def _shapes(output: Path, lines: Sequence[ResultLine], drawn: Sequence[ComparedMask], share: int) -> dict[str, Any]:
-    """What is drawn of a frame: its picture, JPEG in base64, and masks as run lengths, in the order of the facts."""
+def _masks(output: Path, lines: Sequence[ResultLine], truths: Sequence[ComparedMask]) -> dict[str, Any]:
+    """The masks of a frame as run lengths, in the order of the facts."""
     for mask in [mask for line in lines for mask in line["masks"]]:
         mask_of(output / RESULTS_FILE, lines[0], mask["rle"])
-    for truth in drawn:
+    for truth in truths:
         mask_of(output / EVALUATION_FILE, lines[0], truth["truth_rle"])
-    return {
-        "picture": base64.b64encode(_picture(output, lines[0], share)).decode("ascii"),
-        "masks": [[mask["rle"] for mask in line["masks"]] for line in lines],
-        "truths": [truth["truth_rle"] for truth in drawn],
-    }
+    return {"masks": [[mask["rle"] for mask in line["masks"]] for line in lines], "truths": [truth["truth_rle"] for truth in truths]}
 
 
-def _picture(output: Path, line: ResultLine, share: int) -> bytes:
-    """A frame's preview, made smaller until it takes no more than `share` bytes; empty where there is none, as of a frame that failed."""
-    path = output / PREVIEWS / f"{line['name']}.jpg"
-    if not path.is_file():
-        return b""
+def _link(output: Path, line: ResultLine) -> dict[str, Any]:
+    """The name of a frame's preview in the output folder, if it has one."""
+    file = preview_file(line["code"])
+    return {"picture": "", "file": file} if file in line["files"] and (output / file).is_file() else {"picture": ""}
+
+
+def _picture(output: Path, line: ResultLine, share: int) -> dict[str, Any]:
+    """A frame's preview, JPEG in base64, made smaller until it takes at most `share` bytes; empty if it has none."""
+    name = preview_file(line["code"])
+    path = output / name
+    if name not in line["files"] or not path.is_file():
+        return {"picture": ""}
     try:
         with open_regular(path) as file:
             content = file.read()
@@ -144,12 +187,12 @@ def _picture(output: Path, line: ResultLine, share: int) -> bytes:
                 buffer = io.BytesIO()
                 preview.save(buffer, "JPEG", quality=quality)
                 content = buffer.getvalue()
-    except Exception as e:  # a decoder given a file that somebody has changed may raise anything
+    except Exception as e:  # a decoder may raise anything if the file was changed
         raise VesselError(f"{output / PREVIEWS}: the picture of {line['code']} cannot be read; run it again") from e
-    return content
+    return {"picture": base64.b64encode(content).decode("ascii")}
 
 
 def _write_data(page: IO[str], kind: str, content: dict[str, Any]) -> None:
-    """As a script that is no code; `<` is escaped, so that no text in it can end the script."""
+    """Write a JSON script; `<` is escaped, so that no text in it can end the script."""
     text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     page.write(f'<script type="application/json" data-of="{kind}">{text}</script>\n')

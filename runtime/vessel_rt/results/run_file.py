@@ -18,5 +18,5 @@ __all__ = ["write_run"]
 def write_run(output: Path, run: RunFile) -> None:
     """Write run.json into an output folder. Raises VesselError."""
     path = output / RUN_FILE
-    with writing(path), replacing(path) as temporary:
+    with writing(path), replacing(path, sync=True) as temporary:
         temporary.write_text(json.dumps(run, indent=1) + "\n", encoding="ascii")

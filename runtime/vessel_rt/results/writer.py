@@ -1,6 +1,6 @@
-"""What a run leaves of each frame: its masks, an overlay, a preview, and its lines of results.jsonl and timings.jsonl.
+"""The outputs of each frame: masks, an overlay, a preview, and its lines of results.jsonl and timings.jsonl.
 
-Each file is whole or absent: it is written under a temporary name beside it and renamed.
+A file is written under a temporary name and renamed, so after a crash it is complete or absent. Does not know which frames a run has left.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ __all__ = [
     "is_blank",
     "mask_record",
     "numbered",
+    "preview_file",
     "result_line",
     "unknown_timing",
 ]
 
-_PREVIEW_SIDE = 512  # pixels: of the longer side, at most
-# Distinct from each other and from gray, for the eyes of most colour-blind people too.
+_PREVIEW_SIDE = 512  # pixels of the longer side, at most
+# Distinct from each other and from gray, also for most colour-blind people.
 _COLOURS = ((255, 82, 82), (64, 196, 255), (255, 214, 64), (105, 240, 174), (224, 130, 255), (255, 158, 64))
-_TINT = 0.45  # the share of the mask's colour inside it; its outline is all colour
+_IOU_DIGITS, _SCORE_DIGITS = 3, 2  # after the point: further ones depend on the batch (docs/numerics.md)
+_TINT = 0.45  # opacity of a mask's colour inside it; the outline is opaque
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What became of one frame: a line for each question, in results.jsonl (alike in every run) and in timings.jsonl (not so)."""
+    """The result of one frame: its lines of results.jsonl (the same in every run) and of timings.jsonl, one per question each."""
 
     name: str
     lines: list[ResultLine]
@@ -67,28 +69,28 @@ class Made(TypedDict):
 
 
 class FrameWriter:
-    """Writes what comes of frames into a run's folder, from any thread or process.
+    """Writes the results of frames to a run's folder, from any thread or process.
 
-    Masks are `masks/<name>.png`, then `<name>_1.png`, `<name>_2.png`; a number that would be another frame's name is passed over.
+    Masks are `masks/<name>.png`, then `<name>_1.png`, `<name>_2.png`; a number that would give the name of another frame is skipped.
 
     Args:
         folder: with masks/, overlays/ and previews/ in it.
-        names: of all frames of the run, those of other shards, too.
-        settings: what a line says of the settings that it was made with.
+        names: of all frames of the run, including other shards.
+        settings: the hash of the settings, for every line.
     """
 
     def __init__(self, folder: Path, names: Collection[str], settings: str) -> None:
         self._folder, self._names, self._settings = folder, frozenset(name.casefold() for name in names), settings
 
     def absolute(self) -> FrameWriter:
-        """The same, for a process with another current folder."""
+        """A copy for a process with another current folder."""
         return FrameWriter(self._folder.absolute(), self._names, self._settings)
 
     def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result]) -> Entry:
-        """Write one frame's files, whose input has this hash; if that is cut short, none of them stays.
+        """Write the files of a frame whose input has the hash `sha256`. After an error none of them is left.
 
         Raises:
-            ImageError: the frame's name is too long for the names of its results.
+            ImageError: the frame's name is too long for its output files.
             VesselError: a file cannot be written.
         """
         names = (f"{MASKS}/{name}.png" for name in numbered(frame.name, self._names))
@@ -101,7 +103,7 @@ class FrameWriter:
                     name: self._save(name, picture, written, format="JPEG", quality=quality, subsampling=0)
                     for name, picture, quality in (
                         (f"{OVERLAYS}/{frame.name}.jpg", draw_overlay(image, masks), 92),
-                        (f"{PREVIEWS}/{frame.name}.jpg", _preview(image), 80),
+                        (preview_file(frame.code), _preview(image), 80),
                     )
                 }
         except BaseException:
@@ -125,7 +127,7 @@ class FrameWriter:
         return mask_record(mask, name)
 
     def _save(self, name: str, image: Image.Image, written: dict[str, str], **how: Any) -> str:
-        """Write an image file, put its SHA-256 into `written`, and return it."""
+        """Write an image file, add its SHA-256 to `written`, and return it."""
         buffer = io.BytesIO()
         image.save(buffer, **how)
         try:
@@ -133,7 +135,7 @@ class FrameWriter:
                 temporary.write_bytes(buffer.getbuffer())
         except OSError as e:
             if e.errno == errno.ENAMETOOLONG:
-                raise ImageError("its name is too long for the names of its results; shorten it, or take --pseudonymize") from e
+                raise ImageError("its name is too long for the names of its results; shorten it, or use --pseudonymize") from e
             raise
         written[name] = hashlib.sha256(buffer.getbuffer()).hexdigest()
         return written[name]
@@ -146,8 +148,13 @@ def failure(frame: Frame, questions: Sequence[str], error: str, settings: str) -
     return Entry(frame.name, lines, [unknown_timing(line) for line in lines])
 
 
+def preview_file(code: str) -> str:
+    """The name of a frame's preview, by its study code: report.html links it, and shows no other name."""
+    return f"{PREVIEWS}/{code}.jpg"
+
+
 def numbered(name: str, taken: Collection[str]) -> Iterator[str]:
-    """`name`, `name_1`, `name_2` ... without those, but for the first, that are among `taken`, which are caseless."""
+    """`name`, `name_1`, `name_2` ...; after the first, names in `taken` (in lower case) are skipped."""
     yield name
     yield from (other for number in itertools.count(1) if (other := f"{name}_{number}").casefold() not in taken)
 
@@ -156,8 +163,8 @@ def mask_record(mask: Mask, file: str) -> MaskRecord:
     """A mask in a line of results.jsonl."""
     return {
         "file": file,
-        "iou": round(mask.iou, 6),
-        "object_score": round(mask.object_score, 6),
+        "iou": round(mask.iou, _IOU_DIGITS),
+        "object_score": round(mask.object_score, _SCORE_DIGITS),
         "area": mask.area,
         "box": mask.box,
         "rle": encode_rle(mask.pixels),
@@ -178,7 +185,7 @@ def result_line(
     made: Made,
     error: str | None = None,
 ) -> ResultLine:
-    """A line of results.jsonl, which has the same keys whatever came of the frame."""
+    """A line of results.jsonl. Its keys are the same for every frame, failed or not."""
     return {
         "schema": SCHEMA,
         "index": frame.index,
@@ -199,7 +206,7 @@ def result_line(
 
 
 def unknown_timing(line: ResultLine) -> TimingLine:
-    """The line of timings.jsonl for a line of results.jsonl of which no times are known."""
+    """The line of timings.jsonl for a line of results.jsonl whose times are not known."""
     return {
         "schema": SCHEMA,
         "index": line["index"],
@@ -226,7 +233,7 @@ def _timing(line: ResultLine, result: Result) -> TimingLine:
 
 
 def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> Image.Image:
-    """The image with each mask [height, width] tinted and outlined in a colour of its own."""
+    """The image, with each mask [height, width] tinted and outlined in its own colour."""
     overlay = image.convert("RGB")
     for mask, colour in zip(masks, itertools.cycle(_COLOURS), strict=False):
         tinted = Image.blend(overlay, Image.new("RGB", overlay.size, colour), _TINT)
@@ -236,19 +243,19 @@ def draw_overlay(image: Image.Image, masks: Sequence[npt.NDArray[np.bool_]]) -> 
 
 
 def _preview(image: Image.Image) -> Image.Image:
-    """The image, not larger than the report shows it."""
+    """The image at the size of the report's pictures, or smaller."""
     preview = image.copy()
     preview.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE), Image.Resampling.BILINEAR)
     return preview
 
 
 def _stencil(mask: npt.NDArray[np.bool_]) -> Image.Image:
-    """`mask` as Pillow takes it: 255 and 0."""
+    """`mask` as a Pillow image of 255 and 0."""
     return Image.fromarray(mask.view(np.uint8) * np.uint8(255))
 
 
 def is_blank(folder: Path) -> bool:
-    """Whether a folder has nothing in it but what a command leaves that is killed before it writes its first file."""
+    """Whether a folder is empty, except for what a command leaves if it is killed before its first file."""
     return all(
         is_temporary(path) or (path.name in (MASKS, OVERLAYS, PREVIEWS, CINES) and path.is_dir() and not any(path.iterdir()))
         for path in folder.iterdir()

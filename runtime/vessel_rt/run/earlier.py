@@ -1,4 +1,7 @@
-"""What earlier runs have left in an output folder: the frames that they did, and those that one had begun when it was cut short."""
+"""What an output folder holds of earlier runs: finished frames, and those that were in progress when a run was killed.
+
+Does not know the frames of the new run.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,14 @@ from vessel_rt.results.writer import Entry, unknown_timing
 
 __all__ = ["DERIVED", "Earlier", "read_earlier"]
 
-DERIVED = (RUN_FILE, REPORT_FILE, EVALUATION_FILE, METRICS_FILE, MEANS_FILE)  # tell of all results together: stale once there are others
+DERIVED = (RUN_FILE, REPORT_FILE, EVALUATION_FILE, METRICS_FILE, MEANS_FILE)  # made from all results, so out of date when one changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """`entries` by the frames' names; `planned` are the names of a run that was cut short; `warnings` say what was lost of it all.
+    """`entries` by frame name; `planned`, the names of all frames of a run that was killed; `warnings` about what was lost.
 
-    `found` tells whether a run was ever here.
+    `found`: whether there are results of any run.
     """
 
     entries: dict[str, Entry] = dataclasses.field(default_factory=dict)
@@ -44,7 +47,7 @@ class Earlier:
     found: bool = False
 
     def cines(self) -> dict[str, list[int]]:
-        """The numbers of the frames that were done of each multi-frame file, by the name of its outputs, sorted."""
+        """The numbers of the finished frames of each multi-frame file, sorted, by the name of its outputs."""
         numbers = defaultdict(list)
         for name, entry in self.entries.items():
             number = entry.lines[0]["frame"]
@@ -54,11 +57,11 @@ class Earlier:
 
 
 def read_earlier(folder: Path) -> Earlier:
-    """What is in `folder`, which this process has locked.
+    """Read `folder`, which this process has locked.
 
     Raises:
-        VesselError: a file that a run would read or replace cannot be read, is edited, damaged or of another version, or is not a regular
-            file. It is left as it is.
+        VesselError: a file that a run would read or replace cannot be read, was edited or damaged, is of another version, or is not a
+            regular file. It is left as it is.
     """
     for name in (JOURNAL_FILE, RESULTS_FILE, TIMINGS_FILE, *DERIVED):
         path = folder / name
@@ -70,11 +73,11 @@ def read_earlier(folder: Path) -> Earlier:
 
 
 def _from_journal(path: Path) -> Earlier:
-    """Of a run that was killed: maybe in the middle of the last line."""
+    """Read the journal of a run that was killed, perhaps in the middle of a line."""
     lines = iter_lines(path, check_planned, check_entry, cut_short=True)
     first = next(lines, None)
     if first is None:
-        raise FormError(f"{path}: empty, so nothing tells what was done here; choose another output folder with -o")
+        raise FormError(f"{path}: empty, so the finished frames of this folder are not known; choose another output folder with -o")
     return Earlier({line["name"]: Entry(**line) for line in lines}, frozenset(first["planned"]), found=True)
 
 
@@ -84,13 +87,16 @@ def _from_results(folder: Path) -> Earlier:
     try:
         timings = _timings(folder, frames)
     except FormError as e:
-        timings, warnings = [[unknown_timing(line) for line in lines] for lines in frames], (f"{e}; the times of what is done are lost",)
+        timings, warnings = (
+            [[unknown_timing(line) for line in lines] for lines in frames],
+            (f"{e}; the times of the finished frames are lost",),
+        )
     entries = (Entry(lines[0]["name"], lines, times) for lines, times in zip(frames, timings, strict=True))
     return Earlier({entry.name: entry for entry in entries}, warnings=warnings, found=True)
 
 
 def _timings(folder: Path, frames: list[list[ResultLine]]) -> list[list[TimingLine]]:
-    """Those of the frames. Raises FormError where there are none that agree."""
+    """The timings of `frames`. Raises FormError if they are missing or of other frames."""
     path = folder / TIMINGS_FILE
     if not path.exists():
         raise FormError(f"{path}: missing")

@@ -32,7 +32,7 @@ class FrameQueue:
     def take(self, round_size: int) -> list[Frame]:
         """The next share of a worker with rounds of `round_size` frames; the worker calls `done` afterwards. Empty when all is done.
 
-        Waits while nothing is left but shares of other workers, whose frames may come back.
+        Waits while other workers have the last frames, which may come back.
         """
         with self._changed:
             while not self._stop.is_set():
@@ -45,7 +45,7 @@ class FrameQueue:
             return []
 
     def lose(self, frames: Iterable[Frame]) -> list[Frame]:
-        """Note that a process died with these frames in work. They are tried again, each alone; those lost before are returned instead."""
+        """Note that a process died that had these frames. They are tried again, each alone; those lost before are returned instead."""
         frames = list(frames)
         again = [frame for frame in frames if frame.name in self._lost]
         with self._changed:

@@ -1,6 +1,6 @@
-"""A run from its inputs to its output folder: what is left to do, who does it, and what is written at the end.
+"""A run from its inputs to its output folder: which frames are left, which workers run them, and what is written at the end.
 
-Does not know how a frame is segmented, nor what is printed after the run.
+Does not know how a frame is segmented or what is printed after the run.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _Workers: TypeAlias = Worker | ProcessPool | RayPool
 
 @dataclasses.dataclass(frozen=True)
 class InferOptions:
-    """What `infer` has to do.
+    """The options of `infer`.
 
-    `inputs` are files, folders and globs; `selection` chooses their frames; every question of `work` is asked about each. There is a
-    process for each of several `devices`, or an actor of the Ray cluster at `ray`. `overwrite` starts again, `prune` removes the results of
-    frames that are no longer among the inputs. `fail_fast` ends the run at the first frame that fails. `quiet` prints nothing but errors,
-    `verbose` a line for each frame.
+    `inputs` are files, folders and globs; `selection` chooses their frames; every question of `work` is asked about each frame.
+    Several `devices` run in a process each, or as actors of the Ray cluster at `ray`. `overwrite` starts again, `prune` removes the
+    results of frames that are no longer among the inputs. `fail_fast` ends the run at the first frame that fails. `quiet` prints only
+    errors, `verbose` prints a line for each frame.
     """
 
     inputs: tuple[str, ...]
@@ -151,7 +151,7 @@ def _summary_of(record: Record, frames: Sequence[Frame], in_all_shards: int, say
     summary.kept, summary.unread = summary.images, len(record.unread)
     for frame in frames:
         if frame.name in record.unread:
-            say(f"error: {frame.shown}: {record.unread[frame.name]}; its results of an earlier run are kept")
+            say(f"error: {frame.shown}: {record.unread[frame.name]}; the results of an earlier run are kept")
     return summary
 
 

@@ -1,7 +1,7 @@
-"""Images through a Segmenter, in order. Does not know where they come from, nor where results go.
+"""Runs images through a Segmenter, in order. Does not know where the images come from or where the results go.
 
-Three things go on at once: a thread reads images and makes their pixels, a few ahead; others run batches of them through the graphs; one
-more makes the masks and finishes them, in order. What waits between them is bounded, so memory does not grow with the number of images.
+Three stages run at the same time: one thread reads and preprocesses images, a few ahead; others run batches through the graphs; one more
+makes the masks and finishes the images in order. The queues between them are bounded, so memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ __all__ = ["Picture", "Pipeline"]
 S = TypeVar("S")
 T = TypeVar("T")
 
-_READERS = 1  # threads: reading and resizing an image takes less time than its masks, and the first mask does not wait for more
+_READERS = 1  # threads: reading and resizing an image takes less time than its masks, and with one thread the first mask comes sooner
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """An image as it was read (RGB), and the SHA-256 of the file that it came from, if any."""
+    """An RGB image, and the SHA-256 of its file, if it has one."""
 
     image: Image.Image
     sha256: str | None
 
 
 class Pipeline(Generic[S, T]):
-    """Takes items of type S to results of type T.
+    """Turns items of type S into results of type T.
 
-    `least_batch` is the batch size now: it starts as `batch`, and is halved whenever the device runs out of memory.
+    `least_batch` is the current batch size: it starts as `batch` and is halved whenever the device runs out of memory.
 
     Args:
-        segmenter: what runs the batches.
+        segmenter: runs the batches.
         questions: each is asked about each image.
         read: reads an item. Raises ImageError.
-        finish: takes an item, its picture and its results, one for each question.
-        fail: takes an item, and the error why it has no results.
+        finish: makes the result of an item from its picture and one model result per question.
+        fail: makes the result of an item that failed with this error.
         streams: how many batches run at the same time.
         batch: how many images run at once.
-        stop: once it is set, no further item is begun.
-        say: told of what a user should know, a line at a time.
+        stop: once it is set, no further item is started.
+        say: called with lines for the user.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Pipeline(Generic[S, T]):
         self._lock = threading.Lock()
 
     def run(self, items: Iterable[S]) -> Iterator[T]:
-        """Take every item through. `items` is iterated by the caller's thread, some items ahead of the results."""
+        """Process every item. The caller's thread iterates over `items`, some items ahead of the results."""
         with ThreadPoolExecutor(1, "write") as writer, _pool(self._streams, "run") as runners, _pool(_READERS, "read") as readers:
             going = (item for item in items if not self._stop.is_set())
             read = _ahead(readers, self._prepared, going, self.least_batch * self._streams + _READERS)
@@ -92,7 +92,7 @@ class Pipeline(Generic[S, T]):
             return _Read(item, error=_bare(e))
 
     def _batches(self, read: Iterable[_Read[S]]) -> Iterator[list[_Read[S]]]:
-        """As many images as run together now; one that could not be read goes with them, for the order's sake."""
+        """Batches of the current size. Images that could not be read are extra, to keep the order."""
         batch: list[_Read[S]] = []
         for each in read:
             batch.append(each)
@@ -103,8 +103,8 @@ class Pipeline(Generic[S, T]):
             yield batch
 
     def _answered(self, batch: Sequence[_Read[S]]) -> list[tuple[_Read[S], list[Answer]]]:
-        """Each image with its answers. A batch that fails is run again in halves, down to the image that fails alone."""
-        if self._stop.is_set():  # what is only read is not in hand yet
+        """Each image with its answers. A batch that fails is run again in halves, down to the single image that fails."""
+        if self._stop.is_set():  # images that were only read are not started
             return []
         good = [each.pixels for each in batch if each.pixels]
         if len(good) <= self.least_batch:
@@ -115,9 +115,9 @@ class Pipeline(Generic[S, T]):
                 if len(good) == 1:
                     return [(dataclasses.replace(each, error=_bare(e), pixels=None) if each.pixels else each, []) for each in batch]
                 if isinstance(e, OutOfMemory):
-                    with self._lock:  # another stream may have come down further
+                    with self._lock:  # another stream may have reduced it further
                         self.least_batch = min(self.least_batch, len(good) // 2)
-                    self._say(f"warning: no memory for {len(good)} images at once, going on with {len(good) // 2}")
+                    self._say(f"warning: no memory for {len(good)} images at once, continuing with {len(good) // 2}")
         return self._answered(batch[: len(batch) // 2]) + self._answered(batch[len(batch) // 2 :])
 
     def _finished(self, answered: Sequence[tuple[_Read[S], Sequence[Answer]]]) -> list[T]:
@@ -133,7 +133,7 @@ class Pipeline(Generic[S, T]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Read(Generic[S]):
-    """An item on its way: read and prepared, or the error that came of it."""
+    """An item after the first stage: read and preprocessed, or its error."""
 
     item: S
     picture: Picture | None = None
@@ -143,19 +143,19 @@ class _Read(Generic[S]):
 
 
 def _bare(error: ImageError) -> ImageError:
-    """`error` without its traceback, which would keep alive what the failed call had in memory."""
+    """`error` without its traceback, which would keep the arrays of the failed call in memory."""
     return type(error)(str(error))
 
 
 def _spent(read: _Read[S]) -> _Read[S]:
-    """`read` without its pixels, of which a waiting one has megabytes."""
+    """`read` without its pixels, which would take megabytes while it waits."""
     return dataclasses.replace(read, pixels=read.pixels.spent()) if read.pixels else read
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], bound: int) -> Iterator[T]:
-    """`function` of each of `items`, in order, computed by `pool` while earlier ones are used; `bound` of them wait at most.
+    """Apply `function` to `items` in `pool`, and yield the results in order; at most `bound` of them wait.
 
-    Where `items` end by an error, what is begun comes out before it.
+    If `items` raises an error, the results of items that were started come before it.
     """
     waiting: deque[Future[T]] = deque()
     try:
@@ -173,7 +173,7 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable
 
 @contextmanager
 def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Threads for a block: what is in work when it ends is finished, and what is not begun, forgotten."""
+    """A pool for the block. When the block ends, calls in progress are finished and the others are cancelled."""
     pool = ThreadPoolExecutor(threads, name)
     try:
         yield pool

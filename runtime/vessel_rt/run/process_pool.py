@@ -1,7 +1,7 @@
-"""Several devices at work on one run: a process for each, which takes frames as it finishes others, and may die.
+"""Runs several devices: one process per device, which is restarted when it dies.
 
-A process has a whole device, loads the bundle itself and writes the files of its frames; entries come back to the parent, which keeps the
-journal. Does not know how a process is spoken to (worker_process.py), nor what it does with a frame (worker.py).
+A process loads the bundle itself and writes the files of its frames. It sends entries to the parent, which alone writes the journal. Does
+not know the protocol of a process (worker_process.py) or what it does with a frame (worker.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESTARTS = 3  # of a device's process without a finished frame in between; after
 
 
 class ProcessPool:
-    """A process for each of `jobs`; otherwise like a Worker. Entering loads them all, leaving ends them.
+    """A process for each of `jobs`, with the interface of a Worker. Entering loads all of them, leaving ends them.
 
     A process that dies, makes no progress (see Patience) or finds its device faulty is restarted. The frames that it was working on are
     tried once more, each alone, so that only a frame that kills the process fails. A device whose process ended more than RESTARTS times
@@ -106,7 +106,7 @@ class _Device:
 
     def __init__(self, job: Job, stop: threading.Event, say: Callable[[str], object], patience: Patience) -> None:
         self._job, self._stop, self._say, self._patience = job, stop, say, patience
-        self._suspects: list[Frame] = []  # each died alone with a process, for the second time; the device may still be the cause
+        self._suspects: list[Frame] = []  # each was alone in a process that died, for the second time; the device may still be the cause
         self._deaths = 0  # since the last finished frame
         self.fault: Died | None = None  # the last one
         self.process = self._started()
@@ -186,5 +186,5 @@ class _Device:
 
     def _blame_suspects(self, done: queue.SimpleQueue[Entry | BaseException | None]) -> None:
         for frame in self._suspects:
-            done.put(self._job.writer.failure(frame, self._job.options.questions, "the process that worked on it died, twice"))
+            done.put(self._job.writer.failure(frame, self._job.options.questions, "the process that worked on it died twice"))
         self._suspects.clear()

@@ -1,4 +1,4 @@
-"""The hosts of a Ray cluster at work on one run: Ray Data's `map_batches` over a pool of actors, each with a device and a bundle.
+"""Runs a Ray cluster: Ray Data's `map_batches` over a pool of actors, each with a device and a bundle.
 
 All hosts see the bundle, the inputs and the output folder under the same paths. Only numbers go through Ray's data: an actor gets the
 frames as an argument when it is created, and Ray does not log arguments. Does not know what a worker does with a frame.
@@ -53,7 +53,7 @@ def check_address(address: str) -> str:
 
 
 class RayPool:
-    """An actor for each of `jobs`, or, for GPUs, for each GPU of the cluster; otherwise like a Worker.
+    """An actor for each of `jobs`, or, for GPUs, for each GPU of the cluster; with the interface of a Worker.
 
     Args:
         jobs: equal except for their devices; an actor sees only its own GPU, as number 0.

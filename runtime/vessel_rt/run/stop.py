@@ -1,4 +1,4 @@
-"""The wish to stop a run, from SIGINT, SIGTERM or a failure. Does not know how a run stops."""
+"""The request to stop a run, from SIGINT, SIGTERM or a failure. Does not know how a run stops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Stop"]
 
 
 class Stop(threading.Event):
-    """Set when a run has to start no further frame; `signal` is the signal that caused it."""
+    """Set when a run must not start further frames; `signal` is the signal that caused this, if one did."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Stop(threading.Event):
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """In the block, SIGINT or SIGTERM sets it; the same signal again ends the process at once. Finished results are kept either way."""
+        """In the block, SIGINT and SIGTERM set it; the same signal again ends the process at once. Finished results are kept."""
         if threading.current_thread() is not threading.main_thread():  # no handler can be set here
             yield
             return

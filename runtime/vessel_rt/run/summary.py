@@ -1,4 +1,4 @@
-"""What a run did, in numbers: its counts, and the content of run.json. Does not know how the frames were run."""
+"""The counts of a run, and the content of run.json. Does not know how the frames were run."""
 
 from __future__ import annotations
 

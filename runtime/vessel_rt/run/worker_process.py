@@ -1,7 +1,7 @@
-"""A worker in a process of its own, which gets frames over a pipe and answers with entries, or is killed: both ends of the pipe.
+"""A worker in a separate process: both ends of the pipe. The process gets frames and answers with entries.
 
-The process is a plain child that gets pickles over its standard input, so neither a terminal's Ctrl-C nor an import of a user's script
-reaches it. When its parent is gone, its input ends, and it ends too. Does not know the other processes of a run.
+The process is a plain child that reads pickles from its standard input, so it is not affected by a terminal's Ctrl-C and does not import
+the user's script. When the parent is gone, its input ends and it exits. Does not know the other processes of a run.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class WorkerProcess:
             yield entry
 
     def close(self) -> None:
-        """End the process; what it still does is not needed."""
+        """End the process; anything it still does is discarded."""
         self._outbox.put(b"")
         if self._kill() is None:
             return  # it keeps its pipes, so the threads cannot end
@@ -168,9 +168,9 @@ class WorkerProcess:
     def _death(self) -> Died:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(timeout=1)
-        code = self._kill()  # if it is still there and only answers no more
+        code = self._kill()  # it may still run and only have closed its pipe
         if code is None:
-            return Died(f"the process of device {self._device} does not answer any more and cannot be killed", lasting=True)
+            return Died(f"the process of device {self._device} does not answer and cannot be killed", lasting=True)
         return Died(f"the process of device {self._device} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})")
 
     def _kill(self) -> int | None:

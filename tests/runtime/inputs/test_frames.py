@@ -106,6 +106,14 @@ def test_two_files_of_one_stem_in_a_folder_are_told_by_place(frames: Path) -> No
         found([str(frames)])
 
 
+def test_two_files_of_one_study_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vessel_rt.inputs.pseudonyms.CODE_DIGITS", 1)  # 16 codes
+    for number in range(17):
+        (tmp_path / f"{number}.png").write_bytes(b"")
+    with pytest.raises(VesselError, match=r"^input 1 of 1, file \d+ of 17 and input 1 of 1, file \d+ of 17: two files of one study code"):
+        found([str(tmp_path)])
+
+
 @pytest.fixture
 def nested(frames: Path) -> Path:
     """Files of one name in several folders."""

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
-from vessel_rt.io.files import missing_part, open_regular, read_regular, require_regular
+from vessel_rt.io.files import is_temporary, missing_part, open_regular, read_regular, replacing, require_regular
 
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, sockets and devices of POSIX")
 
@@ -74,3 +76,48 @@ def test_which_part_of_a_path_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     assert missing_part(tmp_path / "ward" / "none.png").startswith(f"part {len(tmp_path.parts) + 1} of {len(tmp_path.parts) + 1} ")
     assert "a link to what is not there" in missing_part(Path("ward/link"))
     assert "2 of 2" in missing_part(Path("ward") / ("x" * 300))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed, in order: `sync <name>` and `rename`."""
+    noted: list[str] = []
+    rename = os.replace
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        noted.append(f"sync {'temporary' if is_temporary(path) else path.name}")
+
+    def replace(source: Path, target: Path) -> None:
+        noted.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    return noted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of open files are in /proc")
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_before_the_block_ends(tmp_path: Path, calls: list[str], sync: bool) -> None:
+    with replacing(tmp_path / "a", sync=sync) as temporary:
+        temporary.write_text("new")
+        assert calls == []
+    assert calls == (["sync temporary", "rename", f"sync {tmp_path.name}"] if sync else ["rename"])
+    assert (tmp_path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize(("number", "written"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False), (errno.ENOSPC, False)])
+def test_a_disk_that_cannot_sync_is_taken_and_one_that_fails_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, written: bool
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "a").write_text("old")
+    ends = contextlib.nullcontext() if written else pytest.raises(OSError, match=os.strerror(number))
+    with ends, replacing(tmp_path / "a", sync=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a").read_text() == ("new" if written else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

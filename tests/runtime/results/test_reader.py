@@ -226,20 +226,20 @@ def test_what_is_no_json_or_no_file(
 @pytest.mark.parametrize("what", ["fifo", "device", "folder", "bomb"])
 def test_a_preview_that_is_none(sound: Path, standin: Bundle, tmp_path: Path, what: str, capfd: pytest.CaptureFixture[str]) -> None:
     place = shutil.copytree(sound, tmp_path / "place")
-    preview = place / "out" / "previews" / "a.jpg"
-    preview.unlink()
+    [picture, *_] = (place / "out" / "previews").iterdir()
+    picture.unlink()
     match what:
         case "fifo":
-            os.mkfifo(preview)
+            os.mkfifo(picture)
         case "device":
-            preview.symlink_to("/dev/zero")
+            picture.symlink_to("/dev/zero")
         case "folder":
-            preview.mkdir()
+            picture.mkdir()
         case "bomb":
-            Image.new("L", (65000, 1)).save(preview)
-            content = preview.read_bytes()
+            Image.new("L", (65000, 1)).save(picture)
+            content = picture.read_bytes()
             at = content.index(b"\xff\xc0") + 5
-            preview.write_bytes(content[:at] + b"\xff\xff\xff\xff" + content[at + 4 :] + b"\0" * 30_000_000)
+            picture.write_bytes(content[:at] + b"\xff\xff\xff\xff" + content[at + 4 :] + b"\0" * 30_000_000)
     assert main(["report", str(place / "out")]) == (1 if what == "bomb" else 0)
     assert "Traceback" not in capfd.readouterr().err
 

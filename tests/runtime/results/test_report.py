@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.frames import CODES, make_frame
+from tests.support.frames import CODES, make_frame, preview
 from tests.support.paths import ROOT
 from tests.support.runs import lines, options
 from vessel_rt.errors import VesselError
@@ -164,13 +166,78 @@ def test_no_text_becomes_markup(judged: Path) -> None:
 
 def test_many_pictures_are_made_smaller_until_they_fit(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (512, 512), dtype=np.uint8)
-    for preview in (out / "previews").iterdir():
-        Image.fromarray(noise).save(preview, quality=80)
+    for path in (out / "previews").iterdir():
+        Image.fromarray(noise).save(path, quality=80)
     whole = Page(write_report(out)).data["shapes"][0]["picture"]
-    assert base64.b64decode(whole) == (out / "previews" / f"{name_of(0)}.jpg").read_bytes()
+    assert base64.b64decode(whole) == (out / preview(name_of(0))).read_bytes()
     monkeypatch.setattr(report, "_PICTURES", COUNT * 30_000)
     for shapes in Page(write_report(out)).data["shapes"]:
         assert len(base64.b64decode(shapes["picture"])) <= 30_000
+
+
+def test_a_long_page_has_the_pictures_that_matter_and_links_the_others(
+    out: Path, tmp_path: Path, judged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "EMBEDDED", 30)
+    path = write_report(judged)
+    found = Page(path).data
+    place_of = {facts["label"]: place for place, facts in enumerate(found["facts"])}
+    inside = {place for place, shapes in enumerate(found["shapes"]) if shapes["picture"]}
+    linked = {place for place, shapes in enumerate(found["shapes"]) if "file" in shapes}
+    assert (len(inside), len(linked)) == (30, COUNT - 1 - 30)
+    assert not inside & linked
+    assert FAILED not in inside | linked  # it has no picture
+    assert {place for place, facts in enumerate(found["facts"]) if facts["linked"]} == linked
+    for label, place in place_of.items():
+        if place in linked:
+            assert found["shapes"][place]["file"] == f"previews/{label}.jpg"
+            assert (judged / "previews" / f"{label}.jpg").is_file()
+    dice = {truth["index"]: truth["dice"] for truth in lines(judged, "evaluation.json")[0]["images"]}
+    ranked = sorted(dice, key=lambda place: (dice[place], place))
+    assert set(ranked[:10]) <= inside
+    middle = len(ranked) // 2
+    assert set(ranked[middle - 4 : middle + 4]) <= inside
+    assert all(
+        shapes["masks"] == other["masks"] for shapes, other in zip(found["shapes"], Page(out / "report.html").data["shapes"], strict=True)
+    )
+    assert not [hidden for hidden in ("S0001", "0000000001", ".png") if hidden in path.read_text()]
+
+
+@pytest.mark.parametrize("count", [0, 1, 299, 300, 301, 700, 5000])
+@pytest.mark.parametrize("alike", [False, True])
+def test_which_pictures_are_in_the_page(count: int, alike: bool) -> None:
+    """Places with gaps, as failed frames leave them."""
+    scores = {3 * place: 0.5 if alike else (7 * place % count) / count for place in range(count)}
+    found = report.chosen(scores)
+    assert len(found) == min(count, report.EMBEDDED)
+    assert found <= scores.keys()
+    ranked = sorted(scores, key=lambda place: (scores[place], place))
+    assert {*ranked[:100], *ranked[count // 2 : count // 2 + 1]} <= found
+    if count == 5000:
+        places = sorted(found)
+        assert places[0] < 300 * 3
+        assert max(after - before for before, after in itertools.pairwise(places)) <= 3 * 60
+
+
+def test_frames_without_a_score_are_only_spread() -> None:
+    scores = {place: math.inf if place % 2 else place / 1000 for place in range(1000)}
+    found = report.chosen(scores)
+    assert {*range(0, 200, 2), *range(460, 540, 2)} <= found
+    assert any(place % 2 for place in found)
+
+
+def test_a_frame_without_a_mask_is_among_the_worst(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "EMBEDDED", 3)
+    shapes = Page(write_report(out)).data["shapes"]
+    assert shapes[WITHOUT_MASK]["picture"]
+    assert sum(bool(of_frame["picture"]) for of_frame in shapes) == 3
+
+
+def test_the_page_grows_by_less_than_a_picture_for_each_frame_beyond_the_bound(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_report(out).stat().st_size
+    monkeypatch.setattr(report, "EMBEDDED", 1)
+    pictures = sum(path.stat().st_size for path in (out / "previews").iterdir())
+    assert whole - write_report(out).stat().st_size > pictures
 
 
 def test_previews_that_were_removed_are_left_out(out: Path) -> None:
@@ -195,7 +262,7 @@ def test_a_run_that_was_stopped_before_its_first_frame_has_a_report(out: Path) -
 def test_a_folder_that_is_not_a_runs_is_said_to_be_so(out: Path, tmp_path: Path) -> None:
     with pytest.raises(VesselError, match=r"results\.jsonl: missing"):
         write_report(tmp_path)
-    (out / "previews" / f"{name_of(0)}.jpg").write_bytes(b"not a picture")
+    (out / preview(name_of(0))).write_bytes(b"not a picture")
     with pytest.raises(VesselError, match=f"previews: the picture of {CODES.code(name_of(0))} cannot be read"):
         write_report(out)
     shutil.rmtree(out / "previews")
@@ -265,6 +332,23 @@ def test_the_page_works_in_a_browser(judged: Path, browse: Callable[[Path], Any]
     assert [found[key] for key in ("opened", "restored", "sideBySide", "closed", "help")] == [True] * 5
     assert found["walked"] == [labels[1], labels[2], labels[1], labels[0]]
     assert found["focused"] == labels[0]
+
+
+@pytest.mark.slow
+def test_pictures_beside_the_page_are_loaded_when_they_are_shown(
+    judged: Path, browse: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = 20  # the first ones
+    monkeypatch.setattr(report, "chosen", lambda scores: frozenset(range(embedded)))
+    path = write_report(judged)
+    found = browse(path)
+    assert (found["errors"], found["sideways"]) == ([], [])
+    labels = [CODES.code(name_of(place)) for place in range(COUNT)]
+    linked = {(judged / "previews" / f"{label}.jpg").as_uri() for label in labels[embedded:]}
+    assert set(found["requests"]) <= linked
+    assert dict(found["fromFiles"])[labels[-1]]
+    assert all(from_file == (labels.index(label) >= embedded) for label, from_file in found["fromFiles"])
+    assert f"The pictures of {COUNT - embedded} of {COUNT} frames are in the folder previews/" in found["text"]
 
 
 @pytest.mark.slow

@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from tests.support.frames import make_frame, placed
+from tests.support.frames import make_frame, placed, preview
 from tests.support.journals import box_mask, files, result_with
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.io.files import replacing, writing
-from vessel_rt.results.writer import Entry, FrameWriter, draw_overlay, failure
+from vessel_rt.model.segmenter import Mask
+from vessel_rt.results.writer import Entry, FrameWriter, draw_overlay, failure, mask_record
 
 
 def write(folder: Path, frames: list[Frame], count: int = 1) -> list[Entry]:
@@ -30,7 +31,7 @@ def test_what_is_written_of_a_frame(tmp_path: Path) -> None:
     frame, failed = placed("in/a.jpg", "in/b.jpg")
     write(tmp_path, [])
     entry = FrameWriter(tmp_path, ["a", "b"], "s").write(frame, "1" * 64, make_frame(), [result_with(first, second)])
-    assert files(tmp_path) == {"masks/a.png", "masks/a_1.png", "overlays/a.jpg", "previews/a.jpg"} == set(entry.lines[0]["files"])
+    assert files(tmp_path) == {"masks/a.png", "masks/a_1.png", "overlays/a.jpg", preview("a")} == set(entry.lines[0]["files"])
     ([a], [b]) = entry.lines, failure(failed, ["Where?"], "an empty file", "s").lines
     assert list(a) == list(b)
     assert [(key, a[key]) for key in list(a)[:12]] == [
@@ -73,13 +74,18 @@ def test_what_is_written_of_a_frame(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "overlays" / "a.jpg").size == (96, 64)
 
 
+def test_scores_have_as_many_digits_as_are_meaningful() -> None:
+    record = mask_record(Mask(box_mask(3, 5, 20, 30), 0.91264449, 12.34567), None)
+    assert (record["iou"], record["object_score"]) == (0.913, 12.35)
+
+
 def test_a_preview_is_the_frame_in_small(tmp_path: Path) -> None:
     write(tmp_path, [])
     large = make_frame(1000, 400)
     mask = np.zeros((400, 1000), np.bool_)
     FrameWriter(tmp_path, ["a"], "s").write(placed("a.png")[0], "0", large, [result_with(mask)])
-    with Image.open(tmp_path / "previews" / "a.jpg") as preview:
-        assert preview.size == (512, 205)
+    with Image.open(tmp_path / preview("a")) as small:
+        assert small.size == (512, 205)
 
 
 def test_two_questions_number_their_masks_on(tmp_path: Path) -> None:
@@ -88,8 +94,8 @@ def test_two_questions_number_their_masks_on(tmp_path: Path) -> None:
     entry = FrameWriter(tmp_path, ["a"], "s").write(placed("a.png")[0], "0", make_frame(), results)
     assert [[mask["file"] for mask in line["masks"]] for line in entry.lines] == [["masks/a.png"], ["masks/a_1.png"]]
     assert [sorted(line["files"]) for line in entry.lines] == [
-        ["masks/a.png", "overlays/a.jpg", "previews/a.jpg"],
-        ["masks/a_1.png", "overlays/a.jpg", "previews/a.jpg"],
+        ["masks/a.png", "overlays/a.jpg", preview("a")],
+        ["masks/a_1.png", "overlays/a.jpg", preview("a")],
     ]
 
 

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from tests.support.disks import SmallDisk
-from tests.support.frames import make_frame, placed
+from tests.support.frames import CODES, make_frame, placed, preview
 from tests.support.journals import QUESTIONS, S, box_mask, content, do, files, look, opened, result_with, run
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import Frame, input_sha256
+from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.results.reader import JOURNAL_FILE, read_results
 from vessel_rt.results.writer import FrameWriter, failure
 from vessel_rt.run.earlier import read_earlier
@@ -85,10 +86,12 @@ def test_a_frame_is_done_again_when_anything_of_it_changed(abc: list[Frame], tmp
         case "overlay":
             (out / "overlays" / "b.jpg").write_bytes(b"")
     assert run(out, abc) == ["b"]
-    assert {name for name in files(out) if Path(name).stem.startswith("b") and not name.endswith(".changed")} == {
+    assert {
+        name for name in files(out) if Path(name).stem.partition("_")[0] in ("b", CODES.code("b")) and not name.endswith(".changed")
+    } == {
         "masks/b.png",
         "overlays/b.jpg",
-        "previews/b.jpg",
+        preview("b"),
     }
     kept = {path.name: path.read_bytes() for path in out.rglob("*.changed")}
     assert kept == ({"b_1.png.changed": b"drawn anew by hand"} if change == "mask" else {})
@@ -103,7 +106,7 @@ def test_other_settings_or_other_inputs_need_overwrite(abc: list[Frame], tmp_pat
         run(tmp_path / "out", abc[:1])
     assert content(tmp_path / "out") == before
     assert run(tmp_path / "out", placed(abc[0].path), settings="others", overwrite=True) == ["a"]
-    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", "previews/a.jpg", "results.jsonl", "timings.jsonl"}
+    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", preview("a"), "results.jsonl", "timings.jsonl"}
 
 
 def test_a_folder_with_something_else_in_it_needs_overwrite(abc: list[Frame], tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(abc: list[Frame], t
     for path in foreign:
         path.write_text("mine")
     run(out, placed(abc[2].path), overwrite=True)
-    ours = {"masks/c.png", "overlays/c.jpg", "previews/c.jpg", "results.jsonl", "timings.jsonl"}
+    ours = {"masks/c.png", "overlays/c.jpg", preview("c"), "results.jsonl", "timings.jsonl"}
     assert files(out) == ours | {path.relative_to(out).as_posix() for path in foreign}
     assert {path.read_text() for path in foreign} == {"mine"}
 
@@ -178,7 +181,7 @@ def test_whatever_ends_a_run_what_is_done_is_listed_and_nothing_else_is_there(ab
         writer = FrameWriter(tmp_path / "out", ["a", "b", "c"], S)
         writer.write(abc[1], "0", make_frame(), [result_with(box_mask(0, 0, 1, 1))])
         raise KeyboardInterrupt
-    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", "previews/a.jpg", "results.jsonl", "timings.jsonl"}
+    assert files(tmp_path / "out") == {"masks/a.png", "overlays/a.jpg", preview("a"), "results.jsonl", "timings.jsonl"}
     assert [line["image"] for line in read_results(tmp_path / "out")] == ["a.jpg"]
 
 
@@ -445,3 +448,155 @@ def test_resuming_takes_as_many_steps_as_there_are_frames(tmp_path: Path) -> Non
         steps.append(operations(lambda folder=tmp_path / str(count), frames=frames: resume(folder, frames)))  # type: ignore[misc]
     first, second = steps[1] - steps[0], steps[2] - steps[1]
     assert second < 2.2 * first
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the journal sees, as its only item."""
+    now = [100.0]
+    monkeypatch.setattr("vessel_rt.run.journal.time.monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were synced, in order."""
+    noted: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: noted.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    return noted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of open files are in /proc")
+def test_the_journal_is_synced_every_five_seconds_and_at_the_end(tmp_path: Path, clock: list[float], synced: list[str]) -> None:
+    frames = placed(*(tmp_path / f"{number:02}.png" for number in range(20)))
+    for frame in frames:
+        frame.path.write_bytes(b"")
+    with opened(tmp_path / "out", frames) as record, record:
+        assert len(synced) == 2  # the new journal, and its folder
+        for frame in frames:
+            clock[0] += 1
+            do(record, [frame])
+        assert synced[2:] == ["journal.jsonl"] * 4
+        synced.clear()
+    assert synced[0] == "journal.jsonl"
+    assert len(synced) == 5  # results.jsonl and timings.jsonl, each with its folder
+    assert not (tmp_path / "out" / JOURNAL_FILE).exists()
+
+
+def test_results_are_on_the_disk_before_the_journal_is_gone(
+    abc: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: list[str]
+) -> None:
+    before: list[int] = []
+    unlink = Path.unlink
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        if path.name == JOURNAL_FILE:
+            before.append(len(synced))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    run(tmp_path / "out", abc)
+    assert before == [len(synced)]
+
+
+def _killed(out: Path, frames: Sequence[Frame], done: int) -> Path:
+    """The journal of a run that was killed when these frames were done."""
+    with opened(out, frames) as record:
+        record.__enter__()
+        do(record, frames[:done])
+    return out / JOURNAL_FILE
+
+
+@pytest.mark.parametrize("left", [0, 1, 200, -1])
+@pytest.mark.parametrize("tail", [b"", bytes(4096), bytes(300) + b'"b"}]}\n{"name": "c"'])
+def test_a_journal_whose_end_a_power_failure_took_counts_up_to_there(abc: list[Frame], tmp_path: Path, left: int, tail: bytes) -> None:
+    """`left` bytes of the second entry are there, and what else its blocks hold."""
+    out = tmp_path / "out"
+    journal = _killed(out, abc, 2)
+    planned, first, second = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(planned + first + second[:left] + tail)
+    assert run(out, abc) == ["b", "c"]
+    run(tmp_path / "once", abc)
+    assert content(out) == content(tmp_path / "once")
+
+
+@pytest.mark.parametrize("kind", ["masks", "overlays", "previews"])
+@pytest.mark.parametrize("how", ["missing", "empty", "short", "zeros"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_file_that_a_power_failure_took_is_made_again(abc: list[Frame], tmp_path: Path, kind: str, how: str, killed: bool) -> None:
+    """Its entry was on the disk before it."""
+    out = tmp_path / "out"
+    if killed:
+        _killed(out, abc, 2)
+    else:
+        run(out, abc)
+    [path] = [path for path in (out / kind).iterdir() if path.stem in ("b", abc[1].code)]
+    whole = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "short": whole[: len(whole) // 2], "zeros": bytes(len(whole))}[how])
+    assert run(out, abc) == (["b", "c"] if killed else ["b"])
+    run(tmp_path / "once", abc)
+    assert content(out) == content(tmp_path / "once")
+
+
+def test_an_empty_mask_is_no_result_of_an_input_that_cannot_be_read(abc: list[Frame], tmp_path: Path) -> None:
+    run(tmp_path / "out", abc)
+    (tmp_path / "out" / "masks" / "b.png").write_bytes(b"")
+    abc[1].path.unlink()
+    with opened(tmp_path / "out", abc) as record:
+        assert "b" not in [entry.name for entry in record.kept]
+
+
+def _recoded(frames: Sequence[Frame]) -> list[Frame]:
+    """The frames under another key of study codes."""
+    codes = StudyCodes(b"another key")
+    return [dataclasses.replace(frame, code=codes.code(frame.path.stem)) for frame in frames]
+
+
+def test_previews_follow_the_key_of_study_codes(abc: list[Frame], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(out, abc[:2])
+    assert run(out, _recoded(abc)) == ["c"]
+    run(tmp_path / "once", _recoded(abc))
+    assert content(out) == content(tmp_path / "once")
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_run_that_was_killed_goes_on_with_another_key(abc: list[Frame], tmp_path: Path, done: int) -> None:
+    out = tmp_path / "out"
+    _killed(out, abc, done)
+    (out / preview("c")).write_bytes(b"begun")
+    run(out, _recoded(abc))
+    run(tmp_path / "once", _recoded(abc))
+    assert content(out) == content(tmp_path / "once")
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "results.jsonl"])
+def test_a_run_that_is_killed_while_it_changes_study_codes_is_no_obstacle(
+    abc: list[Frame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Before the journal is written, and before what it replaces is removed."""
+    out = tmp_path / "out"
+    run(out, abc)
+    replace, unlink = os.replace, Path.unlink
+
+    def killed_replace(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def killed_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed_replace)
+        patch.setattr(Path, "unlink", killed_unlink)
+        with pytest.raises(KeyboardInterrupt), opened(out, _recoded(abc)) as record:
+            record.__enter__()
+    assert run(out, _recoded(abc)) == []
+    run(tmp_path / "once", _recoded(abc))
+    assert content(out) == content(tmp_path / "once")

@@ -86,7 +86,7 @@ def test_a_frame_that_kills_is_tried_twice_and_no_other_fails(standin: Bundle, t
     assert (summary.images, summary.failed) == (14, 2)
     errors = {line["image"]: line["error"] for line in lines(tmp_path / "out") if line["status"] == "error"}
     assert errors.keys() == {"004_text.png", "005_deadly.png"}
-    assert errors["005_deadly.png"] == "the process that worked on it died, twice"
+    assert errors["005_deadly.png"] == "the process that worked on it died twice"
 
 
 def test_what_a_process_cannot_load_stops_the_run_before_it_begins(standin: Bundle, frames: Path, tmp_path: Path, monkeypatch: Any) -> None:
