@@ -1,4 +1,4 @@
-"""`vessel-rt merge-shards`: the shards of a run, made on hosts that share nothing, as one output folder, as one run would have left it."""
+"""`vessel-rt merge-shards`: combines the output folders of the shards of a run into the folder that a single run would have written."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ _Line = TypeVar("_Line", ResultLine, TimingLine)
 
 
 def merge_shards(shards: Sequence[Path], output: Path) -> int:
-    """Copy the results of all shards into a new folder `output`; returns the number of frames.
+    """Copy the results of all shards into a new folder `output`, and return the number of frames.
 
-    All of it is made in a folder within, and moved to its place at the end: a command that fails leaves `output` as it was.
+    The files are made in a temporary subfolder and moved at the end, so a command that fails leaves `output` unchanged.
 
     Raises:
-        VesselError: a shard is missing, not finished, given twice, of another run, or worked on; a file of it was changed; `output` is not
-            empty, or cannot be written.
+        VesselError: a shard is missing, unfinished, locked by another command, given twice or from another run; a file of it was changed;
+            `output` is not empty or cannot be written.
     """
     if output.resolve() in [shard.resolve() for shard in shards]:
         raise VesselError(f"{output}: one of the shards, and not empty; choose another output folder with -o")
@@ -71,8 +71,8 @@ def merge_shards(shards: Sequence[Path], output: Path) -> int:
 
 @contextmanager
 def _staging(output: Path) -> Iterator[Path]:
-    """A folder in `output`, which is locked and empty. What the block leaves in it is moved to `output`, run.json last."""
-    for path in list(output.glob(f"{_STAGING}*")):  # of a command that was killed
+    """A temporary folder in `output`, which is locked and empty. At the end its content is moved to `output`, run.json last."""
+    for path in list(output.glob(f"{_STAGING}*")):  # left by a command that was killed
         shutil.rmtree(path)
     if not is_blank(output):
         raise VesselError(f"{output}: not empty; choose another output folder with -o")
@@ -90,29 +90,29 @@ def _staging(output: Path) -> Iterator[Path]:
 
 
 def _check_shards(shards: Sequence[Path], runs: Sequence[RunFile]) -> int:
-    """How many frames all shards have together."""
+    """The number of frames in all shards together."""
     found: dict[int, Path] = {}
     for shard, run in zip(shards, runs, strict=True):
         options = run["options"]
         if options["key"] != runs[0]["options"]["key"]:
-            raise VesselError(f"{shard}: its study codes have another key than those of {shards[0]}; run it again with that --key")
+            raise VesselError(f"{shard}: its study codes have another key than those of {shards[0]}; run that shard again with --key")
         if options["num_shards"] != len(shards):
-            raise VesselError(f"{shard}: one of {options['num_shards']} shards; {len(shards)} were given")
+            raise VesselError(f"{shard}: one of {options['num_shards']} shards, but {len(shards)} were given")
         other = found.setdefault(options["shard_id"], shard)
         if other is not shard:
-            raise VesselError(f"{shard}: shard {options['shard_id']}, as {other} is")
+            raise VesselError(f"{shard}: shard {options['shard_id']}, and so is {other}; give each shard once")
     return int(runs[0]["counts"]["in_all_shards"])
 
 
 def _in_order(shards: Sequence[Path], read: Callable[[Path], Iterable[list[_Line]]], total: int) -> list[tuple[Path, _Line]]:
-    """The lines of all shards, each with its folder, as one run would have them."""
+    """The lines of all shards, each with its folder, in the order of a single run."""
     found = [(shard, line) for shard in shards for lines in read(shard) for line in lines]
     if len({line.get("settings") for _, line in found}) > 1:
-        raise VesselError(f"{shards[0]}: another bundle, device, question or version made the other shards; run them alike")
+        raise VesselError(f"{shards[0]}: the other shards have another bundle, device, question or version; run all in the same way")
     found.sort(key=lambda item: item[1]["index"])
     indices = {line["index"] for _, line in found}
     if len(indices) != total or max(indices, default=-1) != total - 1 or len({line["code"] for _, line in found}) != total:
-        raise VesselError(f"{shards[0]}: its inputs were not those of the other shards; give all shards the same ones")
+        raise VesselError(f"{shards[0]}: the other shards have other inputs; give all shards the same inputs")
     return found
 
 
@@ -132,13 +132,13 @@ def _copy_files(lines: Sequence[tuple[Path, ResultLine]], output: Path) -> None:
         except OSError as e:
             raise VesselError(f"{shard}: a file of {code} cannot be read ({e.strerror})") from e
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise VesselError(f"{shard}: a file of {code} in {folder}/ was changed since it was written; run that shard again")
+            raise VesselError(f"{shard}: a file of {code} in {folder}/ was changed after it was written; run that shard again")
         (output / folder).mkdir(exist_ok=True)
         (output / file).write_bytes(content)
 
 
 def _merged(runs: Sequence[RunFile]) -> RunFile:
-    """The content of run.json: counts of all, the longest time, and the shards' own accounts."""
+    """The content of run.json: the sums of the counts, the longest times, and what each shard reported."""
     counts: Any = {key: sum(run["counts"].get(key, 0) for run in runs) for key in runs[0]["counts"]}
     seconds = {key: max(run["seconds"].get(key, 0) for run in runs) for key in runs[0]["seconds"]}
     return {

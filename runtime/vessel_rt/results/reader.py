@@ -1,6 +1,6 @@
-"""The files of a run's output folder, as they are read: results.jsonl, timings.jsonl, run.json and evaluation.json.
+"""Readers of an output folder: results.jsonl, timings.jsonl, run.json and evaluation.json, checked against their types.
 
-Knows nothing of how they come about (record.py, evaluate.py). Whatever is read has been found to be in its form (schema.py).
+Does not know how the files are made.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ _T = TypeVar("_T")
 
 
 class FormError(VesselError):
-    """A file of an output folder that was edited or damaged, or is of another version."""
+    """A file of an output folder was edited or damaged, or another version wrote it."""
 
 
 def read_results(output: Path) -> list[ResultLine]:
-    """The lines of results.jsonl, one an image and question, in the order of the inputs. Raises VesselError."""
+    """The lines of results.jsonl, one per frame and question, in the order of the inputs. Raises VesselError."""
     return [line for lines in iter_frames(output) for line in lines]
 
 
 def iter_frames(output: Path) -> Iterator[list[ResultLine]]:
-    """The lines of results.jsonl, those of each frame together: one a question, the same questions for all. Raises VesselError."""
+    """The lines of results.jsonl, grouped by frame: one per question, the same questions for all frames. Raises VesselError."""
     names: set[str] = set()
     questions: list[str] = []
     for number, lines in _by_index(output / RESULTS_FILE, check_result):
@@ -92,18 +92,18 @@ def iter_frames(output: Path) -> Iterator[list[ResultLine]]:
 
 
 def iter_timings(output: Path) -> Iterator[list[TimingLine]]:
-    """The lines of timings.jsonl, likewise. Raises VesselError."""
+    """The lines of timings.jsonl, grouped in the same way. Raises VesselError."""
     return (lines for _, lines in _by_index(output / TIMINGS_FILE, check_timing))
 
 
 def iter_lines(path: Path, *checks: Callable[[Any], Any], cut_short: bool = False) -> Iterator[Any]:
-    """The lines of a JSON Lines file, one after the other: each passes its check, the last of `checks` those that follow, too.
+    """The lines of a JSON Lines file, one after another. The first check is for the first line, and so on; the last is for all others.
 
-    A byte order mark and empty lines, as editors make them, do not matter. With `cut_short` the file ends before a line that has no end or
+    A byte order mark and empty lines are ignored, because editors add them. With `cut_short` the file ends before a line that has no end or
     contains a zero byte.
 
     Raises:
-        FormError: a line is not JSON, or not what its check takes; its number is named.
+        FormError: a line is not JSON or does not pass its check; the message has its number.
         VesselError: the file is missing or cannot be read.
     """
     return (value for _, value in _numbered(path, checks, cut_short))
@@ -120,7 +120,7 @@ def read_evaluation(output: Path) -> EvaluationFile:
 
 
 def mask_of(path: Path, line: ResultLine, rle: Rle) -> npt.NDArray[np.bool_]:
-    """The mask [height, width] whose run lengths the file `path` has for the frame of `line`. Raises FormError where they are none."""
+    """The mask [height, width] that `rle`, read from the file `path`, encodes for the frame of `line`. Raises FormError."""
     try:
         mask = decode_rle(rle)
         if mask.shape != (line["height"], line["width"]):
@@ -131,7 +131,7 @@ def mask_of(path: Path, line: ResultLine, rle: Rle) -> npt.NDArray[np.bool_]:
 
 
 def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """A JSON file in UTF-8, with or without a byte order mark, of at most 1 GiB; `pairs` makes what stands for an object.
+    """The content of a JSON file in UTF-8, with or without a byte order mark, of at most 1 GiB; `pairs` is json's object_pairs_hook.
 
     Raises:
         VesselError: it is missing, not a regular file, too large, not UTF-8, not JSON, nested too deeply, or has a number of thousands of
@@ -142,7 +142,7 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
 
 def _by_index(path: Path, check: Callable[[Any], _Line]) -> Iterator[tuple[int, list[_Line]]]:
-    """The lines of each frame, with the number of the last."""
+    """The lines of each frame, and the number of the last of them."""
     last = 0
     lines: list[_Line] = []
     for number, line in _numbered(path, [check]):
@@ -183,16 +183,16 @@ def _checked(path: Path, check: Callable[[Any], _T]) -> _T:
 
 
 def _value(text: bytes) -> Any:
-    """JSON, whose numbers are finite. Raises ValueError or RecursionError."""
+    """A JSON value; `NaN` and `Infinity` are refused. Raises ValueError or RecursionError."""
     return json.loads(text.decode("utf-8-sig"), parse_constant=_no_number)
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _said(error: Exception) -> str:
-    """What may be told of an error: not the file's content, which may be a name."""
+    """The text of an error without the content of the file, which may be a name."""
     match error:
         case json.JSONDecodeError():
             return f"not JSON: {error.msg} at column {error.colno}"
@@ -210,14 +210,14 @@ def _refuse(path: Path, number: int | None, error: Exception) -> NoReturn:
         raise FormError(f"{path}: {place}{what}")
     wrote = None if path.name == RUN_FILE else _version(path.parent)
     if wrote not in (None, vessel_rt.__version__):
-        mend = f"written by vessel-rt {wrote}, this is {vessel_rt.__version__}: use that one here"
+        mend = f"written by vessel-rt {wrote}, this is {vessel_rt.__version__}: use that version for this folder"
     else:
-        mend = "not in the form of this version, or edited since: put the file back as it was"
+        mend = "not in the format of this version, or edited: restore the file"
     raise FormError(f"{path}: {place}{what}; {mend}, or choose another output folder for a new run")
 
 
 def _version(output: Path) -> str | None:
-    """Of vessel-rt, as run.json has it."""
+    """The version of vessel-rt in run.json."""
     try:
         found = read_json(output / RUN_FILE)["versions"]["vessel-rt"]
     except (VesselError, KeyError, TypeError):
@@ -230,12 +230,12 @@ def _faults(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        hint = "a run that was finished leaves it in its output folder" if path.name in _OF_A_RUN else "no such file"
+        hint = "a finished run writes it to its output folder" if path.name in _OF_A_RUN else "no such file"
         if path.name in _OF_A_RUN and path.with_name(JOURNAL_FILE).exists():
-            hint = "the run here was cut short, or is still going on; the same command finishes it"
+            hint = "the run here was stopped or is still running; repeat its command to finish it"
         raise VesselError(f"{path}: missing; {hint}") from None
     except (OSError, ValueError, RecursionError, MemoryError) as e:
-        mend = "; give yourself the right to read it" if isinstance(e, PermissionError) else ""
+        mend = "; change its permissions" if isinstance(e, PermissionError) else ""
         raise VesselError(f"{path}: cannot be read ({_reason(e)}){mend}") from e
 
 
@@ -243,9 +243,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8; save it as UTF-8"
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
-        return "not JSON that can be taken: a number of thousands of digits"  # the one thing else that json objects to
+        return "a number has thousands of digits"  # json's only other ValueError
     if isinstance(error, RecursionError):
-        return "its lists are nested too deeply"
+        return "nested too deeply"
     if isinstance(error, MemoryError):
-        return "it does not fit into the memory"
+        return "it does not fit in memory"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

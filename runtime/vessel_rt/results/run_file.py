@@ -1,7 +1,4 @@
-"""run.json, written in one place. Does not know who made its content: one run, or the shards of one.
-
-What it has to hold is in schema.py; reader.py reads it.
-"""
+"""Writes run.json. Does not know whether its content comes from one run or from merged shards."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_results_of_another_size_are_one_line(tmp_path: Path, changed: dict[str,
     first, *rest = (out / "results.jsonl").read_text().splitlines()
     (out / "results.jsonl").write_text("\n".join([json.dumps(json.loads(first) | changed), *rest]) + "\n")
     gt = annotated(tmp_path, [{"image": "a.png", "mask": [[square(0, 0, 10, 10)]], "text": ["vessel"]}])
-    with pytest.raises(VesselError, match=r"results\.jsonl: .*not in the form of this version"):
+    with pytest.raises(VesselError, match=r"results\.jsonl: .*not in the format of this version"):
         evaluate(out, gt)
 
 

@@ -34,7 +34,7 @@ def test_shards_that_do_not_belong_together(shards: list[Path], standin: Bundle,
     infer(standin, options(frames, tmp_path / "later", selection=Selection(shards=2, shard=1)))
     infer(standin, options(frames, tmp_path / "other", "Where?", selection=Selection(shards=2, shard=1)))
     for given, message in [
-        (shards[:1], "one of 2 shards; 1 were given"),
+        (shards[:1], "one of 2 shards, but 1 were given"),
         ([shards[0], shards[0]], None),
         ([shards[0], tmp_path / "none"], r"run\.json: missing"),
         ([shards[0], tmp_path / "later"], "inputs were not those of the other shards"),

@@ -270,7 +270,7 @@ def test_a_folder_that_is_not_a_runs_is_said_to_be_so(out: Path, tmp_path: Path)
     for name, text in (("evaluation.json", "{}"), ("timings.jsonl", ""), ("run.json", "{}"), ("results.jsonl", '{"index": 0}\n')):
         before = (out / name).read_text() if (out / name).exists() else None
         (out / name).write_text(text)
-        with pytest.raises(VesselError, match=r"not (in the form of this version|of the same frames)"):
+        with pytest.raises(VesselError, match=r"not (in the format of this version|of the same frames)"):
             write_report(out)
         (out / name).unlink() if before is None else (out / name).write_text(before)
     assert not (out / "report.html").exists()

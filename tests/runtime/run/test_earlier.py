@@ -57,7 +57,7 @@ def refused(folder: Path, frames: list[Frame], match: str, mend: Callable[[], ob
 @pytest.mark.parametrize("name", ["results.jsonl", "timings.jsonl"])
 def test_results_that_may_not_be_read(out: Path, abc: list[Frame], name: str, unprivileged: None) -> None:
     (out / name).chmod(0)
-    refused(out, abc, rf"{name}: cannot be read \(Permission denied\); give yourself the right", lambda: (out / name).chmod(0o600), [])
+    refused(out, abc, rf"{name}: cannot be read \(Permission denied\); change its permissions", lambda: (out / name).chmod(0o600), [])
 
 
 def test_a_journal_that_may_not_be_read(killed: Path, abc: list[Frame], unprivileged: None) -> None:

@@ -145,7 +145,7 @@ def test_results_that_are_not_ours_are_left_alone(abc: list[Frame], tmp_path: Pa
     for text in ("something else\n", '{"name": "a"}\n', "[]\n"):
         (tmp_path / "results.jsonl").write_text(text)
         for overwrite in (False, True):
-            with pytest.raises(VesselError, match=r"results\.jsonl: line 1: .*not in the form of this version"):
+            with pytest.raises(VesselError, match=r"results\.jsonl: line 1: .*not in the format of this version"):
                 look(tmp_path, abc, overwrite=overwrite)
 
 
