@@ -37,7 +37,7 @@ def test_shards_that_do_not_belong_together(shards: list[Path], standin: Bundle,
         (shards[:1], "one of 2 shards, but 1 were given"),
         ([shards[0], shards[0]], None),
         ([shards[0], tmp_path / "none"], r"run\.json: missing"),
-        ([shards[0], tmp_path / "later"], "inputs were not those of the other shards"),
+        ([shards[0], tmp_path / "later"], "the other shards have other inputs"),
         ([shards[0], tmp_path / "other"], "another bundle, device, question"),
     ]:
         with pytest.raises(VesselError, match=message):
