@@ -34,11 +34,11 @@ _EXAMPLES = 5
 
 
 class Problem(Struct, frozen=True):
-    """One mismatch.
+    """One problem in annotations.
 
     Attributes:
-        kind: its kind, as in docs/metrics.md.
-        place: such as `item 12 (3f9a2c71d0e4), object 2`.
+        kind: the kind of problem; docs/metrics.md describes the kinds.
+        place: where it is, such as `item 12 (3f9a2c71d0e4), object 2`.
         found: what was found there.
     """
 
@@ -48,7 +48,7 @@ class Problem(Struct, frozen=True):
 
 
 class DroppedItem(Problem, frozen=True):
-    """One mismatch in `<name>.dropped.json`, which is a list of them.
+    """One problem in `<name>.dropped.json`, which is a list of them.
 
     Attributes:
         done: what `--fix` did about it.
@@ -58,11 +58,11 @@ class DroppedItem(Problem, frozen=True):
 
 
 class ProblemKind(Struct, frozen=True):
-    """All mismatches of one kind.
+    """All problems of one kind.
 
     Attributes:
-        count: how many there are.
-        examples: the first of them.
+        count: the number of problems.
+        examples: the first few problems.
     """
 
     count: int
@@ -75,9 +75,9 @@ class CheckReport(Struct, frozen=True):
     Attributes:
         schema: the version of this format.
         items: the number of items.
-        sound: the number of items that are sound, or can be made so.
-        problems: the number of mismatches, without notes.
-        kinds: the mismatches by kind.
+        sound: the number of items without errors, including those that `--fix` can repair.
+        problems: the number of problems, without notes.
+        kinds: the problems and notes by kind.
     """
 
     schema: int

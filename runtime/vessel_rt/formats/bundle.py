@@ -60,9 +60,9 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output of a graph.
 
     Attributes:
-        name: its name in the graph.
-        dtype: a NumPy name, or `bfloat16`.
-        shape: for each axis its size, or its name if it is dynamic.
+        name: the name in the graph.
+        dtype: a NumPy dtype, or `bfloat16`.
+        shape: the size of each axis, or its name if it is dynamic.
     """
 
     name: Text
@@ -75,11 +75,11 @@ class StageSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         file: the ONNX graph, relative to the bundle.
-        inputs: its inputs.
-        outputs: its outputs.
-        weights: the files of its weights, relative to the bundle. Bundles of older versions do not list them.
-        activation_bytes: an estimate of the bytes that activations take, per tile (vision_encoder), token of the cache (language_model),
-            image (sam2_image_encoder) or mask (sam2_mask_decoder). 0 in bundles of older versions.
+        inputs: the inputs of the graph.
+        outputs: the outputs of the graph.
+        weights: the weights files of the graph, relative to the bundle. Bundles from older versions do not list them.
+        activation_bytes: the estimated memory of activations per tile (vision_encoder), token of the cache (language_model),
+            image (sam2_image_encoder) or mask (sam2_mask_decoder). 0 in bundles from older versions.
     """
 
     file: FileName
@@ -104,12 +104,12 @@ class TileSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         size: the side of a tile, in pixels.
-        min_tiles: the least number of tiles, without the thumbnail.
-        max_tiles: the greatest number of tiles, without the thumbnail.
-        thumbnail: whether images of several tiles get a thumbnail as their last tile.
-        tokens_per_tile: image tokens that a tile takes in the prompt.
-        mean: of red, green and blue, from 0 to 1, subtracted.
-        std: of red, green and blue, divided by.
+        min_tiles: the minimum number of tiles, without the thumbnail.
+        max_tiles: the maximum number of tiles, without the thumbnail.
+        thumbnail: whether images with several tiles get a thumbnail as an additional last tile.
+        tokens_per_tile: the number of image tokens per tile in the prompt.
+        mean: the mean of red, green and blue (each 0 to 1), which is subtracted.
+        std: the standard deviation of red, green and blue, by which the difference is divided.
     """
 
     size: _Side
@@ -132,8 +132,8 @@ class MaskSpec(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         size: the side of the square that the image is resized to, in pixels.
         low_res_size: the side of a low-res mask, in pixels.
-        mean: of red, green and blue, from 0 to 1, subtracted.
-        std: of red, green and blue, divided by.
+        mean: the mean of red, green and blue (each 0 to 1), which is subtracted.
+        std: the standard deviation of red, green and blue, by which the difference is divided.
     """
 
     size: _Side
@@ -143,22 +143,22 @@ class MaskSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PromptSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """The text around image and question, as in training, and the ids of the tokens that steer the pipeline.
+    """The text around image and question, as in training, and the ids of the special tokens.
 
     The prompt is `prefix + image_start + image_token * N + image_end + "\\n" + question + suffix`.
 
     Attributes:
         tokenizer: the tokenizer's file, relative to the bundle.
         prefix: the text before the image.
-        image_start: the token before the image's tokens.
-        image_token: the token that stands for a part of the image.
-        image_end: the token after the image's tokens.
+        image_start: the token before the image tokens.
+        image_token: the placeholder for one image embedding; it occurs N times.
+        image_end: the token after the image tokens.
         suffix: the text after the question.
-        default_question: asked if the user asks nothing else.
-        answers: the sentences that training taught, the most likely first.
+        default_question: the question if the user gives none.
+        answers: the answers used in training, the most likely first.
         image_token_id: the id of `image_token`.
         seg_token_id: the id of [SEG].
-        stop_token_ids: each ends an answer.
+        stop_token_ids: the ids of the tokens that end an answer.
     """
 
     tokenizer: FileName
@@ -178,11 +178,11 @@ class LanguageModelSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes of the language model.
 
     Attributes:
-        layers: transformer layers.
+        layers: the number of transformer layers.
         hidden_size: the width of the residual stream.
-        kv_heads: heads of keys and values.
-        head_dim: the width of a head.
-        vocabulary: token ids.
+        kv_heads: the number of key-value heads.
+        head_dim: the width of an attention head.
+        vocabulary: the number of token ids.
         capacity: the length of the KV cache in tokens, prompt and answer together.
         max_new_tokens: the longest answer, in tokens.
     """
@@ -197,11 +197,11 @@ class LanguageModelSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EmbeddingTable(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the rows of embed_tokens are.
+    """Where the embedding table, embed_tokens, is stored.
 
     Attributes:
         file: a .safetensors file, relative to the bundle.
-        name: the tensor in it, [vocabulary, hidden_size].
+        name: the name of the tensor in the file; its shape is [vocabulary, hidden_size].
     """
 
     file: FileName
@@ -213,15 +213,15 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         checkpoint: the file name of the checkpoint.
-        checkpoint_sha256: its hash.
-        iteration: of training; null if the checkpoint does not tell.
-        lora_rank: the rank of the merged LoRA; 0 without one.
-        lora_alpha: its alpha.
+        checkpoint_sha256: the SHA-256 of the checkpoint.
+        iteration: the training iteration; null if the checkpoint does not record it.
+        lora_rank: the rank of the merged LoRA; 0 if there is none.
+        lora_alpha: the alpha of the LoRA.
         base: the base model.
         sam2: SAM2's checkpoint.
         recipe: the name of the recipe.
-        skipped: tensors of the checkpoint that were left out by request.
-        versions: of the exporter and its libraries.
+        skipped: tensors of the checkpoint that were left out with `--skip`.
+        versions: the versions of the exporter and its libraries.
     """
 
     checkpoint: Text
@@ -245,9 +245,9 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         tiles: preprocessing for vision_encoder.
         mask: preprocessing for sam2_image_encoder.
         prompt: the prompt's text and tokens.
-        language_model: its sizes.
+        language_model: the sizes of the language model.
         embed_tokens: the embedding table.
-        stages: the graphs, by the names in docs/architecture.md.
+        stages: the four graphs; docs/architecture.md lists their names.
         provenance: what the bundle was made from.
         files: size and hash of every file, by its path relative to the bundle.
     """

@@ -53,19 +53,19 @@ class Target:
 
 
 class Engine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The sidecar of one stage's engine.
+    """The sidecar of one engine.
 
     Attributes:
         schema: the version of this format.
-        stage: the stage.
+        stage: the stage (graph) that was compiled.
         builder: `rtx` or `tensorrt`.
-        architecture: of the GPU that it was built for, such as `sm86`.
-        gpu: the name of that GPU.
-        precision: the bundle's.
-        files: size and hash of the engine's own files, relative to the sidecar's folder.
-        sources: the SHA-256 of each file of the bundle that it was built from (graph and weights), relative to the bundle.
+        architecture: the GPU architecture for which it was built, such as `sm86`.
+        gpu: the name of the GPU.
+        precision: the precision of the bundle.
+        files: size and hash of the engine's files; paths are relative to the sidecar's folder.
+        sources: the SHA-256 of each file from which it was built (graph and weights); paths are relative to the bundle.
         profile: the min, opt and max shape of each input, such as `1x3x448x448, 2x3x448x448, 8x3x448x448`.
-        versions: of the builder's library (by the builder's name), of `onnxruntime` and of the `driver` (null if built without one).
+        versions: the versions of the builder's library (under the builder's name), `onnxruntime` and the `driver` (null if there was none).
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)]

@@ -40,7 +40,7 @@ _Count = Annotated[int, Meta(ge=1, le=1024)]
 
 
 class LanguageModelRecipe(Struct, frozen=True, forbid_unknown_fields=True):
-    """The language model's cache and answers.
+    """The limits of the language model's cache and answers.
 
     Attributes:
         capacity: the length of the KV cache in tokens, prompt and answer together.
@@ -52,16 +52,16 @@ class LanguageModelRecipe(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineRecipe(Struct, frozen=True, forbid_unknown_fields=True):
-    """The GPU that engines are for, and the shapes that they take.
+    """The GPU for which engines are built, and their input shapes.
 
     Attributes:
         gpu: the name of the GPU.
-        architecture: `sm` and its compute capability, such as `sm86`.
-        memory_gib: the memory that programs can use on it.
-        max_batch: the greatest number of images in a batch, each of 1 tile to the bundle's most.
-        opt_batch: the number of images that engines are tuned for.
-        opt_tiles: the number of tiles of an image that engines are tuned for.
-        language_model_partitions: engines that share the language model's layers.
+        architecture: `sm` and the compute capability of the GPU, such as `sm86`.
+        memory_gib: the usable memory of the GPU, in GiB.
+        max_batch: the maximum number of images in a batch; each may have as many tiles as the bundle allows.
+        opt_batch: the batch size for which engines are tuned.
+        opt_tiles: the number of tiles per image for which engines are tuned.
+        language_model_partitions: the number of engines into which the language model is split.
     """
 
     gpu: Text
@@ -79,8 +79,8 @@ class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         schema: the version of this format.
         precision: `fp32`, `fp16` or `bf16`.
-        language_model: the language model's cache and answers.
-        engines: the engines to build. Without them a bundle runs with ONNX Runtime only.
+        language_model: the limits of the language model's cache and answers.
+        engines: the engines to build, if any. ONNX Runtime runs the bundle without them.
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)] = SCHEMA

@@ -52,7 +52,7 @@ _Number = Annotated[float, Meta(gt=-_MOST, lt=_MOST)]
 
 
 class Rle(TypedDict):
-    """A mask as run lengths, as COCO's tools read them.
+    """A run-length-encoded mask in COCO's format.
 
     Attributes:
         size: height and width, in pixels.
@@ -68,11 +68,11 @@ class MaskRecord(TypedDict):
 
     Attributes:
         file: the PNG file, relative to the output folder.
-        iou: the IoU that the model predicts, rounded.
-        object_score: the logit of an object being there, rounded.
-        area: the number of pixels.
+        iou: the IoU that SAM2 predicts, rounded.
+        object_score: a logit, rounded; above 0, SAM2 predicts that the object is present.
+        area: the number of pixels in the mask.
         box: left, top, width and height in pixels; null for an empty mask.
-        rle: the mask.
+        rle: the mask, run-length encoded.
     """
 
     file: str
@@ -88,21 +88,21 @@ class ResultLine(TypedDict):
 
     Attributes:
         schema: the version of this format; 1 if absent.
-        index: the frame's place among the inputs.
+        index: the position of the frame among the inputs, from 0.
         image: the input's file name, or its study code with `--pseudonymize`.
-        frame: the frame's number in a multi-frame file; otherwise null.
+        frame: the number of the frame in a multi-frame file, from 0; otherwise null.
         name: the name of the frame's output files, without suffix.
         code: the study code.
         question: the question.
         status: `ok` or `error`.
-        error: the message if the status is `error`; otherwise null.
-        width: of the image in pixels; null after an error.
-        height: of the image in pixels; null after an error.
-        answer: the text that the model answered; null after an error.
-        masks: one for each [SEG] in the answer.
+        error: the error message if the status is `error`; otherwise null.
+        width: the width of the image in pixels; null after an error.
+        height: the height of the image in pixels; null after an error.
+        answer: the answer of the model; null after an error.
+        masks: one mask for each [SEG] in the answer.
         files: the SHA-256 of each output file of the frame, by its path in the output folder.
         input: the SHA-256 of the input file; null after an error.
-        settings: a hash of everything that decides the results: version, bundle, kind of device, questions, options.
+        settings: a hash of everything that determines the results: version, bundle, kind of device, questions, options.
     """
 
     schema: NotRequired[_Schema]
@@ -124,18 +124,18 @@ class ResultLine(TypedDict):
 
 
 class TimingLine(TypedDict):
-    """A line of timings.jsonl, for the line of results.jsonl at the same place. Fields are null if the times were lost.
+    """A line of timings.jsonl, for the results.jsonl line with the same number. Fields are null if the times were lost.
 
     Attributes:
         schema: the version of this format; 1 if absent.
         index: as in results.jsonl.
         code: as in results.jsonl.
         question: as in results.jsonl.
-        drafted: tokens of the draft.
-        accepted: tokens of the draft that were accepted.
-        decode_steps: runs of language_model after the first.
+        drafted: the number of tokens in the draft.
+        accepted: the number of draft tokens that were accepted.
+        decode_steps: the number of runs of language_model after the first.
         batch: the number of images that ran together.
-        ms: milliseconds of each step.
+        ms: the time of each step, in milliseconds.
     """
 
     schema: NotRequired[_Schema]
@@ -162,12 +162,12 @@ class Planned(TypedDict):
 
 
 class JournalEntry(TypedDict):
-    """Any other line of journal.jsonl: a frame that is done.
+    """Any other line of journal.jsonl: a finished frame.
 
     Attributes:
         name: the frame's name.
-        lines: its lines of results.jsonl.
-        timings: its lines of timings.jsonl.
+        lines: the frame's lines of results.jsonl.
+        timings: the frame's lines of timings.jsonl.
     """
 
     name: str
@@ -179,8 +179,8 @@ class RunBundle(TypedDict):
     """The bundle of a run.
 
     Attributes:
-        name: of its folder.
-        sha256: of its bundle.json.
+        name: the name of the bundle's folder.
+        sha256: the SHA-256 of bundle.json.
         precision: `fp32`, `fp16` or `bf16`.
         checkpoint: the file name of the checkpoint.
     """
@@ -192,13 +192,13 @@ class RunBundle(TypedDict):
 
 
 class RunOptions(TypedDict):
-    """The options of a run, without names of inputs and folders. There are more than are listed here, named as on the command line.
+    """The options of a run, without names of inputs and folders. run.json also has the other options, named as on the command line.
 
     Attributes:
         num_shards: the number of shards that the inputs were split into.
-        shard_id: which of them this is, from 0.
-        show_names: whether report and messages show file names.
-        key: identifies the key of the study codes.
+        shard_id: the shard of this run, from 0.
+        show_names: whether the report and messages show file names.
+        key: a code that identifies the key of the study codes.
     """
 
     num_shards: _Count
@@ -212,12 +212,12 @@ class RunCounts(TypedDict):
 
     Attributes:
         in_all_shards: frames of all shards together.
-        images: frames that were tried, by this run or an earlier one.
+        images: frames that this run or an earlier one processed.
         ok: frames that have results.
         failed: frames that failed.
-        kept: frames that an earlier run did.
-        answers: results; a frame has one for each question.
-        with_decode_steps: answers that the draft did not predict.
+        kept: frames whose results come from an earlier run.
+        answers: answers; a frame has one for each question.
+        with_decode_steps: answers that needed decode steps.
         masks: masks.
         without_mask: answers without a mask.
     """
@@ -238,18 +238,18 @@ class RunFile(TypedDict):
 
     Attributes:
         schema: the version of this format; 1 if absent.
-        versions: of vessel-rt and its libraries.
+        versions: the versions of vessel-rt and its libraries.
         bundle: the bundle.
-        device: the devices that ran it.
-        options: the options.
-        counts: the counts.
+        device: the devices of the run.
+        options: the options of the run.
+        counts: the numbers of frames, answers and masks.
         started: when the run began, in ISO 8601.
-        seconds: the time of `load` and `images`.
-        images_per_second: frames that this run did, by the time of `images`.
-        peak_memory_bytes: the peak resident set; null where the system does not tell.
-        batch: `streams`, and the images of a batch `at_first` and at the `least`, after a shortage of memory.
-        skipped: the number of files that were not taken, by input and kind.
-        shards: the accounts of the shards that were merged.
+        seconds: the time of `load` and `images`, in seconds.
+        images_per_second: frames that this run processed, divided by the time of `images`.
+        peak_memory_bytes: the peak resident memory; null if the system does not report it.
+        batch: the number of `streams`, and the batch size `at_first` and at `least` (smaller if memory ran out).
+        skipped: the number of input files that were not used, by input and kind.
+        shards: data from run.json of each merged shard.
     """
 
     schema: NotRequired[_Schema]
@@ -268,16 +268,16 @@ class RunFile(TypedDict):
 
 
 class ComparedMask(TypedDict):
-    """A mask and its ground truth, in evaluation.json. Each metric is a further field: a number, or null where it is not defined.
+    """A mask and its ground truth, in evaluation.json. Each metric is an additional field: a number, or null if it is not defined.
 
     Attributes:
-        index: of the frame, as in results.jsonl.
+        index: the index of the frame, as in results.jsonl.
         question: as in results.jsonl.
-        concept: what the mask shows.
-        mask: its number in the answer, from 0; null for all masks together.
-        predicted_area: in pixels.
-        true_area: in pixels.
-        truth_rle: the ground truth.
+        concept: the concept, such as `vessel`.
+        mask: the number of the mask in the answer, from 0; null for the union of all masks.
+        predicted_area: the area of the predicted mask, in pixels.
+        true_area: the area of the ground truth, in pixels.
+        truth_rle: the ground truth, run-length encoded.
     """
 
     index: _Count
@@ -290,15 +290,15 @@ class ComparedMask(TypedDict):
 
 
 class ScoreRecord(TypedDict):
-    """The means of one question and concept, in evaluation.json. Tables are by metric.
+    """The means of one question and concept, in evaluation.json. The keys of tables are metrics.
 
     Attributes:
         question: as in results.jsonl.
-        concept: what the masks show.
+        concept: the concept, such as `vessel`.
         images: the number of images.
         mean: the mean over the images.
-        ci95: the ends of its 95 % interval; null where there is none.
-        left_out: the number of images where the metric is not defined.
+        ci95: the ends of the 95 % confidence interval of the mean; null if there is none.
+        left_out: the number of images for which the metric is not defined.
     """
 
     question: str
@@ -314,7 +314,7 @@ class EvaluationFile(TypedDict):
 
     Attributes:
         schema: the version of this format; 1 if absent.
-        truth: what the ground truth is.
+        truth: `annotations` or `a folder of masks`; with `--show-names`, the name of the file or folder.
         metrics: the metrics, in the order of the tables.
         images: the compared masks.
         summary: the means.
