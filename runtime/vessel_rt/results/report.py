@@ -104,7 +104,7 @@ def _scores(output: Path, truths: Mapping[int, Sequence[ComparedMask]] | None) -
         if lines[0]["error"] is None:
             scores[place] = min(map(_area, lines)) if truths is None else _dice(truths.get(lines[0]["index"], ()))
     if counts != [len(timings) for timings in iter_timings(output)]:
-        raise FormError(f"{output / TIMINGS_FILE}: not of the same frames as {RESULTS_FILE}; give the run's command again to make it anew")
+        raise FormError(f"{output / TIMINGS_FILE}: not of the same frames as {RESULTS_FILE}; repeat the run's command to write both again")
     return scores
 
 
