@@ -72,7 +72,7 @@ def add_infer(commands: Any) -> None:
     which.add_argument("--recursive", action="store_true", help="also search the subfolders of folders; a/b/x.png gives masks/a__b__x.png")
     which.add_argument("--num-images", type=types.positive, metavar="N", help="only the first N frames")
     which.add_argument("--num-shards", type=types.positive, metavar="K", help="split the files between K runs (see vessel-rt merge-shards)")
-    which.add_argument("--shard-id", type=types.natural, metavar="I", help="the shard that this run takes, from 0 to K-1")
+    which.add_argument("--shard-id", type=types.natural, metavar="I", help="which of the K shards to run, from 0 to K-1")
 
     where = infer.add_argument_group("where it runs")
     devices = where.add_mutually_exclusive_group()

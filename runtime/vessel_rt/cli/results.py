@@ -19,7 +19,7 @@ _EVALUATE = """examples:
 
 _CHECK_DATA = """examples:
   vessel-rt check-data annotations.json --images frames/
-  vessel-rt check-data annotations.json --images frames/ --fix sound.json
+  vessel-rt check-data annotations.json --images frames/ --fix fixed.json
 """
 
 
@@ -38,7 +38,9 @@ def add_results_commands(commands: Any) -> None:
     check = commands.add_parser("check-data", help="find what is wrong with annotations", epilog=_CHECK_DATA, formatter_class=raw)
     check.add_argument("annotations", type=Path, metavar="JSON", help="in Sa2VA's fine-tuning format")
     check.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of the images that it names")
-    check.add_argument("--fix", type=Path, metavar="JSON", help="write the sound items to this file, and next to it what was dropped")
+    check.add_argument(
+        "--fix", type=Path, metavar="JSON", help="write the items without errors to this file, and the dropped ones next to it"
+    )
     add_json(check)
     add_naming(check)
     check.set_defaults(run=_check_data, only_prints=True)

@@ -108,7 +108,7 @@ class Checked:
 
     def table(self) -> str:
         """For a terminal."""
-        lines = [f"items: {self.items}, sound or fixed: {len(self.sound)}, problems: {self.faults}"]
+        lines = [f"items: {self.items}, without errors or repaired: {len(self.sound)}, problems: {self.faults}"]
         for kind, problems in self.by_kind().items():
             lines.append(f"{len(problems):6}  {kind}: {KINDS[kind]}")
             lines += [f"          {problem.place}: {problem.found}" for problem in problems[:_EXAMPLES]]
