@@ -68,10 +68,16 @@ class LanguageModel:
 
     A cache lies on the device, is written in place, and is reused for later prompts: what an earlier prompt left in it lies beyond the
     positions of the later one, and the graph masks it. Its type is the graph's, which NumPy may lack.
+
+    Args:
+        session: the loaded graph.
+        bundle: the bundle that it belongs to.
+        embed_tokens: its embedding table.
+        chunk: the most tokens of a single prompt that run at once. Activations take memory for so many. None runs all at once.
     """
 
-    def __init__(self, session: Session, bundle: Bundle, embed_tokens: EmbedTokens) -> None:
-        self._session = session
+    def __init__(self, session: Session, bundle: Bundle, embed_tokens: EmbedTokens, chunk: int | None = None) -> None:
+        self._session, self._chunk = session, chunk
         self._sizes = bundle.language_model
         self._seg, self._stops = bundle.prompt.seg_token_id, frozenset(bundle.prompt.stop_token_ids)
         self._embed_tokens = embed_tokens
@@ -114,7 +120,9 @@ class LanguageModel:
         chunks = [np.concatenate([prompt, *self._embedded(row.draft)]) for row, prompt in zip(rows, prompts, strict=True)]
         gathered = 1 + max(len(row.draft) for row in rows)
         gather = [[row.prompt_length - 1 + min(i, len(row.draft)) for i in range(gathered)] for row in rows]
-        next_ids, states = self._run(chunks, [0] * len(rows), gather, cache)
+        start = self._begin_long(chunks[0], gathered, cache) if len(rows) == 1 else 0
+        gather = [[position - start for position in positions] for positions in gather]
+        next_ids, states = self._run([chunk[start:] for chunk in chunks], [start] * len(rows), gather, cache)
         for row, said, state in zip(rows, next_ids, states, strict=True):
             self._check(state[0])
             row.emitted.append(int(said[0]))
@@ -123,6 +131,14 @@ class LanguageModel:
                     break
                 self._consumed(row, state[i], int(said[i]))
                 row.accepted += 1
+
+    def _begin_long(self, prompt: npt.NDArray[Any], gathered: int, cache: Sequence[OrtValue]) -> int:
+        """Run the first chunks of a prompt, and return the start of the last one, which has the `gathered` last positions."""
+        start = 0
+        while self._chunk and len(prompt) - start - gathered > self._chunk:
+            self._run([prompt[start : start + self._chunk]], [start], [[0]], cache)
+            start += self._chunk
+        return start
 
     def _embedded(self, token_ids: Sequence[int]) -> list[npt.NDArray[Any]]:
         return [self._embed_tokens.rows(token_ids)] if token_ids else []

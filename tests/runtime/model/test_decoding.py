@@ -24,9 +24,9 @@ ROUNDING = 2e-6
 
 
 @contextmanager
-def language_model(bundle: Bundle) -> Iterator[LanguageModel]:
+def language_model(bundle: Bundle, chunk: int | None = None) -> Iterator[LanguageModel]:
     with EmbedTokens(bundle) as embed_tokens, Session(bundle.folder / "language_model.onnx", Device("cpu"), 1) as session:
-        yield LanguageModel(session, bundle, embed_tokens)
+        yield LanguageModel(session, bundle, embed_tokens, chunk)
 
 
 def prompt(bundle: Bundle, text: str) -> np.ndarray:
@@ -95,6 +95,24 @@ def test_a_padded_batch_equals_single_runs(standin: Bundle) -> None:
         assert batched.token_ids == single.token_ids
         assert batched.decode_steps == single.decode_steps
         np.testing.assert_allclose(batched.seg_states, single.seg_states, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 8, 100])
+@pytest.mark.parametrize("draft", ["", "Mask [SEG]", "Mask [SEG]."])
+def test_a_prompt_in_chunks_is_answered_as_one_in_a_run(standin: Bundle, draft: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = prompt(standin, "a much longer question than the others are")
+    ids = Tokenizer.from_file(str(standin.folder / "tokenizer.json")).encode(draft).ids
+    with language_model(standin) as whole, language_model(standin, chunk) as chunked:
+        [expected] = whole.generate([start], [ids])
+        run, lengths = chunked._session.run, []
+        monkeypatch.setattr(
+            chunked._session, "run", lambda feeds, **more: lengths.append(feeds["inputs_embeds"].shape[1]) or run(feeds, **more)
+        )
+        [found] = chunked.generate([start], [ids])
+    assert (found.token_ids, found.accepted, found.decode_steps) == (expected.token_ids, expected.accepted, expected.decode_steps)
+    np.testing.assert_allclose(found.seg_states, expected.seg_states, rtol=0, atol=ROUNDING)
+    assert max(lengths) <= chunk + 1 + len(ids)
+    assert sum(lengths) == len(start) + len(ids) + found.decode_steps
 
 
 def test_rows_that_finish_early_wait_for_the_others(tmp_path: Path) -> None:
