@@ -181,7 +181,7 @@ def test_an_image_that_alone_fails_is_at_fault(
 ) -> None:
     with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
         small, large = (segmenter.prepare(make_frame(*size)) for size in ((448, 448), (1344, 1344)))
-        FailingSession(monkeypatch, lambda feeds: "pixel_values" in feeds and len(feeds["pixel_values"]) > 7, text)
+        FailingSession(monkeypatch, lambda feeds: "pixel_values" in feeds and len(feeds["pixel_values"]) > 3, text)
         with pytest.raises(error, match="vision_encoder fails on cpu") as caught:
             segmenter.run([large], ["Where?"])
         assert type(caught.value) is error
