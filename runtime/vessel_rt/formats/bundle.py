@@ -35,6 +35,7 @@ __all__ = [
     "MaskSpec",
     "PromptSpec",
     "Provenance",
+    "Quantization",
     "StageSpec",
     "TensorSpec",
     "TileSpec",
@@ -176,6 +177,19 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantization:
+    """Which matrices are integers of the type `weights` (`int8`, `int4`).
+
+    `matrices` has for each quantized stage its matrices [in, out], and how many rows of each share a scale. `kept` has the stages and
+    matrices that are not quantized, each with the reason.
+    """
+
+    weights: str
+    matrices: dict[str, dict[str, _Count]]
+    kept: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Bundle:
     """`bundle.json`, read. `folder` is where it lies, `sha256` the hash of its bytes; they are not part of the file."""
 
@@ -189,7 +203,13 @@ class Bundle:
     stages: dict[str, StageSpec]
     provenance: Provenance
     files: dict[FileName, FileRecord]
+    quantization: Quantization | None = None
     sha256: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def weights(self) -> str:
+        """The type of the matrices: that of the quantized ones, or else `precision`."""
+        return self.quantization.weights if self.quantization else self.precision
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:

@@ -15,9 +15,10 @@ from typing import Annotated
 from vessel_rt.errors import RecipeError
 from vessel_rt.formats.schema import Within, decode, read_small, shown
 
-__all__ = ["DEFAULT_RECIPE", "PRECISIONS", "EngineRecipe", "LanguageModelRecipe", "Recipe", "load_recipe", "recipe_names"]
+__all__ = ["DEFAULT_RECIPE", "PRECISIONS", "WEIGHTS", "EngineRecipe", "LanguageModelRecipe", "Recipe", "load_recipe", "recipe_names"]
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+WEIGHTS = ("int8", "int4")  # types of quantized matrices
 DEFAULT_RECIPE = "rtx3090"
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
@@ -53,12 +54,16 @@ class EngineRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A recipe; `engines` is None where there are none to build."""
+    """A recipe; `engines` is None where there are none to build.
+
+    `precision` is the type of the activations. `weights` is the type of the matrices, None if it is the same.
+    """
 
     name: str
     precision: str
     language_model: LanguageModelRecipe
     engines: EngineRecipe | None = None
+    weights: str | None = None
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -93,6 +98,8 @@ def _faults(recipe: Recipe) -> Iterator[str]:
     """What `recipe` says that contradicts itself or that nothing can be made of."""
     if recipe.precision not in PRECISIONS:
         yield f"precision is {shown(recipe.precision)}, not one of {', '.join(PRECISIONS)}"
+    if recipe.weights not in (None, *WEIGHTS):
+        yield f"weights is {shown(recipe.weights)}, not one of {', '.join(WEIGHTS)}"
     engines = recipe.engines
     if engines and not re.fullmatch(r"sm\d{2,3}", engines.architecture, re.ASCII):
         yield f"engines.architecture is {shown(engines.architecture)}, not like sm86"
