@@ -88,7 +88,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="the fine-tuned checkpoint, iter_*.pth")
     parser.add_argument("--base", metavar="DIR|ID", help="InternVL3: a folder or a Hugging Face id (default: OpenGVLab/InternVL3-8B)")
     parser.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0: a .pt or a Hugging Face id (default: facebook/sam2-hiera-large)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<precision>[-<weights>])")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<types of the recipe>)")
     parser.add_argument(
         "--recipe",
         default=DEFAULT_RECIPE,

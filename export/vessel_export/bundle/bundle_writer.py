@@ -172,7 +172,7 @@ def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
 
 def _check_recipe(recipe: Recipe, base: BaseModel) -> None:
     if recipe.weights and recipe.precision == "bf16":  # its scales would have 8 bits
-        raise RecipeError(f"recipe {recipe.name}: weights = \"{recipe.weights}\" goes with the precisions fp32 and fp16, not with bf16")
+        raise RecipeError(f'recipe {recipe.name}: weights = "{recipe.weights}" goes with the precisions fp32 and fp16, not with bf16')
     need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + MAX_TEXT_TOKENS + recipe.language_model.max_new_tokens
     capacity = recipe.language_model.capacity
     if not need <= capacity <= base.language.max_positions:
@@ -221,17 +221,18 @@ def _quantize(
 ) -> tuple[dict[str, list[OutputTensor]], Quantization]:
     """Quantize the matrices of `graphs`, and of `files`, which are planned for them."""
     kind = MatrixType.named(weights)
-    matrices, kept, blocks = {}, dict(_KEPT_STAGES), {}
+    matrices: dict[str, dict[str, int]] = {}
+    kept = dict(_KEPT_STAGES)
+    blocks: dict[str, int] = {}
     for graph in graphs:
         matrices[graph.name], reasons = add_dequantization(graph, kind)
         kept |= reasons
         blocks |= matrices[graph.name]
-    planned = {
-        file: [
-            stored for tensor in tensors for stored in (quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,))
-        ]
-        for file, tensors in files.items()
-    }
+
+    def stored(tensor: OutputTensor) -> tuple[OutputTensor, ...]:
+        return quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,)
+
+    planned = {file: [made for tensor in tensors for made in stored(tensor)] for file, tensors in files.items()}
     return planned, Quantization(weights, matrices, kept)
 
 

@@ -24,7 +24,8 @@ def find_neighbours(out: Path, base: str, recipe: Recipe) -> list[Bundle]:
             continue
         with contextlib.suppress(BundleError):  # a damaged neighbour cannot be used, and is not an error of this export
             bundle = Bundle.load(path.parent)
-            alike = (bundle.provenance.base, bundle.precision, bundle.weights) == (base, recipe.precision, recipe.weights or recipe.precision)
+            types = bundle.precision, bundle.weights
+            alike = (bundle.provenance.base, types) == (base, (recipe.precision, recipe.weights or recipe.precision))
             found.append((alike, path.stat().st_mtime, bundle))
     return [bundle for _, _, bundle in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 

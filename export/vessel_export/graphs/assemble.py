@@ -91,7 +91,7 @@ def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocatio
 def _holds(place: TensorLocation, dtype: ir.DataType, shape: ir.Shape) -> bool:
     """Whether a stored tensor is one of `dtype` and `shape`. Int4 values are stored as bytes of two."""
     if dtype == ir.DataType.INT4:
-        return place.dtype == torch.uint8 and place.length * 2 == math.prod(int(size) for size in shape)
+        return place.dtype == torch.uint8 and place.length * 2 == math.prod(shape.numpy())
     return TO_IR.get(place.dtype) == dtype and list(place.shape) == list(shape)
 
 

@@ -99,7 +99,7 @@ class _Quantizer:
         for piece in self._tensor.pieces():
             if len(piece) % self._block:
                 raise ValueError(f"{self._tensor.name}: a piece of {len(piece)} rows is not whole blocks of {self._block}")
-            blocks = piece.float().mT.contiguous().unflatten(1, (-1, self._block))  # [out, in / block, block]
+            blocks = piece.float().mT.reshape(piece.shape[1], -1, self._block)  # [out, in / block, block]
             magnitude = torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_())
             scale = (magnitude / self._largest).to(self._tensor.dtype)
             self._scales.append(scale.mT)

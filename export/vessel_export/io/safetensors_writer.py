@@ -36,7 +36,15 @@ ROWS = 128  # of a large tensor, computed together: whole blocks of a quantized 
 _PAGE = 4096
 _IN_FLIGHT = 16  # pieces that are computed and not yet written
 _FLUSH = 1 << 26  # bytes after which what was written is dropped from the page cache
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL", torch.int8: "I8", torch.uint8: "U8"}
+_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
