@@ -76,7 +76,8 @@ def quantized(tensor: OutputTensor, block: int, kind: MatrixType) -> tuple[Outpu
     """The integers and the scales of `tensor` [in, out], as tensors of the names that the graph has.
 
     A scale is the block's largest magnitude / `kind.largest`, rounded to the tensor's dtype. A value is divided by its rounded scale, and
-    rounded to the nearest integer, half to even. Int4 values are stored two in a byte, the first in the lower half, as ONNX packs them.
+    rounded to the nearest integer, half to even: it is at most half a scale away from what is stored. Int4 values are stored two in a
+    byte, the first in the lower half, as ONNX packs them.
     """
     rows, columns = tensor.shape
     work = _Quantizer(tensor, block, kind)
@@ -100,12 +101,17 @@ class _Quantizer:
             if len(piece) % self._block:
                 raise ValueError(f"{self._tensor.name}: a piece of {len(piece)} rows is not whole blocks of {self._block}")
             blocks = piece.float().mT.reshape(piece.shape[1], -1, self._block)  # [out, in / block, block]
-            magnitude = torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_())
-            scale = (magnitude / self._largest).to(self._tensor.dtype)
+            scale = self._scale(torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_()))
             self._scales.append(scale.mT)
-            step = scale.float()
-            step[step == 0] = 1.0  # a block of zeros
-            yield (blocks / step[..., None]).round_().clamp_(-self._largest, self._largest).to(torch.int8).flatten(1).mT
+            yield (blocks / scale.float()[..., None]).round_().clamp_(-self._largest, self._largest).to(torch.int8).flatten(1).mT
+
+    def _scale(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """The scales of blocks by their largest magnitudes. TensorRT requires scales above zero, so that of zeros is 1."""
+        scale = (magnitude / self._largest).to(self._tensor.dtype)
+        # Very small scales have few digits in FP16. The next larger one keeps the largest value within half a step.
+        larger = scale.nextafter(torch.full_like(scale, math.inf))
+        scale = torch.where(magnitude > (self._largest + 0.5) * scale.float(), larger, scale)
+        return scale.masked_fill_(magnitude == 0, 1.0)
 
     def scales(self) -> Iterator[torch.Tensor]:
         if not self._scales:  # they come after the integers, which are larger, in a file

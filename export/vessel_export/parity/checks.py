@@ -40,7 +40,7 @@ TOLERANCES = {
 # Of quantized stages, and of the masks of a bundle that has any.
 QUANTIZED_TOLERANCES = {
     "int8": Tolerances(relative_error=6e-2, mask_iou=0.9, mean_iou=0.995, mean_dice=0.997),
-    "int4": Tolerances(relative_error=6e-1, mask_iou=0.7, mean_iou=0.97, mean_dice=0.98),
+    "int4": Tolerances(relative_error=4e-1, mask_iou=0.85, mean_iou=0.985, mean_dice=0.992),
 }
 
 

@@ -5,14 +5,16 @@ Parity alone would not notice a few changed scales among many. Does not know how
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors import safe_open
 
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
@@ -23,10 +25,18 @@ if TYPE_CHECKING:
 __all__ = ["check_graphs", "rounding_errors"]
 
 _AT_ONCE = 1 << 24  # values compared at a time
-_LARGEST = {"int8": 127, "int4": 7}
 _DTYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
-_SMALLEST_SCALE = {torch.float16: 2.0**-24, torch.float32: 2.0**-149}  # and the spacing of scales near zero
 _VISION = {"attn.qkv": ("q_proj", "k_proj", "v_proj"), "attn.proj": ("projection_layer",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A quantized matrix [in, out] as a graph has it: its name, the rows of a block, and the initializers."""
+
+    name: str
+    block: int
+    integers: ir.Value
+    scales: ir.Value
 
 
 def check_graphs(bundle: Bundle) -> None:
@@ -37,56 +47,62 @@ def check_graphs(bundle: Bundle) -> None:
     """
     listed = bundle.quantization.matrices if bundle.quantization else {}
     for stage, spec in bundle.stages.items():
-        found = {}
-        for node in ir.load(bundle.folder / spec.file).graph:
-            if node.op_type != "DequantizeLinear":
-                continue
-            matrix, block = node.inputs[0], node.attributes.get_int("block_size", 0)
-            if matrix is None or not _sound(node, block, _DTYPES.get(bundle.weights)):
-                raise BundleError(f"{bundle.folder / spec.file}: {node.name} is not of {bundle.weights} in blocks; export the bundle again")
-            found[str(matrix.name)] = block
+        found = {stored.name: stored.block for stored in _stored(bundle, stage)}
         if found != listed.get(stage, {}):
             odd = sorted(name for name, _ in found.items() ^ listed.get(stage, {}).items())
             raise BundleError(f"{bundle.folder / spec.file}: {odd[0]} is not quantized as bundle.json says; export the bundle again")
 
 
-def _sound(node: ir.Node, block: int, dtype: ir.DataType | None) -> bool:
-    """Whether a DequantizeLinear has integers of `dtype` [in, out] and scales [in / block, out], and no zero points."""
-    matrix, scale = node.inputs[:2]
-    if matrix is None or scale is None or not matrix.shape or not scale.shape or matrix.dtype != dtype:
-        return False
-    sizes, rows = [*matrix.shape.numpy()], [*scale.shape.numpy()]
-    return len(node.inputs) == 2 and node.attributes.get_int("axis", 1) == 0 and [rows[0] * block, *rows[1:]] == sizes
+def _stored(bundle: Bundle, stage: str) -> Iterator[_Stored]:
+    path = bundle.folder / bundle.stages[stage].file
+    for node in ir.load(path).graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        integers, scales, *more = node.inputs
+        block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
+        sound = integers is not None and integers.dtype == _DTYPES.get(bundle.weights) and scales is not None and not more and axis == 0
+        if not (sound and integers and integers.shape and scales and scales.shape):
+            raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
+        if [*scales.shape.numpy()] != [integers.shape.numpy()[0] / max(1, block), *integers.shape.numpy()[1:]]:
+            raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
+        yield _Stored(str(integers.name), block, integers, scales)
 
 
 def rounding_errors(bundle: Bundle, reference: Reference) -> Iterator[tuple[str, str, float]]:
     """For each quantized matrix its stage, its name and the largest |stored - reference's| in steps, where a step is the block's scale.
 
-    Subtracts what the scale's own rounding costs where scales are so small that FP16 has few digits for them.
+    Integers and scales are read where the graph reads them. Raises BundleError as `check_graphs`.
     """
-    for stage, matrices in (bundle.quantization.matrices if bundle.quantization else {}).items():
-        with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(bundle.folder / file, "pt")) for file in bundle.stages[stage].weights]
-            places = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dictionary
-            for name, block in matrices.items():
-                integers, scales = (places[stored].get_tensor(stored) for stored in (name, f"{name}_scale"))
-                yield stage, name, _error(integers, scales, block, _modules(reference, name), bundle.weights)
+    check_graphs(bundle)
+    for stage in bundle.quantization.matrices if bundle.quantization else ():
+        for stored in _stored(bundle, stage):
+            yield stage, stored.name, _error(bundle.folder, stored, _modules(reference, stored.name))
 
 
-def _error(integers: torch.Tensor, scales: torch.Tensor, block: int, modules: list[Any], weights: str) -> float:
+def _error(folder: Path, stored: _Stored, modules: list[Any]) -> float:
     """Whole blocks of rows at a time: the matrix is [in, out], the reference's modules hold [out, in]."""
-    blocks, columns = scales.shape
-    least = _SMALLEST_SCALE[scales.dtype]
-    slack = _LARGEST[weights] * least / 2
+    integers, scales = _read(folder, stored.integers), _read(folder, stored.scales)
+    (blocks, columns), block = scales.shape, stored.block
     rows, worst = max(1, _AT_ONCE // columns // block), 0.0
     for start in range(0, blocks, rows):
         scale = scales[start : start + rows].float()[:, None]  # [blocks, 1, out]
         inside = slice(start * block, (start + len(scale)) * block)
-        stored = _unpacked(integers, columns, inside) if weights == "int4" else integers[inside]
+        values = integers[inside] if integers.ndim == 2 else _unpacked(integers, columns, inside)
         expected = torch.cat([_weight(module, inside) for module in modules]).mT  # [rows, out]
-        difference = (stored.float().reshape(-1, block, columns) * scale - expected.reshape(-1, block, columns)).abs_()
-        worst = max(worst, float(((difference - slack) / scale.abs().clamp_min(least)).max()))
+        difference = (values.float().reshape(-1, block, columns) * scale - expected.reshape(-1, block, columns)).abs_()
+        worst = max(worst, float((difference / scale.abs()).nan_to_num(math.inf).max()))  # 0 / 0: a scale of zero
     return worst
+
+
+def _read(folder: Path, value: ir.Value) -> torch.Tensor:
+    """An initializer's values, mapped; int4 as its bytes. (onnx_ir does not read files that are hard links.)"""
+    tensor = value.const_value
+    if not isinstance(tensor, ir.ExternalTensor):
+        raise BundleError(f"{folder}: {value.name} is not in a file of weights; export the bundle again")
+    packed = tensor.dtype == ir.DataType.INT4
+    shape = (tensor.length or 0,) if packed else tuple(tensor.shape.numpy())
+    dtype = np.dtype(np.uint8) if packed else tensor.dtype.numpy()
+    return torch.from_numpy(np.memmap(folder / tensor.location, dtype, "c", offset=tensor.offset or 0, shape=shape))
 
 
 def _unpacked(integers: torch.Tensor, columns: int, rows: slice) -> torch.Tensor:

@@ -20,7 +20,7 @@ from vessel_export.parity.checks import ALONE, QUANTIZED_TOLERANCES, TOLERANCES,
 from vessel_export.parity.emulate import EmulatedDeployment, emulate
 from vessel_export.parity.inputs import Array, Sample, one_pass, samples_of
 from vessel_export.parity.stage_masks import consumed, masks_with
-from vessel_export.parity.stored_matrices import check_graphs, rounding_errors
+from vessel_export.parity.stored_matrices import rounding_errors
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.device.session import Session
@@ -111,7 +111,6 @@ def verify(
     """
     bundle = deployment.bundle
     tolerances = QUANTIZED_TOLERANCES[bundle.weights] if bundle.quantization else TOLERANCES[bundle.precision]
-    check_graphs(bundle)
     measurements = [
         Measurement(stage, "stored weights, in steps", error, QUANTIZED_TOLERANCES[bundle.weights].steps, name)
         for stage, name, error in rounding_errors(bundle, reference)
