@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md from benchmarks/results/*.json.
+"""Writes the tables and plots of docs/performance.md and docs/quantization.md from benchmarks/results/*.json.
 
     python -m benchmarks.report [--check]
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.measure import RESULTS
 
-_DOCUMENT = Path("docs/performance.md")
+DOCUMENTS = (Path("docs/performance.md"), Path("docs/quantization.md"))
 _PLOTS = Path("docs/plots")
 _STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample", "end to end")
 _RUNS = ("vision_encoder", "prefill", "decode", "draft", "sam2_image_encoder", "sam2_mask_decoder")
@@ -33,14 +33,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the document differs from the results")
     arguments = parser.parse_args()
-    before = _DOCUMENT.read_text(encoding="utf-8")
-    after = filled(before)
+    before = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+    after = {document: filled(text) for document, text in before.items()}
     if arguments.check:
-        print(f"{_DOCUMENT}: {'matches the results' if after == before else 'differs from the results; run python -m benchmarks.report'}")
+        for document, text in after.items():
+            same = text == before[document]
+            print(f"{document}: {'matches the results' if same else 'differs from the results; run python -m benchmarks.report'}")
         return int(after != before)
-    _DOCUMENT.write_text(after, encoding="utf-8")
+    for document, text in after.items():
+        document.write_text(text, encoding="utf-8")
     _draw()
-    print(f"{_DOCUMENT}, {_PLOTS}/*.svg")
+    print(f"{', '.join(map(str, DOCUMENTS))}, {_PLOTS}/*.svg")
     return 0
 
 
@@ -241,6 +244,22 @@ def _build() -> str:
     return _table(["stage", "engines", "seconds", "peak memory", "size"], rows)
 
 
+def _quantization(name: str) -> str:
+    head = ["activations and weights", "bytes", "answers identical", "mean IoU", "least IoU", "Dice", "clDice", "HD95"]
+    rows = [[row["name"], f"{row['weights_bytes']:,}", *_scores(row["sets"][name])] for row in _result("quantization")["bundles"]]
+    return _table(head, rows)
+
+
+def _quantized_stages() -> str:
+    head = ["quantized", "answers identical", "mean IoU", "least IoU", "Dice", "clDice", "HD95"]
+    return _table(head, [[row["name"], *_scores(row["sets"]["examples/tiny"])] for row in _result("quantization")["stages"]])
+
+
+def _scores(found: dict[str, Any]) -> list[str]:
+    numbers = (f"{found[key]:.4f}" for key in ("mean_iou", "min_iou", "dice", "cldice"))
+    return [f"{found['identical_answers']} of {found['answers']}", *numbers, f"{found['hd95']:.2f}"]
+
+
 _TABLES: dict[str, Callable[[], str]] = {
     "contenders": _contenders,
     "ratios": _ratios,
@@ -258,6 +277,9 @@ _TABLES: dict[str, Callable[[], str]] = {
     "export": _export,
     "export-peer": _export_peer,
     "build": _build,
+    "quantization-tiny": functools.partial(_quantization, "examples/tiny"),
+    "quantization-angiograms": functools.partial(_quantization, "angiograms"),
+    "quantization-stages": _quantized_stages,
 }
 
 

@@ -23,11 +23,12 @@ def tiny() -> Tiny:
     return Tiny(folder / "base", folder / "sam2_tiny.pt", checkpoint, folder / "frames", folder / "annotations.json")
 
 
-def _export(tiny: Tiny, factory: pytest.TempPathFactory, precision: str) -> Path:
+def _export(tiny: Tiny, factory: pytest.TempPathFactory, precision: str, weights: str | None = None) -> Path:
     from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
     from vessel_rt.formats.recipe import load_recipe
 
-    name, recipe = f"tiny-{precision}", msgspec.structs.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision)
+    name = f"tiny-{precision}" + (f"-{weights}" if weights else "")
+    recipe = msgspec.structs.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision, weights=weights)
     inputs = tiny.checkpoint, str(tiny.base), str(tiny.sam2)
     return made_once(factory, name, lambda folder: export_bundle(ExportRequest(*inputs, folder / name, recipe))) / name
 
@@ -40,3 +41,14 @@ def fp32_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(tiny, tmp_path_factory, "fp16")
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the recipe cpu-int8 makes it."""
+    return _export(tiny, tmp_path_factory, "fp32", "int8")
+
+
+@pytest.fixture(scope="session")
+def int4_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny, tmp_path_factory, "fp32", "int4")

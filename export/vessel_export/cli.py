@@ -89,7 +89,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="the fine-tuned checkpoint, iter_*.pth")
     parser.add_argument("--base", metavar="DIR|ID", help="InternVL3: a folder or a Hugging Face id (default: OpenGVLab/InternVL3-8B)")
     parser.add_argument("--sam2", metavar="FILE|ID", help="SAM 2.0: a .pt or a Hugging Face id (default: facebook/sam2-hiera-large)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<precision>)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the bundle to make (default: engines/<checkpoint>-<types of the recipe>)")
     parser.add_argument(
         "--recipe",
         default=DEFAULT_RECIPE,
@@ -170,7 +170,7 @@ def _export(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe)
     if arguments.precision:
         recipe = msgspec.structs.replace(recipe, precision=arguments.precision)
-    out = arguments.out or Path("engines") / f"{arguments.ckpt.stem}-{recipe.precision}"
+    out = arguments.out or Path("engines") / f"{arguments.ckpt.stem}-{'-'.join(filter(None, (recipe.precision, recipe.weights)))}"
     export = export_bundle(
         ExportRequest(
             checkpoint=arguments.ckpt,
@@ -190,12 +190,16 @@ def _export(arguments: argparse.Namespace) -> int:
     for name in export.reused_engines:
         print(f"reused: engine {name}")
     print(
-        f"{out}: {recipe.precision} bundle of {arguments.ckpt.name}, {len(files)} files, {size / 1e6:.1f} MB"
+        f"{out}: {_types(recipe)} bundle of {arguments.ckpt.name}, {len(files)} files, {size / 1e6:.1f} MB"
         f" ({export.bytes_written / 1e6:.1f} MB written)"
     )
     if recipe.precision != "fp32":  # fp32 is for CPUs
         _build_after_export(out, recipe)
     return 0
+
+
+def _types(recipe: Recipe) -> str:
+    return f"{recipe.precision} ({recipe.weights} weights)" if recipe.weights else recipe.precision
 
 
 def _build_after_export(bundle: Path, recipe: Recipe) -> None:

@@ -52,10 +52,11 @@ def planted_bf16(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactor
     return _export(planted, tmp_path_factory, "bf16")
 
 
-def _export(request: ExportRequest, factory: pytest.TempPathFactory, precision: str) -> Path:
+def _export(request: ExportRequest, factory: pytest.TempPathFactory, precision: str, weights: str | None = None) -> Path:
     from vessel_export.bundle.bundle_writer import export_bundle
 
-    name, recipe = f"{request.out.parent.name}-{precision}", msgspec.structs.replace(request.recipe, precision=precision)
+    name = f"{request.out.parent.name}-{precision}" + (f"-{weights}" if weights else "")
+    recipe = msgspec.structs.replace(request.recipe, precision=precision, weights=weights)
     with traced_once():
         return made_once(factory, name, lambda folder: export_bundle(dataclasses.replace(request, out=folder / name, recipe=recipe))) / name
 
@@ -63,6 +64,11 @@ def _export(request: ExportRequest, factory: pytest.TempPathFactory, precision: 
 @pytest.fixture(scope="session")
 def small_fp32(small: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(small, tmp_path_factory, "fp32")
+
+
+@pytest.fixture(scope="session")
+def small_int8(small: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(small, tmp_path_factory, "fp32", "int8")
 
 
 @pytest.fixture(scope="session")

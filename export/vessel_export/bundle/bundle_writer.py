@@ -22,6 +22,7 @@ from vessel_export.bundle.sam2_stages import Written, write_sam2_stages
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
+from vessel_export.graphs.quantize import MatrixType, add_dequantization, quantized
 from vessel_export.graphs.vision_encoder import build_vision_encoder
 from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
@@ -41,6 +42,8 @@ from vessel_rt.formats.bundle import (
     MaskSpec,
     PromptSpec,
     Provenance,
+    Quantization,
+    StageSpec,
     TileSpec,
 )
 from vessel_rt.formats.file_record import FileRecord
@@ -58,6 +61,9 @@ _IMAGE_START, _IMAGE_TOKEN, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _QUESTION = "Please segment vessel in this image."
 _ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
+
+# Stages of a quantized bundle that keep the recipe's precision, and why.
+_KEPT_STAGES = dict.fromkeys(("sam2_image_encoder", "sam2_mask_decoder"), "it is small, and masks change the most with it")
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
@@ -105,15 +111,15 @@ def export_bundle(request: ExportRequest) -> Export:
         checkpoint = open_checkpoint(request.checkpoint, request.skip)
         sha256 = thread.submit(sha256_of, request.checkpoint)
         base, sam2 = open_base(request.base), open_sam2(request.sam2)
-        _check_capacity(request.recipe, base)
+        _check_recipe(request.recipe, base)
         alpha = _alpha(checkpoint, request.lora_alpha)
         sizes, dtype = request.recipe.language_model, DTYPES[request.recipe.precision]
         plan = plan_merge(checkpoint, base, sam2, alpha=alpha, capacity=sizes.capacity, dtype=dtype)
         tokenizer = extend_tokenizer(base.folder, base.language.vocabulary, NEW_TOKENS)
         prompt = _prompt(tokenizer, base)
-        neighbours = find_neighbours(out, request.base, request.recipe.precision)
+        neighbours = find_neighbours(out, request.base, request.recipe)
         with hashing(base.files) as hashed:
-            stages, written = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
+            stages, written, quantization = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
             hashed()
         tokenizer.save(str(folder / prompt.tokenizer))
         files = _records(folder, written)
@@ -140,6 +146,7 @@ def export_bundle(request: ExportRequest) -> Export:
             stages=stages,
             provenance=_provenance(request, checkpoint, sha256.result(), alpha),
             files=files,
+            quantization=quantization,
         )
         (folder / BUNDLE_FILE).write_text(bundle.to_json(), encoding="utf-8")
         fresh = [record.bytes for name, record in files.items() if name not in written]
@@ -165,7 +172,9 @@ def _alpha(checkpoint: Checkpoint, given: float | None) -> float:
     return alpha
 
 
-def _check_capacity(recipe: Recipe, base: BaseModel) -> None:
+def _check_recipe(recipe: Recipe, base: BaseModel) -> None:
+    if recipe.weights and recipe.precision == "bf16":  # its scales would have 8 bits
+        raise RecipeError(f'recipe {recipe.name}: weights = "{recipe.weights}" goes with the precisions fp32 and fp16, not with bf16')
     need = (_MAX_TILES + _THUMBNAIL) * base.vision.tokens_per_tile + MAX_TEXT_TOKENS + recipe.language_model.max_new_tokens
     capacity = recipe.language_model.capacity
     if not need <= capacity <= base.language.max_positions:
@@ -183,7 +192,7 @@ def _write_stages(
     recipe: Recipe,
     neighbours: Sequence[Bundle],
     sam2_stages: SubprocessCall[..., Written],
-) -> Written:
+) -> tuple[dict[str, StageSpec], dict[str, WrittenFile], Quantization | None]:
     """Write the weights, then the graphs that point into them. A child process traces and writes SAM2's stages, which takes long."""
     dtype = DTYPES[recipe.precision]
     graphs = [
@@ -191,21 +200,42 @@ def _write_stages(
         build_language_model(base.language, plan.vocabulary, recipe.language_model.capacity, TO_IR[dtype]),
     ]
     _check_weights(graphs, plan.files, base)
-    older = {file: older_file(neighbours, file, file_size(tensors)) for file, tensors in plan.files.items()}
-    fresh = sum(file_size(tensors) for file, tensors in plan.files.items() if older[file] is None)
+    files, quantization = _quantize(graphs, plan.files, recipe.weights) if recipe.weights else (plan.files, None)
+    older = {file: older_file(neighbours, file, file_size(tensors)) for file, tensors in files.items()}
+    fresh = sum(file_size(tensors) for file, tensors in files.items() if older[file] is None)
     _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
     (folder / "weights").mkdir()
     trained = _as_arrays(plan.sam2_updates), _as_arrays(plan.prompt_head)
     sam2_stages.start(folder, sam2.path, *trained, recipe.precision, neighbours)
     written: dict[str, WrittenFile] = {}
-    total = sum(tensor.bytes for tensors in plan.files.values() for tensor in tensors)
+    total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
-        for file, tensors in plan.files.items():
+        for file, tensors in files.items():
             written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
     locations = {name: location for file in written.values() for name, location in file.locations.items()}
     stages = {graph.name: save_graph(graph, folder, locations) for graph in graphs}
     traced, traced_weights = sam2_stages.result()
-    return stages | traced, written | traced_weights
+    return stages | traced, written | traced_weights, quantization
+
+
+def _quantize(
+    graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], weights: str
+) -> tuple[dict[str, list[OutputTensor]], Quantization]:
+    """Quantize the matrices of `graphs`, and of `files`, which are planned for them."""
+    kind = MatrixType.named(weights)
+    matrices: dict[str, dict[str, int]] = {}
+    kept = dict(_KEPT_STAGES)
+    blocks: dict[str, int] = {}
+    for graph in graphs:
+        matrices[graph.name], reasons = add_dequantization(graph, kind)
+        kept |= reasons
+        blocks |= matrices[graph.name]
+
+    def stored(tensor: OutputTensor) -> tuple[OutputTensor, ...]:
+        return quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,)
+
+    planned = {file: [made for tensor in tensors for made in stored(tensor)] for file, tensors in files.items()}
+    return planned, Quantization(weights, matrices, kept)
 
 
 def _as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[np.float32]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from vessel_export.errors import CheckpointError
-from vessel_export.io.safetensors_writer import PIECE, OutputTensor, in_pieces
+from vessel_export.io.safetensors_writer import PIECE, ROWS, OutputTensor, in_pieces
 from vessel_export.sources.base_model import BaseModel, Sam2
 from vessel_export.sources.checkpoint import Checkpoint, faults_in
 from vessel_export.sources.names import (
@@ -210,7 +210,7 @@ def _merged(ledger: _Ledger, base: BaseModel, module: str, name: str, alpha: flo
 
     def pieces() -> Iterator[torch.Tensor]:
         weight, narrow, wide = base.tensor(key), a.float(), b.float()
-        step = max(1, PIECE // out_features)
+        step = max(1, PIECE // out_features // ROWS) * ROWS
         for start in range(0, in_features, step):
             columns = slice(start, start + step)
             yield weight[:, columns].float().addmm_(wide, narrow[:, columns], alpha=alpha / rank).T

@@ -11,19 +11,22 @@ from vessel_rt.errors import BundleError, EngineError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES, Engine
 from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.formats.recipe import Recipe
 
 __all__ = ["find_neighbours", "link_engines", "older_file"]
 
 
-def find_neighbours(out: Path, base: str, precision: str) -> list[Bundle]:
-    """The bundles in the folder of `out`, itself included: those of the same base model and precision first, then the newest."""
+def find_neighbours(out: Path, base: str, recipe: Recipe) -> list[Bundle]:
+    """The bundles in the folder of `out`, itself included: those of the same base model and types first, then the newest."""
     found: list[tuple[bool, float, Bundle]] = []
     for path in out.parent.glob(f"*/{BUNDLE_FILE}"):
         if path.parent.name.startswith("."):
             continue
         with contextlib.suppress(BundleError):  # a damaged neighbour cannot be used, and is not an error of this export
             bundle = Bundle.load(path.parent)
-            found.append(((bundle.provenance.base, bundle.precision) == (base, precision), path.stat().st_mtime, bundle))
+            types = bundle.precision, bundle.weights
+            alike = (bundle.provenance.base, types) == (base, (recipe.precision, recipe.weights or recipe.precision))
+            found.append((alike, path.stat().st_mtime, bundle))
     return [bundle for _, _, bundle in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 
 

@@ -6,6 +6,7 @@ Does not know what the four graphs compute.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ TO_IR = {
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.int64: ir.DataType.INT64,
     torch.bool: ir.DataType.BOOL,
+    torch.int8: ir.DataType.INT8,
 }
 
 
@@ -72,11 +74,11 @@ def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocatio
         place = locations.get(value.name or "")
         if place is None:
             raise ValueError(f"{graph.name}: {value.name} has no location")
-        if list(place.shape) != list(value.shape or ()) or TO_IR[place.dtype] != value.dtype:
+        if value.dtype is None or value.shape is None or not _holds(place, value.dtype, value.shape):
             raise ValueError(f"{graph.name}: {value.name} is {value.dtype} {value.shape}, its weight is {place.dtype} {place.shape}")
         files.add(place.file)
         value.const_value = ir.ExternalTensor(
-            place.file, place.offset, place.length, TO_IR[place.dtype], shape=ir.Shape(place.shape), name=value.name or "", base_dir=folder
+            place.file, place.offset, place.length, value.dtype, shape=value.shape, name=value.name or "", base_dir=folder
         )
     _widen_the_edge(graph.model.graph)
     file = f"{graph.name}.onnx"
@@ -84,6 +86,13 @@ def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocatio
     _check(onnx.load(folder / file, load_external_data=False))
     inputs, outputs = (tuple(map(_describe, values)) for values in (graph.model.graph.inputs, graph.model.graph.outputs))
     return StageSpec(file, inputs, outputs, tuple(sorted(files)), graph.activation_bytes)
+
+
+def _holds(place: TensorLocation, dtype: ir.DataType, shape: ir.Shape) -> bool:
+    """Whether a stored tensor is one of `dtype` and `shape`. Int4 values are stored as bytes of two."""
+    if dtype == ir.DataType.INT4:
+        return place.dtype == torch.uint8 and place.length * 2 == math.prod(shape.numpy())
+    return TO_IR.get(place.dtype) == dtype and list(place.shape) == list(shape)
 
 
 def _widen_the_edge(graph: ir.Graph) -> None:

@@ -28,15 +28,23 @@ import torch
 from vessel_export.errors import CheckpointError
 from vessel_export.io.files import drop_from_cache, link_or_copy
 
-__all__ = ["OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
+__all__ = ["ROWS", "OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
 
 PIECE = 1 << 21  # values computed at a time: small enough for malloc to reuse the same memory
+ROWS = 128  # of a large tensor, computed together: whole blocks of a quantized matrix, and of a transposed view 256 bytes of each row
 
 _PAGE = 4096
 _IN_FLIGHT = 16  # pieces that are computed and not yet written
 _FLUSH = 1 << 26  # bytes after which what was written is dropped from the page cache
-_STRIP = 64  # columns of a transposed view read at a time: 128 bytes of each row, whole lines of the processor's cache
-_CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+_CODES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +83,15 @@ class WrittenFile:
 
 
 def in_pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Slices of `tensor`'s first axis of about PIECE values. They are views: a memory-mapped tensor is read as they are used."""
+    """Slices of `tensor`'s first axis of about PIECE values. They are views: a memory-mapped tensor is read as they are used.
+
+    Slices of a matrix have a multiple of ROWS rows, except the last one.
+    """
     if tensor.ndim == 0 or tensor.numel() <= PIECE:
         yield tensor
     else:
-        smallest = _STRIP if _is_transposed(tensor) else 1
-        yield from torch.split(tensor, max(smallest, PIECE * len(tensor) // tensor.numel()))
+        unit = ROWS if tensor.ndim == 2 else 1
+        yield from torch.split(tensor, max(1, PIECE * len(tensor) // tensor.numel() // unit) * unit)
 
 
 def file_size(tensors: Iterable[OutputTensor]) -> int:

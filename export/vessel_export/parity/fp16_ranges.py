@@ -33,6 +33,7 @@ __all__ = ["RangesRequest", "RangesResult", "measure", "measure_and_apply"]
 
 _FP16, _FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 _PEAK = "peak/"
+_DEQUANTIZE = "DequantizeLinear"
 _FEATURES = ("fpn_0", "fpn_1", "image_features")
 
 
@@ -187,7 +188,7 @@ def _probes(graph: ir.Graph) -> Iterator[_Probe]:
     """The values to measure in a stage's FP16 graph. Adds nodes for attention's logits to it."""
     scaled: set[ir.Value] = set()
     for prefix, exponent in exponents_of(graph).items():
-        (product,) = (node for node, _ in graph.initializers[f"{prefix}.weight"].uses())
+        (product,) = (node for node, _ in _matrix(graph, prefix).uses())
         (shrunk,) = (node for node, _ in graph.initializers[f"{prefix}.shrink"].uses())
         entering, leaving = product.inputs[0], product.outputs[0]
         assert entering is not None
@@ -202,10 +203,17 @@ def _probes(graph: ir.Graph) -> Iterator[_Probe]:
                 yield _Probe("fp16", f"{name}.{part}", value)
             yield _Probe("fp16", f"{name}.logits", scaled_logits(graph, node))
         for value in node.outputs:
-            if value.dtype == _FP16 and node.op_type not in MOVES and value not in scaled:
+            if value.dtype == _FP16 and node.op_type not in (*MOVES, _DEQUANTIZE) and value not in scaled:
                 yield _Probe("fp16", _name(node, value), value)
             elif value.dtype == _FLOAT and node.op_type == "Add":
                 yield _Probe("fp32", _name(node, value), value)
+
+
+def _matrix(graph: ir.Graph, prefix: str) -> ir.Value:
+    """The matrix of a product, after its dequantization if it is quantized."""
+    weight = graph.initializers[f"{prefix}.weight"]
+    (user,) = (node for node, _ in weight.uses())
+    return user.outputs[0] if user.op_type == _DEQUANTIZE else weight
 
 
 def _name(node: ir.Node, value: ir.Value) -> str:

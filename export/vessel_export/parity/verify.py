@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vessel_export.parity.checks import TOLERANCES, Measurement, Report, Tolerances, worst_of
+from vessel_export.parity.checks import ALONE, QUANTIZED_TOLERANCES, TOLERANCES, Measurement, Report, Tolerances, worst_of
 from vessel_export.parity.emulate import EmulatedDeployment, emulate
 from vessel_export.parity.inputs import Array, Sample, one_pass, samples_of
+from vessel_export.parity.stage_masks import consumed, masks_with
+from vessel_export.parity.stored_matrices import rounding_errors
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError
-from vessel_rt.evaluation.metrics import iou
+from vessel_rt.evaluation.metrics import dice, iou
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.io.checked_files import sha256_of
 from vessel_rt.model.preprocess import mask_pixels, tile_pixels
@@ -105,10 +107,14 @@ def verify(
 
     Raises:
         VesselError: the bundle cannot be loaded or run on its device.
+        BundleError: its graphs are not quantized as it says.
     """
     bundle = deployment.bundle
-    tolerances = TOLERANCES[bundle.precision]
-    measurements: list[Measurement] = []
+    tolerances = QUANTIZED_TOLERANCES[bundle.weights] if bundle.quantization else TOLERANCES[bundle.precision]
+    measurements = [
+        Measurement(stage, "stored weights, in steps", error, QUANTIZED_TOLERANCES[bundle.weights].steps, name)
+        for stage, name, error in rounding_errors(bundle, reference)
+    ]
     expected: list[_Expected] = []
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(deployment.session(name, threads)) for name in bundle.stages}
@@ -120,13 +126,14 @@ def verify(
                 unclear = undecided_pixels(_array(result.mask_logits), tolerances.undecided)
                 run = _Expected(name, sample, question, _without_stop(result, bundle), result.masks.cpu().numpy(), unclear)
                 measurements += _compare_inputs(bundle, tokenizer, run, result)
-                measurements += _compare_stages(bundle, sessions, tolerances, reference, run, result)
+                measurements += _compare_stages(bundle, sessions, reference, run, result)
                 expected.append(run)
     with Segmenter(deployment, threads) as segmenter:
         for run in expected:
             measurements += _compare_end_to_end(segmenter, tolerances, run)
     masks, emulated = sum(len(run.masks) for run in expected), isinstance(deployment, EmulatedDeployment)
-    return Report(bundle.precision, len(expected), masks, tuple(worst_of(measurements)), emulated)
+    weights = bundle.weights if bundle.quantization else None
+    return Report(bundle.precision, len(expected), masks, tuple(worst_of(measurements)), emulated, weights)
 
 
 def _compare_inputs(bundle: Bundle, tokenizer: PromptTokenizer, run: _Expected, result: ReferenceResult) -> Iterator[Measurement]:
@@ -143,15 +150,18 @@ def _compare_inputs(bundle: Bundle, tokenizer: PromptTokenizer, run: _Expected, 
 
 
 def _compare_stages(
-    bundle: Bundle, sessions: Mapping[str, Session], tolerances: Tolerances, reference: Reference, run: _Expected, result: ReferenceResult
+    bundle: Bundle, sessions: Mapping[str, Session], reference: Reference, run: _Expected, result: ReferenceResult
 ) -> Iterator[Measurement]:
-    """Each graph on the reference's inputs, rounded to the bundle's precision, against the reference's outputs."""
+    """Each graph on the reference's inputs, rounded to the bundle's precision, against the reference's outputs.
+
+    In a quantized bundle also the masks that each stage alone would give.
+    """
     features = {name: _array(getattr(result.sam2_features, name)) for name in ("fpn_0", "fpn_1", "image_features")}
     prediction = {name: _array(getattr(result.prediction, name)) for name in ("low_res_logits", "iou", "object_score")}
     stages: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {
         "vision_encoder": ({"pixel_values": _array(result.pixel_values)}, {"image_embeds": _array(result.image_embeds)}),
         "language_model": (
-            one_pass(bundle.language_model, _embeds(reference, result), kept=len(result.answer_ids)),
+            one_pass(bundle.language_model, _array(consumed(reference, result, result.image_embeds)), kept=len(result.answer_ids)),
             {"hidden_states": _array(result.hidden_states)[None]},
         ),
         "sam2_image_encoder": ({"pixel_values": _array(result.sam2_pixel_values)}, features),
@@ -160,23 +170,18 @@ def _compare_stages(
         image_index = np.zeros(len(run.masks), np.int64)
         stages["sam2_mask_decoder"] = ({**features, "seg_states": _array(result.seg_states), "image_index": image_index}, prediction)
     for stage, (feeds, outputs) in stages.items():
+        quantized = bundle.quantization and stage in bundle.quantization.matrices
+        limit = (QUANTIZED_TOLERANCES[bundle.weights] if quantized else TOLERANCES[bundle.precision]).relative_error
         dtypes = {spec.name: spec.dtype for spec in bundle.stages[stage].inputs}
         cache = [spec.name for spec in bundle.stages[stage].outputs if spec.name.startswith("present_")]
         got = sessions[stage].run({name: np.ascontiguousarray(array, dtypes[name]) for name, array in feeds.items()}, keep=cache)
         for name, array in outputs.items():
-            yield _error(stage, name, got[name], array, tolerances.relative_error, run.name)
+            yield _error(stage, name, got[name], array, limit, run.name)
         if stage == "language_model":
             yield _equal(stage, "next ids identical", np.array_equal(got["next_ids"][0], _array(result.answer_ids)), run.name)
-
-
-def _embeds(reference: Reference, result: ReferenceResult) -> Array:
-    """Prompt and answer without the answer's last token, which the model does not consume."""
-    import torch
-
-    with torch.inference_mode():
-        prompt = reference.embed(result.prompt_ids, result.image_embeds)
-        consumed = reference.embed(result.answer_ids[:-1], result.image_embeds[:0])
-        return _array(torch.cat([prompt, consumed], dim=1))
+        if bundle.quantization:
+            for ours, theirs in zip(masks_with(reference, result, stage, {name: got[name] for name in outputs}), run.masks, strict=False):
+                yield _mean(stage, ALONE, iou(ours, theirs), None, run.name)
 
 
 def _compare_end_to_end(segmenter: Segmenter, tolerances: Tolerances, run: _Expected) -> Iterator[Measurement]:
@@ -189,6 +194,10 @@ def _compare_end_to_end(segmenter: Segmenter, tolerances: Tolerances, run: _Expe
     for ours, theirs, undecided in zip(result.masks, run.masks, run.undecided, strict=True):
         overlap = iou(np.where(undecided, theirs, ours.pixels), theirs)
         yield Measurement("end to end", "mask IoU", overlap, tolerances.mask_iou, run.name, at_least=True)
+        if tolerances.mean_iou is not None:
+            yield _mean("end to end", "mean mask IoU", overlap, tolerances.mean_iou, run.name)
+        if tolerances.mean_dice is not None:
+            yield _mean("end to end", "mean mask Dice", dice(ours.pixels, theirs), tolerances.mean_dice, run.name)
 
 
 def undecided_pixels(logits: Array, share: float) -> npt.NDArray[np.bool_]:
@@ -208,7 +217,11 @@ def _error(stage: str, quantity: str, ours: Array, theirs: Array, limit: float, 
 
 
 def _equal(stage: str, quantity: str, same: bool, run: str) -> Measurement:
-    return Measurement(stage, quantity, float(same), 1.0, run, at_least=True)
+    return _mean(stage, quantity, float(same), 1.0, run)
+
+
+def _mean(stage: str, quantity: str, measured: float, limit: float | None, run: str) -> Measurement:
+    return Measurement(stage, quantity, measured, limit, run, at_least=True, average=True)
 
 
 def _without_stop(result: ReferenceResult, bundle: Bundle) -> tuple[int, ...]:

@@ -33,8 +33,11 @@ def _devices(arguments: argparse.Namespace) -> int:
     from vessel_rt.device.device_report import devices_json, devices_table, list_devices
     from vessel_rt.formats.bundle import Bundle
 
-    reports = list_devices(Bundle.load(arguments.bundle) if arguments.bundle else None)
+    bundle = Bundle.load(arguments.bundle) if arguments.bundle else None
+    reports = list_devices(bundle)
     print(devices_json(reports) if arguments.json else devices_table(reports))
+    if bundle and not arguments.json:
+        print(f"{bundle.folder}: {bundle.precision}, with {bundle.weights} weights")
     return 0
 
 

@@ -84,7 +84,11 @@ def make_plan(bundle: Bundle, batch: int, memory: int) -> Plan:
         if not stage.weights or not stage.activation_bytes:
             raise BundleError(f"{bundle.folder / BUNDLE_FILE}: stages.{name} has no weights and activation_bytes; export the bundle again")
     sizes, b = bundle.language_model, _BYTES[bundle.precision]
-    items = [Item(f"weights: {name}", _weights(bundle, stage)) for name, stage in bundle.stages.items()]
+    quantized = bundle.quantization.matrices if bundle.quantization else {}
+    items = [
+        Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), _weights(bundle, stage))
+        for name, stage in bundle.stages.items()
+    ]
     items.append(Item("cache", b * 2 * sizes.layers * batch * sizes.kv_heads * sizes.capacity * sizes.head_dim))
     items += [Item(f"activations: {name}", _activations(bundle, name, batch, b)) for name in bundle.stages]
     items.append(Item("overhead (assumed)", OVERHEAD))

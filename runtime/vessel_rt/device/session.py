@@ -32,7 +32,12 @@ _ONNX_TYPES = {"float32": (1, np.uint32), "float16": (10, np.uint16), "bfloat16"
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 
 # Operators that are too slow on the CPU while a GPU waits. ONNX Runtime places shape arithmetic there by design, these without a kernel.
-_HEAVY = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "RotaryEmbedding", "TensorScatter"})
+_HEAVY = frozenset(
+    (
+        "Attention", "Conv", "ConvTranspose", "DequantizeLinear", "Gemm", "LayerNormalization", "MatMul", "MatMulNBits",
+        "RotaryEmbedding", "TensorScatter",
+    )
+)  # fmt: skip
 
 # What ONNX Runtime's arenas, CUDA and TensorRT say when memory runs out.
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
@@ -61,6 +66,8 @@ class Session:
         options.intra_op_num_threads = threads
         # Threads that spin while they wait take the cores from other work: resizing, writing, another graph.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Quantized matrices are multiplied by activations rounded to 8 bits; other levels take 20 to 100 times longer.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
         options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX

@@ -37,6 +37,7 @@ __all__ = [
     "MaskSpec",
     "PromptSpec",
     "Provenance",
+    "Quantization",
     "StageSpec",
     "TensorSpec",
     "TileSpec",
@@ -236,6 +237,20 @@ class Provenance(Struct, frozen=True, forbid_unknown_fields=True):
     versions: Table[Text, Text]
 
 
+class Quantization(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which matrices are stored as integers.
+
+    Attributes:
+        weights: the type of the integers: `int8` or `int4`.
+        matrices: for each quantized stage its matrices [in, out], with the number of rows that share a scale.
+        kept: the stages and matrices that are not quantized, each with the reason.
+    """
+
+    weights: Text
+    matrices: Table[Text, Table[Text, _Count]]
+    kept: Table[Text, Text]
+
+
 class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`bundle.json`.
 
@@ -250,6 +265,7 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         stages: the four graphs; docs/architecture.md lists their names.
         provenance: what the bundle was made from.
         files: size and hash of every file, by its path relative to the bundle.
+        quantization: which matrices are stored as integers; null if none are.
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)]
@@ -262,6 +278,12 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     stages: Table[Text, StageSpec]
     provenance: Provenance
     files: Table[FileName, FileRecord]
+    quantization: Quantization | None = None
+
+    @property
+    def weights(self) -> str:
+        """The type of the matrices: that of the quantized ones, or else `precision`."""
+        return self.quantization.weights if self.quantization else self.precision
 
 
 class Bundle(BundleFile, frozen=True, kw_only=True):

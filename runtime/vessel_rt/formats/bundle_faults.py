@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from vessel_rt.formats.recipe import PRECISIONS
+from vessel_rt.formats.recipe import PRECISIONS, WEIGHTS
 from vessel_rt.formats.schema import shown
 
 if TYPE_CHECKING:
-    from vessel_rt.formats.bundle import BundleFile, TensorSpec
+    from vessel_rt.formats.bundle import BundleFile, Quantization, TensorSpec
 
 __all__ = ["bundle_faults"]
 
@@ -27,6 +27,8 @@ def bundle_faults(bundle: BundleFile, stages: Sequence[str]) -> Iterator[str]:
     tiles, sizes, prompt = bundle.tiles, bundle.language_model, bundle.prompt
     if bundle.precision not in PRECISIONS:
         yield f"precision is {shown(bundle.precision)}, not one of {', '.join(PRECISIONS)}"
+    if bundle.quantization:
+        yield from _quantization_faults(bundle.quantization, stages)
     if tiles.min_tiles > tiles.max_tiles:
         yield f"tiles.min_tiles is {tiles.min_tiles}, more than max_tiles, {tiles.max_tiles}"
     if tiles.max_tiles * tiles.size**2 > _PIXELS:
@@ -42,6 +44,13 @@ def bundle_faults(bundle: BundleFile, stages: Sequence[str]) -> Iterator[str]:
         yield f"unknown stage {shown(sorted(unknown)[0])}"
     else:
         yield from _stage_faults(bundle)
+
+
+def _quantization_faults(quantization: Quantization, stages: Sequence[str]) -> Iterator[str]:
+    if quantization.weights not in WEIGHTS:
+        yield f"quantization.weights is {shown(quantization.weights)}, not one of {', '.join(WEIGHTS)}"
+    if unknown := quantization.matrices.keys() - set(stages):
+        yield f"quantization.matrices has an unknown stage {shown(sorted(unknown)[0])}"
 
 
 def _stage_faults(bundle: BundleFile) -> Iterator[str]:

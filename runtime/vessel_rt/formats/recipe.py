@@ -21,6 +21,7 @@ __all__ = [
     "DEFAULT_RECIPE",
     "PRECISIONS",
     "SCHEMA",
+    "WEIGHTS",
     "EngineRecipe",
     "LanguageModelRecipe",
     "Recipe",
@@ -31,6 +32,7 @@ __all__ = [
 
 SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "bf16")
+WEIGHTS = ("int8", "int4")  # types of quantized matrices
 DEFAULT_RECIPE = "rtx3090"
 
 _RECIPES = Path(__file__).parents[1] / "recipes"
@@ -78,15 +80,17 @@ class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         schema: the version of this format.
-        precision: `fp32`, `fp16` or `bf16`.
+        precision: the type of the activations: `fp32`, `fp16` or `bf16`.
         language_model: the limits of the language model's cache and answers.
         engines: the engines to build, if any. ONNX Runtime runs the bundle without them.
+        weights: the type of the matrices: `int8` or `int4`. Without it, they have the precision of the activations.
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)] = SCHEMA
     precision: Text
     language_model: LanguageModelRecipe
     engines: EngineRecipe | None = None
+    weights: Text | None = None
 
 
 class Recipe(RecipeFile, frozen=True, kw_only=True):
@@ -127,6 +131,8 @@ def _faults(recipe: Recipe) -> Iterator[str]:
     """What `recipe` says that contradicts itself or that nothing can be made of."""
     if recipe.precision not in PRECISIONS:
         yield f"precision is {shown(recipe.precision)}, not one of {', '.join(PRECISIONS)}"
+    if recipe.weights not in (None, *WEIGHTS):
+        yield f"weights is {shown(recipe.weights)}, not one of {', '.join(WEIGHTS)}"
     engines = recipe.engines
     if engines and not re.fullmatch(r"sm\d{2,3}", engines.architecture, re.ASCII):
         yield f"engines.architecture is {shown(engines.architecture)}, not like sm86"

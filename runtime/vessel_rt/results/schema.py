@@ -182,12 +182,14 @@ class RunBundle(TypedDict):
         name: the name of the bundle's folder.
         sha256: the SHA-256 of bundle.json.
         precision: `fp32`, `fp16` or `bf16`.
+        weights: the type of the matrices: the precision, `int8` or `int4`.
         checkpoint: the file name of the checkpoint.
     """
 
     name: str
     sha256: NotRequired[str]
     precision: str
+    weights: NotRequired[str]
     checkpoint: str
 
 

@@ -273,8 +273,8 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
 def _announce(options: InferOptions, devices: Sequence[Device], bundle: Bundle) -> None:
     """Print the device: `auto` may have chosen another one than the user expects."""
     device, wanted, note = devices[0], options.devices[0], ""
-    if (device.kind, bundle.precision) == ("cpu", "fp16"):
-        note = ": slow, and it takes twice its size in memory; use a GPU, or export with --precision fp32"
+    if (device.kind, bundle.weights) == ("cpu", "fp16"):
+        note = ": slow, and its matrices take twice their size in memory; use a GPU, or export with --recipe cpu-int8"
     elif wanted.kind == "auto" and device.kind != "rtx" and (bundle.folder / ENGINES).is_dir():
         note = f": the bundle's engines are not used (vessel-rt devices --bundle {bundle.folder} says why)"
     if not options.quiet:

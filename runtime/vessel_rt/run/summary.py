@@ -84,6 +84,7 @@ def run_content(
             "name": bundle.folder.resolve().name,
             "sha256": bundle.sha256,
             "precision": bundle.precision,
+            "weights": bundle.weights,
             "checkpoint": bundle.provenance.checkpoint,
         },
         "device": ", ".join(map(str, devices)),

@@ -83,6 +83,7 @@ def test_every_tensor_is_aligned_to_its_own_size(small_bundle: Path) -> None:
             assert begin % (size & -size) == 0, name
 
 
+SAM2 = ("weights/sam2_image_encoder.safetensors", "weights/sam2_mask_decoder.safetensors")
 FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors")
 
 
@@ -117,6 +118,48 @@ def test_the_whole_bundle_again_writes_no_weights(small: ExportRequest, small_fp
     assert sorted(export.reused_files) == sorted(weights)
     assert export.bytes_written == sum(record.bytes for name, record in export.bundle.files.items() if name not in weights)
     export.bundle.verify_files()
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_bundles_share_what_training_freezes(small: ExportRequest, small_fp32: Path, tmp_path: Path, weights: str) -> None:
+    """With one another InternViT too; with an unquantized one what is not quantized."""
+    shutil.copytree(small_fp32, tmp_path / "whole")
+    request = dataclasses.replace(small, recipe=msgspec.structs.replace(small.recipe, weights=weights), out=tmp_path / "first")
+    first = export_bundle(request)
+    assert first.reused_files == ("weights/embed_tokens.safetensors", *SAM2)
+    state = {name: tensor * 1.5 for name, tensor in fine_tuned_state().items()}
+    later = write_checkpoint(tmp_path / "iter_10000.pth", state)
+    second = export_bundle(dataclasses.replace(request, checkpoint=later, out=tmp_path / "second"))
+    assert second.reused_files == FROZEN
+    assert (tmp_path / "second" / FROZEN[0]).samefile(tmp_path / "first" / FROZEN[0])
+    again = export_bundle(dataclasses.replace(request, out=tmp_path / "again"))
+    assert again.bundle.files == first.bundle.files
+    shutil.rmtree(tmp_path / "first")
+    with Segmenter(deploy(second.bundle, Device("cpu"))) as segmenter:  # ONNX Runtime takes the links
+        segmenter.segment(Image.new("RGB", (64, 64)), "Please segment vessel in this image.")
+
+
+def test_a_quantized_bundle_lists_every_matrix(small_int8: Path) -> None:
+    bundle = Bundle.load(small_int8)
+    assert (bundle.precision, bundle.weights) == ("fp32", "int8")
+    assert bundle.quantization
+    matrices = bundle.quantization.matrices
+    assert matrices.keys() == {"vision_encoder", "language_model"}
+    assert matrices["language_model"]["layers.1.mlp.down_proj.weight"] == 16  # 80 rows
+    assert matrices["language_model"]["lm_head.weight"] == 16  # 48 rows
+    assert matrices["vision_encoder"]["vision_model.layers.0.mlp.fc2.weight"] == 64
+    assert set(bundle.quantization.kept) == {"sam2_image_encoder", "sam2_mask_decoder"}
+    for stage in bundle.stages.values():
+        graph = onnx.load(small_int8 / stage.file, load_external_data=False).graph
+        stored = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+        assert stored == set(matrices.get(stage.file.removesuffix(".onnx"), {}))
+
+
+def test_bf16_has_too_few_digits_for_scales(small: ExportRequest, tmp_path: Path) -> None:
+    recipe = msgspec.structs.replace(small.recipe, precision="bf16", weights="int8")
+    with pytest.raises(RecipeError, match=r"int8.*fp32 and fp16"):
+        export_bundle(dataclasses.replace(small, recipe=recipe, out=tmp_path / "b"))
 
 
 @pytest.mark.usefixtures("traced_once")

@@ -106,7 +106,7 @@ def test_applying_changes_two_graphs_and_nothing_else(bundle: Bundle, ranges: Ra
     assert _exponents(changed, "language_model") == {
         name: product.exponent for name, product in ranges.stages["language_model"].products.items()
     }
-    assert msgspec.structs.replace(changed, files=bundle.files) == bundle
+    assert msgspec.structs.replace(changed, files=bundle.files, sha256=bundle.sha256) == bundle
     assert {path.name for path in changed.folder.parent.iterdir()} == {"bundle"}
     document = json.loads((changed.folder / RANGES_FILE).read_text(encoding="utf-8"))
     assert document["stages"]["language_model"]["products"]["layers.0.mlp.down_proj"]["exponent"] == 4

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.support.paths import Tiny
 from vessel_export.cli import main
-from vessel_export.parity.checks import Check, Report
+from vessel_export.parity.checks import ALONE, Check, Report
 from vessel_export.parity.inputs import drawn_samples, read_samples
 from vessel_export.parity.reference import Reference
 from vessel_export.parity.verify import VerifyRequest, undecided_pixels, verify, verify_bundle
@@ -38,7 +38,7 @@ def command(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize("frames", [2, pytest.param(None, marks=pytest.mark.slow)], ids=["two frames", "every frame"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_parity(tiny: Tiny, reference: Reference, precision: str, frames: int | None, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.load(request.getfixturevalue(f"{precision}_bundle"))
     samples = read_samples(sorted(tiny.frames.glob("*.jpg"))[:frames])
@@ -47,6 +47,8 @@ def test_parity(tiny: Tiny, reference: Reference, precision: str, frames: int | 
     assert report.runs == 2 * len(samples)
     assert report.masks == 3 * len(samples)
     assert {check.stage for check in report.checks} == {"image", "prompt", *bundle.stages, "end to end"}
+    alone = [check.stage for check in report.checks if check.quantity == ALONE]
+    assert alone == (list(bundle.stages) if bundle.quantization else [])
 
 
 def test_command_prints_a_table_and_returns_0(tiny: Tiny, fp32_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,14 @@ def test_weights_are_the_files_that_the_graphs_name(bundle: Bundle) -> None:
     assert sum(value for name, value in found.items() if name.startswith("weights")) == total - embed_tokens
 
 
+def test_quantized_weights_say_so(int8_bundle: Path, fp32_bundle: Path) -> None:
+    small, large = sizes(make_plan(Bundle.load(int8_bundle), 1, CARD)), sizes(make_plan(Bundle.load(fp32_bundle), 1, CARD))
+    assert small["weights: vision_encoder, int8"] < large["weights: vision_encoder"]  # a scale for 16 rows, FP32 positions
+    assert small["weights: language_model, int8"] < large["weights: language_model"] / 2  # the rotary tables stay FP32
+    for name in ("weights: sam2_image_encoder", "cache", "activations: language_model"):
+        assert small[name] == large[name]
+
+
 def test_the_cache_is_what_the_graph_says(bundle: Bundle) -> None:
     values = 0
     for spec in bundle.stages["language_model"].inputs:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ def test_the_projects_recipes() -> None:
     cpu, gpu = (load_recipe(ROOT / "engines" / f"{name}.toml") for name in ("cpu", "rtx3090"))
     assert (cpu.name, cpu.precision, cpu.engines) == ("cpu", "fp32", None)
     assert gpu.engines
+    for plain in (cpu, gpu):  # the quantized recipes differ in their weights only
+        small = load_recipe(ROOT / "engines" / f"{plain.name}-int8.toml")
+        assert small == dataclasses.replace(plain, name=small.name, weights="int8")
     assert (gpu.engines.architecture, gpu.engines.max_batch, gpu.language_model.capacity) == ("sm86", 4, 4096)
 
 
@@ -37,6 +41,8 @@ def test_the_projects_recipes() -> None:
         ('"sm86"', '"sm8\\u0000"', "engines.architecture"),
         ('"sm86"', '"../sm86"', "engines.architecture"),
         ('"fp16"', '"fp17"', "precision"),
+        ('"fp16"', '"fp16"\nweights = "int3"', "weights is 'int3'"),
+        ('"fp16"', '"fp16"\nweights = 8', "weights"),
         ('precision = "fp16"', 'name = "x"\nprecision = "fp16"', "unknown key name"),
         ('precision = "fp16"', "precision = " + "[" * 50_000, ""),
         ('precision = "fp16"', "\ufeffprecision = 'fp16'", ""),
@@ -63,8 +69,8 @@ def test_a_recipe_that_is_no_file_of_text(tmp_path: Path) -> None:
 
 def test_the_projects_recipes_go_by_their_names_wherever_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recipe_names() == ("cpu", "rtx3090")
+    assert recipe_names() == ("cpu", "cpu-int8", "rtx3090", "rtx3090-int8")
     for name in recipe_names():
         assert load_recipe(name) == load_recipe(ROOT / "engines" / f"{name}.toml")
-    with pytest.raises(RecipeError, match="cpu or rtx3090"):
+    with pytest.raises(RecipeError, match="cpu or cpu-int8 or rtx3090"):
         load_recipe("a100")

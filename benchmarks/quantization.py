@@ -1,0 +1,208 @@
+"""What fewer bits do to answers and masks: examples/tiny in every type of activations and weights, against itself in FP32.
+
+    python -m benchmarks.quantization [--angiograms DIR]
+
+Exports examples/tiny in each type and runs every bundle on the CPU; those whose activations are FP16 or BF16 are emulated, as by
+`vessel-export verify --emulate`. Rows of single stages show which of them moves the masks. `--angiograms` names a folder of frames `N.png`
+with masks `N_gt.png`, which are not part of this project. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from tqdm import tqdm
+
+from benchmarks.measure import publish
+from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
+from vessel_export.graphs.assemble import Graph, save_graph
+from vessel_export.graphs.quantize import MatrixType, add_dequantization, quantized
+from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
+from vessel_export.parity.emulate import emulate
+from vessel_rt.device.deployment import Deployment, deploy
+from vessel_rt.device.providers import Device
+from vessel_rt.errors import VesselError
+from vessel_rt.evaluation.ground_truth import GroundTruth, read_truth
+from vessel_rt.evaluation.metrics import cldice, dice, hd95, iou
+from vessel_rt.formats.bundle import STAGES, Bundle
+from vessel_rt.formats.recipe import WEIGHTS, load_recipe
+from vessel_rt.inputs.images import SUFFIXES, read_image
+from vessel_rt.model.segmenter import Segmenter
+
+_TINY = Path("examples/tiny")
+_QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
+# A row's name, the recipe's precision and weights, and whether it is emulated.
+_BUNDLES = (
+    ("FP32", "fp32", None, False),
+    ("FP16, emulated", "fp16", None, True),
+    ("BF16, emulated", "bf16", None, True),
+    ("INT8, FP32 activations (cpu-int8)", "fp32", "int8", False),
+    ("INT8, FP16 activations (rtx3090-int8), emulated", "fp16", "int8", True),
+    ("INT4, FP32 activations", "fp32", "int4", False),
+    ("INT4, FP16 activations, emulated", "fp16", "int4", True),
+)
+
+_Masks = list[npt.NDArray[np.bool_]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frames:
+    """Images, the questions about each, and their ground truth."""
+
+    name: str
+    paths: tuple[Path, ...]
+    questions: tuple[str, ...]
+    truth: GroundTruth
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Answers and masks by image and question."""
+
+    answers: dict[tuple[Path, str], str]
+    masks: dict[tuple[Path, str], _Masks]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--angiograms", type=Path, metavar="DIR", help="more frames: N.png, with the masks N_gt.png")
+    arguments = parser.parse_args()
+    try:
+        sets = [_Frames("examples/tiny", _images(_TINY / "frames"), _QUESTIONS, read_truth(_TINY / "annotations.json"))]
+        if arguments.angiograms:
+            sets.append(_Frames("angiograms", _images(arguments.angiograms), _QUESTIONS[:1], read_truth(arguments.angiograms)))
+        with tempfile.TemporaryDirectory() as folder:
+            result = {"sets": {frames.name: {"images": len(frames.paths), "questions": len(frames.questions)} for frames in sets}}
+            publish("quantization", result | _measured(Path(folder), sets))
+    except VesselError as e:
+        print(e, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _images(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.stem.endswith("_gt")))
+
+
+def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    first: dict[str, _Run] = {}
+
+    def add(name: str, deployment: Deployment, size: int | None, chosen: Sequence[_Frames]) -> None:
+        print(name, file=sys.stderr)
+        found = {}
+        for frames in chosen:
+            run = _segment(deployment, frames)
+            found[frames.name] = _scores(frames, first.setdefault(frames.name, run), run)
+        rows.append({"name": name, "weights_bytes": size, "sets": found})
+
+    for name, precision, weights, emulated in _BUNDLES:
+        bundle = _export(folder, precision, weights)
+        size = sum(record.bytes for file, record in bundle.files.items() if file.startswith("weights/"))
+        add(name, emulate(bundle) if emulated else deploy(bundle, Device("cpu")), size, sets)
+    whole = rows
+    rows = []
+    base = Bundle.load(folder / "fp32-None")
+    for weights in WEIGHTS:
+        graphs = {stage: _quantized_graph(base, stage, MatrixType.named(weights)) for stage in STAGES}
+        for stages in (*((stage,) for stage in STAGES), ("vision_encoder", "language_model"), STAGES):
+            name = f"{weights.upper()}: {'all stages' if len(stages) == len(STAGES) else ' and '.join(stages)}"
+            chosen = {stage: graphs[stage] if stage in stages else base.folder / base.stages[stage].file for stage in STAGES}
+            add(name, Deployment(base, Device("cpu"), chosen), None, sets[:1])
+    return {"bundles": whole, "stages": rows}
+
+
+def _export(folder: Path, precision: str, weights: str | None) -> Bundle:
+    recipe = msgspec.structs.replace(load_recipe("cpu"), precision=precision, weights=weights)
+    request = ExportRequest(
+        next(_TINY.glob("iter_*.pth")), str(_TINY / "base"), str(_TINY / "sam2_tiny.pt"), folder / f"{precision}-{weights}", recipe
+    )
+    return export_bundle(request).bundle
+
+
+def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType) -> Path:
+    """A stage's graph with all its matrices quantized, in the bundle's folder: SAM2's too, which an export leaves as they are."""
+    model = ir.load(bundle.folder / bundle.stages[stage].file)
+    model.graph.opset_imports[""] = max(21, model.graph.opset_imports[""])  # the first with blocks of scales
+    tensors = []
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            array = torch.from_numpy(np.array(_mapped(bundle.folder, value.const_value)))
+            tensors.append(OutputTensor(name, tuple(array.shape), array.dtype, functools.partial(in_pieces, array)))
+            value.const_value = None
+    graph = Graph(stage, model, 0)
+    blocks, _ = add_dequantization(graph, kind)
+    stored = [made for tensor in tensors for made in (quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,))]
+    folder = bundle.folder / kind.name
+    folder.mkdir(exist_ok=True)
+    written = write_safetensors(folder, f"{stage}.safetensors", stored)
+    return folder / save_graph(graph, folder, written.locations).file
+
+
+def _mapped(folder: Path, tensor: ir.ExternalTensor) -> npt.NDArray[Any]:
+    return np.memmap(folder / tensor.location, tensor.dtype.numpy(), "r", offset=tensor.offset or 0, shape=tuple(tensor.shape.numpy()))
+
+
+def _segment(deployment: Deployment, frames: _Frames) -> _Run:
+    run = _Run({}, {})
+    with Segmenter(deployment, 2) as segmenter:
+        for path in tqdm(frames.paths, desc=frames.name, disable=None, leave=False):
+            image = read_image(path)
+            for question in frames.questions:
+                result = segmenter.segment(image, question)
+                run.answers[path, question] = result.answer
+                run.masks[path, question] = [mask.pixels for mask in result.masks]
+    return run
+
+
+def _scores(frames: _Frames, first: _Run, run: _Run) -> dict[str, Any]:
+    """How many answers are those of the first run, IoU with its masks, and metrics against the ground truth."""
+    overlaps = [iou(a, b) for key, masks in first.masks.items() for a, b in _paired(masks, run.masks[key])]
+    drawn = list(_with_truth(frames, run))
+    metrics: Mapping[str, Callable[..., float]] = {"dice": dice, "cldice": cldice, "hd95": hd95}
+    means = {name: round(float(np.nanmean([metric(ours, truth) for ours, truth in drawn])), 4) for name, metric in metrics.items()}
+    return {
+        "answers": len(first.answers),
+        "identical_answers": sum(run.answers[key] == answer for key, answer in first.answers.items()),
+        "masks": len(overlaps),
+        "mean_iou": round(float(np.mean(overlaps)), 4),
+        "min_iou": round(min(overlaps), 4),
+        **means,
+    }
+
+
+def _paired(masks: _Masks, others: _Masks) -> Iterator[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    """The masks of one answer; against nothing where the other answer has fewer."""
+    for number, mask in enumerate(masks):
+        yield mask, others[number] if number < len(others) else np.zeros_like(mask)
+
+
+def _with_truth(frames: _Frames, run: _Run) -> Iterator[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    for index, path in enumerate(frames.paths):
+        for question in frames.questions:
+            masks = run.masks[path, question]
+            for number, concept in enumerate(frames.truth.concepts(question)):
+                if not masks:
+                    continue
+                height, width = masks[0].shape
+                line = {"name": path.stem, "index": index, "code": path.stem, "height": height, "width": width}
+                truth = frames.truth.mask(line, concept)
+                ours = np.any(masks, axis=0) if concept is None else masks[number] if number < len(masks) else np.zeros_like(masks[0])
+                if truth is not None:
+                    yield ours, truth
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""Integers and scales of a matrix, and the graph that multiplies by them on ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vessel_export.graphs.assemble import Graph, assemble, save_graph
+from vessel_export.graphs.layers import FLOAT, Linear
+from vessel_export.graphs.quantize import MatrixType, add_dequantization, quantized
+from vessel_export.io.safetensors_writer import OutputTensor, file_size, in_pieces, write_safetensors
+from vessel_rt.device.providers import Device, open_device
+from vessel_rt.device.session import Session
+
+KINDS = {name: MatrixType.named(name) for name in ("int8", "int4")}
+
+
+def output(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> OutputTensor:
+    return OutputTensor("w.weight", tuple(matrix.shape), dtype, lambda: in_pieces(matrix))
+
+
+def values(matrix: torch.Tensor, block: int, weights: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers [in, out] and scales [in / block, out], as they are stored."""
+    integers, scales = (torch.cat(list(tensor.pieces())) for tensor in quantized(output(matrix, dtype), block, KINDS[weights]))
+    if weights == "int4":
+        integers = torch.stack([(integers.view(torch.int8) << 4) >> 4, integers.view(torch.int8) >> 4], dim=1).reshape(matrix.shape)
+    return integers, scales
+
+
+def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Columns of different magnitudes; the scales of some have few digits in FP16."""
+    generator = torch.manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * torch.logspace(-7, 2, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("weights", KINDS)
+def test_no_value_is_more_than_half_a_step_away(weights: str, block: int, dtype: torch.dtype) -> None:
+    matrix = random(256, 96)
+    integers, scales = values(matrix, block, weights, dtype)
+    assert (integers.dtype, scales.dtype, scales.shape) == (torch.int8, dtype, (256 // block, 96))
+    steps = scales.double().repeat_interleave(block, 0)
+    errors = (integers * steps - matrix.double()).abs() / steps
+    assert errors.max() <= 0.5 + 1e-5
+    assert integers.abs().max() == KINDS[weights].largest
+
+
+def test_halves_are_rounded_to_even_and_zeros_stay_zeros() -> None:
+    matrix = torch.zeros(16, 2)
+    matrix[:5, 0] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5])
+    integers, scales = values(matrix, 16, "int8")
+    assert integers[:5, 0].tolist() == [127, 0, 2, 2, 0]
+    assert scales.tolist() == [[1.0, 1.0]], "TensorRT refuses a scale of zero"
+    assert not integers[:, 1].any()
+
+
+@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pieces_give_the_bits_of_the_whole(weights: str, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random(33, 640).T if transposed else random(640, 33)
+    whole = [torch.cat(list(tensor.pieces())) for tensor in quantized(output(matrix), 64, KINDS[weights])]
+    monkeypatch.setattr("vessel_export.io.safetensors_writer.PIECE", 1)
+    assert len(list(in_pieces(matrix))) == 5
+    for tensor, expected in zip(quantized(output(matrix), 64, KINDS[weights]), whole, strict=True):
+        assert torch.equal(torch.cat(list(tensor.pieces())), expected)
+    scales = quantized(output(matrix), 64, KINDS[weights])[1]
+    assert torch.equal(torch.cat(list(scales.pieces())), whole[1]), "also before the integers"
+
+
+def test_the_matrix_itself_is_not_changed() -> None:
+    for matrix in (random(128, 48), random(48, 128).T):
+        before = matrix.clone()
+        values(matrix, 128, "int8")
+        assert torch.equal(matrix, before)
+
+
+def test_pieces_must_be_whole_blocks() -> None:
+    tensor = OutputTensor("w.weight", (32, 4), torch.float32, lambda: torch.ones(32, 4).split(24))
+    with pytest.raises(ValueError, match=r"w\.weight: a piece of 24 rows"):
+        list(quantized(tensor, 16, KINDS["int8"])[0].pieces())
+
+
+def test_int4_is_packed_as_onnx_packs_it() -> None:
+    matrix = random(16, 5)
+    (packed,) = quantized(output(matrix), 16, KINDS["int4"])[0].pieces()
+    tensor = onnx.helper.make_tensor("w", onnx.TensorProto.INT4, matrix.shape, packed.numpy().tobytes(), raw=True)
+    assert np.array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), values(matrix, 16, "int4")[0].numpy())
+
+
+def product(rows: int, columns: int, dtype: ir.DataType = FLOAT) -> Graph:
+    """x [batch, rows] -> x @ w [batch, columns]."""
+    linear = Linear(rows, columns, dtype, bias=False)
+    return assemble("w", linear, [ir.val("x", dtype, ["batch", rows])], [ir.val("y", dtype, ["batch", columns])], activation_bytes=1)
+
+
+def written(folder: Path, matrix: torch.Tensor, weights: str) -> Path:
+    """The graph of `product` with quantized `matrix`, in `folder`."""
+    graph = product(*matrix.shape)
+    ((name, block),) = add_dequantization(graph, KINDS[weights])[0].items()
+    tensor = OutputTensor(name, tuple(matrix.shape), torch.float32, lambda: in_pieces(matrix))
+    file = write_safetensors(folder, "w.safetensors", quantized(tensor, block, KINDS[weights]))
+    return folder / save_graph(graph, folder, file.locations).file
+
+
+@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("shape", [(256, 96), (192, 33), (96, 1), (48, 151)])
+def test_the_graph_multiplies_by_the_rounded_matrix(tmp_path: Path, weights: str, shape: tuple[int, int]) -> None:
+    matrix = random(*shape)
+    path = written(tmp_path, matrix, weights)
+    block = next(size for size in (128, 64, 32, 16) if shape[0] % size == 0)
+    integers, scales = values(matrix, block, weights)
+    x = np.random.default_rng(0).standard_normal((7, shape[0])).astype(np.float32)
+    expected = x @ (integers * scales.repeat_interleave(block, 0)).numpy()
+
+    exact = ort.SessionOptions()
+    exact.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (unfused,) = ort.InferenceSession(path, exact, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    assert np.abs(unfused - expected).max() <= 1e-6 * np.abs(expected).max()
+
+    with Session(path, open_device(Device("cpu"))) as session:  # rounds x to 8 bits, a scale for each block
+        fused = session.run({"x": x})["y"]
+    sums = np.abs(x).max() / 127 * np.abs((integers * scales.repeat_interleave(block, 0)).numpy()).sum(0)  # of half a step each, twice
+    assert (np.abs(fused - expected) <= sums).all()
+
+
+def test_the_cpu_fuses_dequantization_at_the_level_that_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, random(256, 64), "int8")
+    options = ort.SessionOptions
+    monkeypatch.setattr(ort, "SessionOptions", lambda: _saving(options(), tmp_path / "optimized.onnx"))
+    with Session(path, open_device(Device("cpu"))):
+        (node,) = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert (node.op_type, attributes["accuracy_level"], attributes["block_size"], attributes["bits"]) == ("MatMulNBits", 4, 128, 8)
+
+
+def _saving(options: ort.SessionOptions, path: Path) -> ort.SessionOptions:
+    options.optimized_model_filepath = str(path)
+    return options
+
+
+def test_blocks_divide_the_rows_and_what_cannot_be_divided_is_kept() -> None:
+    for rows, block in ((3584, 128), (320, 64), (96, 32), (80, 16)):
+        assert add_dequantization(product(rows, 4), KINDS["int8"]) == ({"weight": block}, {})
+    graph = product(24, 4)
+    assert add_dequantization(graph, KINDS["int8"]) == ({}, {"weight": "its 24 rows are not a multiple of 16"})
+    assert [node.op_type for node in graph.model.graph] == ["MatMul"]
+
+
+def test_a_file_has_integers_and_scales_and_the_size_that_was_planned(tmp_path: Path) -> None:
+    tensors = quantized(output(random(256, 64), torch.float16), 128, KINDS["int8"])
+    file = write_safetensors(tmp_path, "w.safetensors", tensors)
+    assert file.bytes == file_size(tensors) == (tmp_path / "w.safetensors").stat().st_size
+    loaded = load_file(tmp_path / "w.safetensors")
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in loaded.items()} == {
+        "w.weight": (torch.int8, (256, 64)),
+        "w.weight_scale": (torch.float16, (2, 64)),
+    }

@@ -1,0 +1,125 @@
+"""Quantized bundles with changed weights, scales, blocks and graphs do not pass, although every hash fits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy.typing as npt
+import onnx
+import pytest
+
+from tests.support.paths import Tiny
+from tests.support.tampering import change_tensor, rehash
+from vessel_export.cli import main
+from vessel_export.parity.reference import Reference
+from vessel_export.parity.stored_matrices import check_graphs, rounding_errors
+from vessel_rt.errors import BundleError
+from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
+
+WEIGHTS = "weights/language_model.safetensors"
+SCALE = "layers.1.mlp.down_proj.weight_scale"
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny) -> Reference:
+    return Reference.load(tiny.checkpoint, tiny.base, tiny.sam2)
+
+
+@pytest.fixture
+def copy(int8_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(int8_bundle, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_every_stored_value_is_within_half_a_step(reference: Reference, weights: str, request: pytest.FixtureRequest) -> None:
+    bundle = Bundle.load(request.getfixturevalue(f"{weights}_bundle"))
+    errors = {(stage, name): error for stage, name, error in rounding_errors(bundle, reference)}
+    assert bundle.quantization
+    assert errors.keys() == {(stage, name) for stage, matrices in bundle.quantization.matrices.items() for name in matrices}
+    # 3 layers of 7 and the head; InternViT's layers of 4, and the projector's two
+    assert len(errors) == 3 * 7 + 1 + 4 * sum(name.endswith("attn.qkv.weight") for _, name in errors) + 2
+    assert 0.45 < min(errors.values()) <= max(errors.values()) < 0.501
+    check_graphs(bundle)
+
+
+@pytest.mark.parametrize("bundle", ["fp32_bundle", "fp16_bundle"])
+def test_other_bundles_have_none(reference: Reference, bundle: str, request: pytest.FixtureRequest) -> None:
+    loaded = Bundle.load(request.getfixturevalue(bundle))
+    check_graphs(loaded)
+    assert not list(rounding_errors(loaded, reference))
+
+
+def scaled(values: npt.NDArray[Any]) -> None:
+    values[0, 3] *= 1.01
+
+
+def next_integer(values: npt.NDArray[Any]) -> None:
+    values[5, 7] += 1 if values[5, 7] < 127 else -1
+
+
+def zeroed(values: npt.NDArray[Any]) -> None:
+    values[0, 3] = 0
+
+
+@pytest.mark.parametrize(("name", "change"), [(SCALE, scaled), (SCALE, zeroed), (SCALE.removesuffix("_scale"), next_integer)])
+def test_one_changed_value_is_enough(copy: Path, reference: Reference, name: str, change: Callable[[npt.NDArray[Any]], None]) -> None:
+    change_tensor(copy, WEIGHTS, name, change)
+    beyond = [matrix for _, matrix, error in rounding_errors(Bundle.load(copy), reference) if not error <= 0.51]
+    assert beyond == [SCALE.removesuffix("_scale")]
+
+
+def test_verify_fails_for_a_tampered_scale(tiny: Tiny, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_tensor(copy, WEIGHTS, SCALE, scaled)
+    arguments = ["verify", "--bundle", copy, "--ckpt", tiny.checkpoint, "--images", min(tiny.frames.glob("*.jpg")), "--threads", 1]
+    assert main([str(argument) for argument in arguments]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "in steps" in line and "FAILED" in line)
+    assert line.startswith("language_model")
+    assert line.endswith(SCALE.removesuffix("_scale"))
+
+
+def test_verify_says_which_stage_moves_the_masks(tiny: Tiny, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def doubled(values: npt.NDArray[Any]) -> None:
+        values *= 2
+
+    change_tensor(copy, WEIGHTS, SCALE, doubled)
+    arguments = ["verify", "--bundle", copy, "--ckpt", tiny.checkpoint, "--images", min(tiny.frames.glob("*.jpg")), "--threads", 1]
+    assert main([str(argument) for argument in arguments]) == 1
+    assert "; language_model alone moves the masks most, to a mean IoU of 0." in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_block_in_bundle_json_that_is_not_the_graphs(copy: Path) -> None:
+    bundle = Bundle.load(copy)
+    assert bundle.quantization
+    matrices = {stage: {name: block // 2 for name, block in found.items()} for stage, found in bundle.quantization.matrices.items()}
+    changed = msgspec.structs.replace(bundle, quantization=msgspec.structs.replace(bundle.quantization, matrices=matrices))
+    (copy / BUNDLE_FILE).write_text(changed.to_json(), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"vision_encoder\.onnx: .* is not quantized as bundle\.json says"):
+        check_graphs(Bundle.load(copy))
+
+
+def block_size(node: onnx.NodeProto) -> None:
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    attributes["block_size"].i //= 2
+
+
+def axis(node: onnx.NodeProto) -> None:
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    attributes["axis"].i = 1
+
+
+def zero_point(node: onnx.NodeProto) -> None:
+    node.input.append(node.input[0])
+
+
+@pytest.mark.parametrize("change", [block_size, axis, zero_point])
+def test_a_graph_that_dequantizes_otherwise(copy: Path, change: Callable[[onnx.NodeProto], None]) -> None:
+    graph = onnx.load(copy / "language_model.onnx", load_external_data=False)
+    change(next(node for node in graph.graph.node if node.op_type == "DequantizeLinear"))
+    onnx.save(graph, copy / "language_model.onnx")
+    rehash(copy, "language_model.onnx")
+    with pytest.raises(BundleError, match=r"language_model\.onnx: layers\.0\..*; export the bundle again"):
+        check_graphs(Bundle.load(copy))
