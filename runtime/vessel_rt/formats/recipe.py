@@ -56,7 +56,8 @@ class EngineRecipe:
 class Recipe:
     """A recipe; `engines` is None where there are none to build.
 
-    `precision` is the type of the activations. `weights` is the type of the matrices, None if it is the same.
+    `precision` is the type of the activations. `weights` is the type of the matrices, None if it is the same. `keep` has
+    patterns of the names of matrices that are not quantized (`layers.0.*`).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Recipe:
     language_model: LanguageModelRecipe
     engines: EngineRecipe | None = None
     weights: str | None = None
+    keep: tuple[str, ...] = ()
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -100,6 +102,8 @@ def _faults(recipe: Recipe) -> Iterator[str]:
         yield f"precision is {shown(recipe.precision)}, not one of {', '.join(PRECISIONS)}"
     if recipe.weights not in (None, *WEIGHTS):
         yield f"weights is {shown(recipe.weights)}, not one of {', '.join(WEIGHTS)}"
+    if recipe.keep and not recipe.weights:
+        yield "keep names matrices that are not quantized, but there is no weights"
     engines = recipe.engines
     if engines and not re.fullmatch(r"sm\d{2,3}", engines.architecture, re.ASCII):
         yield f"engines.architecture is {shown(engines.architecture)}, not like sm86"
