@@ -3,8 +3,8 @@
     python -m benchmarks.quantization [--angiograms DIR]
 
 Exports examples/tiny in each type and runs every bundle on the CPU; those whose activations are FP16 or BF16 are emulated, as by
-`vessel-export verify --emulate`. Rows of single stages show which of them moves the masks. `--angiograms` names a folder of frames `N.png`
-with masks `N_gt.png`, which are not part of this project. The last line is JSON.
+`vessel-export verify --emulate`. Rows of single stages and matrices show which of them move the masks. `--angiograms` names a
+folder of frames `N.png` with masks `N_gt.png`, which are not part of this project. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,16 +43,19 @@ from vessel_rt.model.segmenter import Segmenter
 
 _TINY = Path("examples/tiny")
 _QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
-# A row's name, the recipe's precision and weights, and whether it is emulated.
+# A row's name; the recipe's precision and weights; whether it keeps what `cpu-int8` keeps; and whether it is emulated.
 _BUNDLES = (
-    ("FP32", "fp32", None, False),
-    ("FP16, emulated", "fp16", None, True),
-    ("BF16, emulated", "bf16", None, True),
-    ("INT8, FP32 activations (cpu-int8)", "fp32", "int8", False),
-    ("INT8, FP16 activations (rtx3090-int8), emulated", "fp16", "int8", True),
-    ("INT4, FP32 activations", "fp32", "int4", False),
-    ("INT4, FP16 activations, emulated", "fp16", "int4", True),
+    ("FP32", "fp32", None, False, False),
+    ("FP16, emulated", "fp16", None, False, True),
+    ("BF16, emulated", "bf16", None, False, True),
+    ("INT8, FP32 activations (cpu-int8)", "fp32", "int8", True, False),
+    ("INT8, FP16 activations (rtx3090-int8), emulated", "fp16", "int8", True, True),
+    ("INT8, FP32 activations, all matrices", "fp32", "int8", False, False),
+    ("INT8, FP16 activations, all matrices, emulated", "fp16", "int8", False, True),
+    ("INT4, FP32 activations, all matrices", "fp32", "int4", False, False),
+    ("INT4, FP16 activations, all matrices, emulated", "fp16", "int4", False, True),
 )
+_SHOWN = 8  # single matrices
 
 _Masks = list[npt.NDArray[np.bool_]]
 
@@ -108,32 +111,49 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
             found[frames.name] = _scores(frames, first.setdefault(frames.name, run), run)
         rows.append({"name": name, "weights_bytes": size, "sets": found})
 
-    for name, precision, weights, emulated in _BUNDLES:
-        bundle = _export(folder, precision, weights)
+    for name, precision, weights, keep, emulated in _BUNDLES:
+        bundle = _export(folder / str(len(rows)), precision, weights, keep)
         size = sum(record.bytes for file, record in bundle.files.items() if file.startswith("weights/"))
         add(name, emulate(bundle) if emulated else deploy(bundle, Device("cpu")), size, sets)
     whole = rows
     rows = []
-    base = Bundle.load(folder / "fp32-None")
+    base = Bundle.load(folder / "0")
     for weights in WEIGHTS:
         graphs = {stage: _quantized_graph(base, stage, MatrixType.named(weights)) for stage in STAGES}
         for stages in (*((stage,) for stage in STAGES), ("vision_encoder", "language_model"), STAGES):
             name = f"{weights.upper()}: {'all stages' if len(stages) == len(STAGES) else ' and '.join(stages)}"
             chosen = {stage: graphs[stage] if stage in stages else base.folder / base.stages[stage].file for stage in STAGES}
             add(name, Deployment(base, Device("cpu"), chosen), None, sets[:1])
-    return {"bundles": whole, "stages": rows}
+    stages = rows
+    rows = []
+    for stage, names in _matrices(base).items():
+        for matrix in names:
+            keep = [name for name in names if name != matrix]
+            graph = _quantized_graph(base, stage, MatrixType.named("int8"), keep)
+            graphs = {name: base.folder / spec.file for name, spec in base.stages.items()} | {stage: graph}
+            add(f"{stage}: {matrix}", Deployment(base, Device("cpu"), graphs), None, sets[:1])
+    rows.sort(key=lambda row: row["sets"][sets[0].name]["mean_iou"])
+    return {"bundles": whole, "stages": stages, "matrices": rows[:_SHOWN]}
 
 
-def _export(folder: Path, precision: str, weights: str | None) -> Bundle:
-    recipe = msgspec.structs.replace(load_recipe("cpu"), precision=precision, weights=weights)
-    request = ExportRequest(
-        next(_TINY.glob("iter_*.pth")), str(_TINY / "base"), str(_TINY / "sam2_tiny.pt"), folder / f"{precision}-{weights}", recipe
-    )
-    return export_bundle(request).bundle
+def _matrices(base: Bundle) -> dict[str, list[str]]:
+    """What an export quantizes, by stage."""
+    found: dict[str, list[str]] = {}
+    for stage in ("vision_encoder", "language_model"):
+        graph = ir.load(base.folder / base.stages[stage].file).graph
+        found[stage] = [str(node.inputs[1].name) for node in graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
+    return found
 
 
-def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType) -> Path:
-    """A stage's graph with all its matrices quantized, in the bundle's folder: SAM2's too, which an export leaves as they are."""
+def _export(out: Path, precision: str, weights: str | None, keep: bool) -> Bundle:
+    kept = load_recipe("cpu-int8").keep if keep else ()
+    recipe = msgspec.structs.replace(load_recipe("cpu"), precision=precision, weights=weights, keep=kept)
+    (checkpoint,) = _TINY.glob("iter_*.pth")
+    return export_bundle(ExportRequest(checkpoint, str(_TINY / "base"), str(_TINY / "sam2_tiny.pt"), out, recipe)).bundle
+
+
+def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequence[str] = ()) -> Path:
+    """A stage's graph with its matrices quantized, in the bundle's folder: SAM2's too, which an export leaves as they are."""
     model = ir.load(bundle.folder / bundle.stages[stage].file)
     model.graph.opset_imports[""] = max(21, model.graph.opset_imports[""])  # the first with blocks of scales
     tensors = []
@@ -143,7 +163,7 @@ def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType) -> Path:
             tensors.append(OutputTensor(name, tuple(array.shape), array.dtype, functools.partial(in_pieces, array)))
             value.const_value = None
     graph = Graph(stage, model, 0)
-    blocks, _ = add_dequantization(graph, kind)
+    blocks, _ = add_dequantization(graph, kind, keep)
     stored = [made for tensor in tensors for made in (quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,))]
     folder = bundle.folder / kind.name
     folder.mkdir(exist_ok=True)

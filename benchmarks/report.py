@@ -255,6 +255,11 @@ def _quantized_stages() -> str:
     return _table(head, [[row["name"], *_scores(row["sets"]["examples/tiny"])] for row in _result("quantization")["stages"]])
 
 
+def _quantized_matrices() -> str:
+    scores = [(row["name"], row["sets"]["examples/tiny"]) for row in _result("quantization")["matrices"]]
+    return _table(["quantized", "mean IoU", "least IoU"], [[name, f"{s['mean_iou']:.4f}", f"{s['min_iou']:.4f}"] for name, s in scores])
+
+
 def _scores(found: dict[str, Any]) -> list[str]:
     numbers = (f"{found[key]:.4f}" for key in ("mean_iou", "min_iou", "dice", "cldice"))
     return [f"{found['identical_answers']} of {found['answers']}", *numbers, f"{found['hd95']:.2f}"]
@@ -280,6 +285,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "quantization-tiny": functools.partial(_quantization, "examples/tiny"),
     "quantization-angiograms": functools.partial(_quantization, "angiograms"),
     "quantization-stages": _quantized_stages,
+    "quantization-matrices": _quantized_matrices,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,32 +24,32 @@ def tiny() -> Tiny:
     return Tiny(folder / "base", folder / "sam2_tiny.pt", checkpoint, folder / "frames", folder / "annotations.json")
 
 
-def _export(tiny: Tiny, factory: pytest.TempPathFactory, precision: str, weights: str | None = None) -> Path:
+def _export(tiny: Tiny, factory: pytest.TempPathFactory, name: str, **changes: Any) -> Path:
+    """`name`: the recipe `cpu` with other values, or another recipe's name."""
     from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
     from vessel_rt.formats.recipe import load_recipe
 
-    name = f"tiny-{precision}" + (f"-{weights}" if weights else "")
-    recipe = msgspec.structs.replace(load_recipe(ROOT / "engines" / "cpu.toml"), precision=precision, weights=weights)
+    recipe = msgspec.structs.replace(load_recipe("cpu"), **changes) if changes else load_recipe(name)
+    name = f"tiny-{name}"
     inputs = tiny.checkpoint, str(tiny.base), str(tiny.sam2)
     return made_once(factory, name, lambda folder: export_bundle(ExportRequest(*inputs, folder / name, recipe))) / name
 
 
 @pytest.fixture(scope="session")
 def fp32_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny, tmp_path_factory, "fp32")
+    return _export(tiny, tmp_path_factory, "fp32", precision="fp32")
 
 
 @pytest.fixture(scope="session")
 def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny, tmp_path_factory, "fp16")
+    return _export(tiny, tmp_path_factory, "fp16", precision="fp16")
 
 
 @pytest.fixture(scope="session")
 def int8_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the recipe cpu-int8 makes it."""
-    return _export(tiny, tmp_path_factory, "fp32", "int8")
+    return _export(tiny, tmp_path_factory, "cpu-int8")
 
 
 @pytest.fixture(scope="session")
 def int4_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _export(tiny, tmp_path_factory, "fp32", "int4")
+    return _export(tiny, tmp_path_factory, "int4", weights="int4")

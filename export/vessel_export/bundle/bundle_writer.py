@@ -200,7 +200,7 @@ def _write_stages(
         build_language_model(base.language, plan.vocabulary, recipe.language_model.capacity, TO_IR[dtype]),
     ]
     _check_weights(graphs, plan.files, base)
-    files, quantization = _quantize(graphs, plan.files, recipe.weights) if recipe.weights else (plan.files, None)
+    files, quantization = _quantize(graphs, plan.files, recipe.weights, recipe.keep) if recipe.weights else (plan.files, None)
     older = {file: older_file(neighbours, file, file_size(tensors)) for file, tensors in files.items()}
     fresh = sum(file_size(tensors) for file, tensors in files.items() if older[file] is None)
     _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
@@ -219,7 +219,7 @@ def _write_stages(
 
 
 def _quantize(
-    graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], weights: str
+    graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], weights: str, keep: Sequence[str]
 ) -> tuple[dict[str, list[OutputTensor]], Quantization]:
     """Quantize the matrices of `graphs`, and of `files`, which are planned for them."""
     kind = MatrixType.named(weights)
@@ -227,7 +227,7 @@ def _quantize(
     kept = dict(_KEPT_STAGES)
     blocks: dict[str, int] = {}
     for graph in graphs:
-        matrices[graph.name], reasons = add_dequantization(graph, kind)
+        matrices[graph.name], reasons = add_dequantization(graph, kind, keep)
         kept |= reasons
         blocks |= matrices[graph.name]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 import torch
@@ -38,8 +39,10 @@ class MatrixType:
         return cls(name, 127, ir.DataType.INT8) if name == "int8" else cls(name, 7, ir.DataType.INT4)
 
 
-def add_dequantization(graph: Graph, kind: MatrixType) -> tuple[dict[str, int], dict[str, str]]:
+def add_dequantization(graph: Graph, kind: MatrixType, keep: Sequence[str] = ()) -> tuple[dict[str, int], dict[str, str]]:
     """Make every weight that is the right operand of MatMul quantized, in place, and dequantize it before its use.
+
+    Names that match a pattern of `keep` are left as they are.
 
     Returns the number of rows that share a scale for each such matrix, and for matrices that stay as they are the reason.
     """
@@ -51,6 +54,9 @@ def add_dequantization(graph: Graph, kind: MatrixType) -> tuple[dict[str, int], 
             continue
         shape = [int(size) for size in weight.shape or () if isinstance(size, int)]
         name, block = str(weight.name), next((block for block in BLOCKS if shape[0] % block == 0), None)
+        if pattern := next((pattern for pattern in keep if fnmatchcase(name, pattern)), None):
+            kept[name] = f"the recipe keeps {pattern}"
+            continue
         if block is None:
             kept[name] = f"its {shape[0]} rows are not a multiple of {BLOCKS[-1]}"
             continue

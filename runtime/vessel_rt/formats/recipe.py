@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vessel_rt.errors import RecipeError
-from vessel_rt.formats.schema import Text, decode, read_small, shown
+from vessel_rt.formats.schema import Items, Text, decode, read_small, shown
 
 __all__ = [
     "DEFAULT_RECIPE",
@@ -84,6 +84,7 @@ class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         language_model: the limits of the language model's cache and answers.
         engines: the engines to build, if any. ONNX Runtime runs the bundle without them.
         weights: the type of the matrices: `int8` or `int4`. Without it, they have the precision of the activations.
+        keep: patterns of the names of matrices that are not quantized, such as `layers.0.*`.
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)] = SCHEMA
@@ -91,6 +92,7 @@ class RecipeFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     language_model: LanguageModelRecipe
     engines: EngineRecipe | None = None
     weights: Text | None = None
+    keep: Items[Text] = ()
 
 
 class Recipe(RecipeFile, frozen=True, kw_only=True):
@@ -133,6 +135,8 @@ def _faults(recipe: Recipe) -> Iterator[str]:
         yield f"precision is {shown(recipe.precision)}, not one of {', '.join(PRECISIONS)}"
     if recipe.weights not in (None, *WEIGHTS):
         yield f"weights is {shown(recipe.weights)}, not one of {', '.join(WEIGHTS)}"
+    if recipe.keep and not recipe.weights:
+        yield "keep names matrices that are not quantized, but there is no weights"
     engines = recipe.engines
     if engines and not re.fullmatch(r"sm\d{2,3}", engines.architecture, re.ASCII):
         yield f"engines.architecture is {shown(engines.architecture)}, not like sm86"

@@ -154,6 +154,12 @@ def test_blocks_divide_the_rows_and_what_cannot_be_divided_is_kept() -> None:
     assert [node.op_type for node in graph.model.graph] == ["MatMul"]
 
 
+def test_what_the_recipe_keeps_is_kept() -> None:
+    graph = product(32, 4)
+    assert add_dequantization(graph, KINDS["int8"], ["other", "w*t"]) == ({}, {"weight": "the recipe keeps w*t"})
+    assert [node.op_type for node in graph.model.graph] == ["MatMul"]
+
+
 def test_a_file_has_integers_and_scales_and_the_size_that_was_planned(tmp_path: Path) -> None:
     tensors = quantized(output(random(256, 64), torch.float16), 128, KINDS["int8"])
     file = write_safetensors(tmp_path, "w.safetensors", tensors)

@@ -40,8 +40,9 @@ def test_every_stored_value_is_within_half_a_step(reference: Reference, weights:
     errors = {(stage, name): error for stage, name, error in rounding_errors(bundle, reference)}
     assert bundle.quantization
     assert errors.keys() == {(stage, name) for stage, matrices in bundle.quantization.matrices.items() for name in matrices}
-    # 3 layers of 7 and the head; InternViT's layers of 4, and the projector's two
-    assert len(errors) == 3 * 7 + 1 + 4 * sum(name.endswith("attn.qkv.weight") for _, name in errors) + 2
+    of_layer = 6 if weights == "int8" else 7  # cpu-int8 keeps k_proj
+    vision_layers = sum(name.endswith("attn.qkv.weight") for _, name in errors)
+    assert len(errors) == 3 * of_layer + 1 + 4 * vision_layers + 2  # the head, and the projector's two
     assert 0.45 < min(errors.values()) <= max(errors.values()) < 0.501
     check_graphs(bundle)
 

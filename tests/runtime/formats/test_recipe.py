@@ -19,7 +19,7 @@ def test_the_projects_recipes() -> None:
     assert gpu.engines
     for plain in (cpu, gpu):  # the quantized recipes differ in their weights only
         small = load_recipe(ROOT / "engines" / f"{plain.name}-int8.toml")
-        assert small == dataclasses.replace(plain, name=small.name, weights="int8")
+        assert small == dataclasses.replace(plain, name=small.name, weights="int8", keep=("*.self_attn.k_proj.weight",))
     assert (gpu.engines.architecture, gpu.engines.max_batch, gpu.language_model.capacity) == ("sm86", 4, 4096)
 
 
@@ -43,6 +43,7 @@ def test_the_projects_recipes() -> None:
         ('"fp16"', '"fp17"', "precision"),
         ('"fp16"', '"fp16"\nweights = "int3"', "weights is 'int3'"),
         ('"fp16"', '"fp16"\nweights = 8', "weights"),
+        ('"fp16"', '"fp16"\nkeep = ["lm_head.weight"]', "keep"),
         ('precision = "fp16"', 'name = "x"\nprecision = "fp16"', "unknown key name"),
         ('precision = "fp16"', "precision = " + "[" * 50_000, ""),
         ('precision = "fp16"', "\ufeffprecision = 'fp16'", ""),
