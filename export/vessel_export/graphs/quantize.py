@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from vessel_export.graphs.assemble import Graph
-from vessel_export.io.safetensors_writer import OutputTensor
+from vessel_export.io.safetensors_writer import PIECE, OutputTensor
 
 __all__ = ["BLOCKS", "MatrixType", "add_dequantization", "quantized"]
 
@@ -106,10 +106,17 @@ class _Quantizer:
         for piece in self._tensor.pieces():
             if len(piece) % self._block:
                 raise ValueError(f"{self._tensor.name}: a piece of {len(piece)} rows is not whole blocks of {self._block}")
-            blocks = piece.float().mT.reshape(piece.shape[1], -1, self._block)  # [out, in / block, block]
-            scale = self._scale(torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_()))
-            self._scales.append(scale.mT)
-            yield (blocks / scale.float()[..., None]).round_().clamp_(-self._largest, self._largest).to(torch.int8).flatten(1).mT
+            # A wide piece in strips of columns: memory of this size is used again and again.
+            strips = [self._rounded(strip) for strip in torch.split(piece.mT, max(1, PIECE // len(piece)))]
+            self._scales.append(torch.cat([scale for _, scale in strips]).mT)
+            yield torch.cat([integers for integers, _ in strips]).mT
+
+    def _rounded(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some columns of a piece, [out, rows], as integers of this shape, and their scales [out, rows / block]."""
+        blocks = columns.float().reshape(len(columns), -1, self._block)
+        scale = self._scale(torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_()))
+        integers = (blocks / scale.float()[..., None]).round_().clamp_(-self._largest, self._largest)
+        return integers.to(torch.int8).flatten(1), scale
 
     def _scale(self, magnitude: torch.Tensor) -> torch.Tensor:
         """The scales of blocks by their largest magnitudes. TensorRT requires scales above zero, so that of zeros is 1."""

@@ -28,7 +28,7 @@ import torch
 from vessel_export.errors import CheckpointError
 from vessel_export.io.files import drop_from_cache, link_or_copy
 
-__all__ = ["ROWS", "OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
+__all__ = ["PIECE", "ROWS", "OutputTensor", "TensorLocation", "WrittenFile", "file_size", "in_pieces", "write_safetensors"]
 
 PIECE = 1 << 21  # values computed at a time: small enough for malloc to reuse the same memory
 ROWS = 128  # of a large tensor, computed together: whole blocks of a quantized matrix, and of a transposed view 256 bytes of each row

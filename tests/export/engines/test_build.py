@@ -25,7 +25,7 @@ import torch
 from onnx import TensorProto, helper
 
 from tests.support.paths import ROOT, Tiny
-from vessel_export.bundle.bundle_writer import ExportRequest
+from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.cli import main
 from vessel_export.engines.build import Build, build_engines
 from vessel_export.engines.partition import EP_CONTEXT
@@ -116,6 +116,14 @@ def test_every_stage_compiles_whole(built: Path, recipe: Recipe) -> None:
     files = {f"{stage}.json" for stage in STAGES} | engines.files.keys()
     assert {path.name for path in engines.folder.iterdir()} == files
     assert Bundle.load(built).files.keys() == bundle.files.keys()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_stages_compile_whole(tiny: Tiny, recipe: Recipe, weights: str, tmp_path: Path) -> None:
+    quantized = dataclasses.replace(recipe, weights=weights)
+    export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), tmp_path / "bundle", quantized))
+    build_engines(_request(tmp_path / "bundle", quantized))
+    _check_whole(tmp_path / "bundle", EngineSet.open(Bundle.load(tmp_path / "bundle"), _target()))
 
 
 def test_what_a_sidecar_says(built: Path, recipe: Recipe) -> None:
