@@ -6,7 +6,6 @@ unknown keys are ignored). Its annotations are the whole schema: types, bounds, 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import reprlib
@@ -92,21 +91,21 @@ def decode(document: Any, kind: type[_T], newest: int) -> _T:
     schema = document.get("schema") if isinstance(document, dict) else None
     if type(schema) is int and schema > newest:
         raise NewerSchemaError(f"schema {shown(schema)} is newer than {newest}, the newest that this vessel-rt reads; upgrade vessel-rt")
-    error = _error(document, kind)
-    if error is not None:
-        raise ValueError(_in_words(document, kind, error))
-    return msgspec.convert(document, kind)
-
-
-def _error(document: Any, kind: Any) -> str | None:
-    """What msgspec says of a document that is not of this type."""
     try:
-        msgspec.convert(document, kind)
+        return msgspec.convert(document, kind)
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        raise ValueError(_in_words(document, kind)) from None
+
+
+def _error(document: Any, kind: Any) -> str:
+    """What msgspec says of a document that is not of this type, such as "Expected `int`, got `str` - at `$[0].tiles.size`"."""
+    try:
+        msgspec.convert([document], tuple[kind])  # in a list, so that every message ends with the path
     except msgspec.ValidationError as e:
         return str(e)
-    except UnicodeEncodeError:  # by a value that has to be one of some texts
-        return "Has a lone surrogate"
-    return None
+    except UnicodeEncodeError:  # by a key, or by a value that has to be one of some texts
+        return "Has a lone surrogate - at `$[0]`"
+    return ""
 
 
 def to_json(document: msgspec.Struct) -> str:
@@ -114,37 +113,50 @@ def to_json(document: msgspec.Struct) -> str:
     return json.dumps(msgspec.to_builtins(document), indent=1, ensure_ascii=False) + "\n"
 
 
-def _in_words(document: Any, kind: Any, error: str) -> str:
-    """An error of msgspec, such as "Expected `int`, got `str` - at `$.tiles.size`", with the field first."""
-    what, _, path = error.partition(" - at ")
-    where = _place(document, kind, error) if issubclass(kind, msgspec.Struct) else path.rpartition("`$")[2].rstrip("`").lstrip(".")
+def _in_words(document: Any, kind: Any) -> str:
+    """The error of a document, with the field first."""
+    error = _error(document, kind)
+    what, _, path = error.rpartition(" - at ")  # the last: before it may be a key
+    of_key = path.startswith("`key")
+    path = path.rpartition("`$[0]")[2].rstrip("`") + ("[...]" if of_key else "")
+    where = _place(document, kind, error, path) if issubclass(kind, msgspec.Struct) else path.lstrip(".")
     if found := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", what, re.DOTALL):
         return f"{found[1].split()[-1 if 'unknown' in found[1] else 0]} key {f'{where}.' if where else ''}{_key(found[2])}"
     if what.startswith("Invalid enum value"):
         what = "not one of the values that it may have"
     for pattern, words in _WORDS.items():
         what = what.replace(f"`str` matching regex {pattern!r}", words)
-    name = f"the key {where}" if "`key` in" in path else where or "the document"
+    name = f"the key {where}" if of_key else where or "the document"
     return f"{name}: {what[0].lower()}{what[1:].replace('`', '')}"
 
 
-def _place(document: Any, kind: Any, error: str) -> str:
-    """Where the error is, such as `stages.vision_encoder.file`. msgspec writes `$.stages[...].file`."""
-    document = copy.deepcopy(document)
-    value, place, path = document, "", error.rpartition("`$")[2]
-    for step in re.findall(r"\.\w+|\[[^]]*\]", path + ("[...]" if "`key` in" in error else "")):
+def _place(document: Any, kind: Any, error: str, path: str) -> str:
+    """The place of the error, such as `stages.vision_encoder.file`, for msgspec's path `.stages[...].file`."""
+    value, place = document, ""
+    for step in re.findall(r"\.\w+|\[[^]]*\]", path):
         if step == "[...]":
-            for key, item in dict(value).items():  # with no other key in the table, the same error remains
-                value.clear()
-                value[key] = item
-                if _error(document, kind) == error:
-                    break
-            place, value = f"{place}.{_key(key)}", item
+            key, value = _faulty_item(document, kind, error, value)
+            place = f"{place}.{_key(key)}"
         else:
             place, value = place + step, value[step[1:] if step[0] == "." else int(step[1:-1])]
     return place.lstrip(".")
 
 
+def _faulty_item(document: Any, kind: Any, error: str, table: dict[str, Any]) -> tuple[str, Any]:
+    """The item of this table of the document that has the error: with no other item in the table, the same error remains."""
+    items = dict(table)
+    try:
+        for key, item in items.items():
+            table.clear()
+            table[key] = item
+            if _error(document, kind) == error:
+                return key, item
+    finally:
+        table.clear()
+        table.update(items)
+    raise AssertionError
+
+
 def _key(key: str) -> str:
     """A key of a document, as a message has it."""
-    return key if len(key) < _SHOWN and key.isascii() and key.isprintable() else shown(key)
+    return key if 0 < len(key) < _SHOWN and key.isascii() and key.isprintable() else shown(key)

@@ -342,7 +342,12 @@ def is_result_file(name: str) -> bool:
 def check_result(value: Any) -> ResultLine:
     """A line of results.jsonl. Raises ValueError, which names the field."""
     _require(value, ResultLine)
-    line = cast(ResultLine, value)
+    _check_line(value)
+    return cast(ResultLine, value)
+
+
+def _check_line(line: ResultLine) -> None:
+    """What the types of a line do not tell."""
     _require_name(line["name"], "name")
     if not all(map(is_result_file, line["files"])):
         raise ValueError("files: lists a file outside the folders of results")
@@ -353,7 +358,6 @@ def check_result(value: Any) -> ResultLine:
         raise ValueError("a frame that is done lacks 'width', 'height', 'input' or 'answer'")
     if (line["status"] == "ok") != (line["error"] is None):
         raise ValueError("'status' and 'error' do not agree")
-    return line
 
 
 def check_timing(value: Any) -> TimingLine:
@@ -373,12 +377,11 @@ def check_planned(value: Any) -> Planned:
 def check_entry(value: Any) -> JournalEntry:
     """Any other line of the journal. Raises ValueError, which names the field."""
     _require(value, JournalEntry)
-    if value.keys() - JournalEntry.__annotations__.keys():
-        raise ValueError("it has fields that are not known")
     if len(value["lines"]) != len(value["timings"]):
         raise ValueError("'lines' and 'timings' do not agree")
     for line in value["lines"]:
-        if check_result(line)["name"] != value["name"]:
+        _check_line(line)
+        if line["name"] != value["name"]:
             raise ValueError("'name' is not that of its lines")
     return cast(JournalEntry, value)
 
@@ -394,23 +397,20 @@ def check_evaluation(value: Any) -> EvaluationFile:
     _require(value, EvaluationFile)
     metrics = value["metrics"]
     for number, image in enumerate(value["images"]):
-        for metric in metrics:
-            try:
-                _require({"value": image.get(metric, "missing")}, _Metric)
-            except ValueError:
-                raise ValueError(f"images[{number}]: a metric is missing or not a number") from None
+        if not all(_is_metric(image.get(metric, "missing")) for metric in metrics):
+            raise ValueError(f"images[{number}]: a metric is missing or not a number")
     for number, score in enumerate(value["summary"]):
         if not all(score[of].keys() >= set(metrics) for of in ("mean", "ci95", "left_out")):
             raise ValueError(f"summary[{number}]: a metric is missing")
     return cast(EvaluationFile, value)
 
 
-class _Metric(TypedDict):
-    value: _Number | None
+def _is_metric(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < _MOST)
 
 
 def _require(value: Any, kind: type) -> None:
-    decode(value, kind, SCHEMA)  # it has no unknown fields, so the value itself is used
+    decode(value, kind, SCHEMA)  # what it returns lacks the unknown fields, so the value itself is used
 
 
 def _require_name(name: str, where: str) -> None:

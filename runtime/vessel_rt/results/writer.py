@@ -25,7 +25,7 @@ from vessel_rt.io.files import is_temporary, replacing, writing
 from vessel_rt.model.postprocess import eroded
 from vessel_rt.model.result import Mask, Result
 from vessel_rt.results.rle import encode_rle
-from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, SCHEMA, MaskRecord, ResultLine, TimingLine
+from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, SCHEMA, JournalEntry, MaskRecord, ResultLine, TimingLine
 
 __all__ = [
     "Entry",
@@ -55,6 +55,11 @@ class Entry:
     name: str
     lines: list[ResultLine]
     timings: list[TimingLine]
+
+    @classmethod
+    def of(cls, line: JournalEntry) -> Entry:
+        """The entry in a line of the journal, which may have further fields."""
+        return cls(line["name"], line["lines"], line["timings"])
 
     @property
     def error(self) -> str | None:

@@ -78,7 +78,7 @@ def _from_journal(path: Path) -> Earlier:
     first = next(lines, None)
     if first is None:
         raise FormError(f"{path}: empty, so the finished frames of this folder are not known; choose another output folder with -o")
-    return Earlier({line["name"]: Entry(**line) for line in lines}, frozenset(first["planned"]), found=True)
+    return Earlier({line["name"]: Entry.of(line) for line in lines}, frozenset(first["planned"]), found=True)
 
 
 def _from_results(folder: Path) -> Earlier:

@@ -162,11 +162,10 @@ class Record:
             for name in sorted(self._places, key=lambda name: self._frames[name].index):
                 journal.seek(self._places[name])
                 try:
-                    value = json.loads(journal.readline())
-                    check_entry(value)
+                    value = check_entry(json.loads(journal.readline()))
                 except (ValueError, RecursionError) as e:
                     raise VesselError(f"{self.folder / JOURNAL_FILE}: was changed while the run wrote it; it is left as it is") from e
-                yield Entry(**value)
+                yield Entry.of(value)
 
     def _updated(self, entry: Entry) -> Entry:
         """`entry` with the frame's current index and study code: inputs may have been added since, or the key changed."""

@@ -97,6 +97,12 @@ def test_a_newer_schema_is_said_first(more: dict[str, Any]) -> None:
         ({"folder": "/tmp"}, "unknown key folder"),
         ({"more\n": 1}, "unknown key"),
         ({"x" * 1000: 1}, "unknown key"),
+        ({"": 1}, "unknown key ''"),
+        ({"a.b": 1}, "unknown key a.b"),
+        ({"[0]": 1}, "unknown key [0]"),
+        ({"a` - at `$.b": 1}, "unknown key a` - at `$.b"),
+        ({"parts": {"a.b": {"file": "x", "ratio": 1, "c.d": 2}}}, "unknown key parts.a.b.c.d"),
+        ({"notes": {"more": json.loads("[" * 900 + "]" * 900)}}, "notes.more: "),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_short_line(change: dict[str, Any], named: str) -> None:
@@ -104,6 +110,14 @@ def test_what_does_not_fit_is_named_in_one_short_line(change: dict[str, Any], na
         read(GOOD | change)
     assert named in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_a_refused_document_is_left_as_it_is() -> None:
+    document = GOOD | {"parts": {name: {"file": name, "ratio": 1 if name < "c" else "x"} for name in "abcd"}}
+    before = json.dumps(document)
+    with pytest.raises(ValueError, match=r"parts\.c\.ratio: "):
+        decode(document, Document, SCHEMA)
+    assert json.dumps(document) == before
 
 
 def test_a_missing_field_is_named() -> None:
