@@ -210,7 +210,7 @@ def _build_after_export(bundle: Path, recipe: Recipe) -> None:
         return
     if obstacle := obstacle_here(recipe.engines):
         command = f"vessel-export build --bundle {bundle} --describe {recipe.engines.architecture}"
-        print(f"engines: none built, {obstacle}; `{command}` needs no GPU")
+        print(f"engines: none built, {obstacle}; `{command}` needs no GPU; for a CPU, export with --recipe cpu-int8")
     else:
         build_engines(BuildRequest(bundle, recipe), _print_build)
 
