@@ -142,6 +142,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-alpha", type=_positive_number, metavar="A", help="LoRA's alpha (default: the bundle's)")
     parser.add_argument("--device", type=device, default="cpu", metavar="DEVICE", help="where the bundle runs (default: cpu)")
     parser.add_argument("--emulate", action="store_true", help="round as a GPU does, on the CPU (always done for bf16 on the CPU)")
+    parser.add_argument(
+        "--by-matrix", action="store_true", help="of a quantized bundle: which matrices move the masks, each quantized alone (slow)"
+    )
     parser.set_defaults(run=_verify)
 
 
@@ -211,7 +214,7 @@ def _build_after_export(bundle: Path, recipe: Recipe) -> None:
         return
     if obstacle := obstacle_here(recipe.engines):
         command = f"vessel-export build --bundle {bundle} --describe {recipe.engines.architecture}"
-        print(f"engines: none built, {obstacle}; `{command}` needs no GPU")
+        print(f"engines: none built, {obstacle}; `{command}` needs no GPU; for a CPU, export with --recipe cpu-int8")
     else:
         build_engines(BuildRequest(bundle, recipe), _print_build)
 
@@ -275,22 +278,24 @@ def _ranges(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from vessel_export.parity.verify import VerifyRequest, verify_bundle
+    from vessel_export.parity.verify import VerifyRequest, sensitivity_of, verify_bundle
 
-    report = verify_bundle(
-        VerifyRequest(
-            bundle=arguments.bundle,
-            checkpoint=arguments.ckpt,
-            base=arguments.base,
-            sam2=arguments.sam2,
-            images=tuple(arguments.images),
-            questions=tuple(arguments.prompt),
-            lora_alpha=arguments.lora_alpha,
-            device=arguments.device,
-            emulate=arguments.emulate,
-            threads=arguments.threads,
-        )
+    request = VerifyRequest(
+        bundle=arguments.bundle,
+        checkpoint=arguments.ckpt,
+        base=arguments.base,
+        sam2=arguments.sam2,
+        images=tuple(arguments.images),
+        questions=tuple(arguments.prompt),
+        lora_alpha=arguments.lora_alpha,
+        device=arguments.device,
+        emulate=arguments.emulate,
+        threads=arguments.threads,
     )
+    if arguments.by_matrix:
+        print(sensitivity_of(request))
+        return 0
+    report = verify_bundle(request)
     print(report.table())
     if not report.passed:
         print(f"vessel-export: {arguments.bundle}: beyond tolerance", file=sys.stderr)

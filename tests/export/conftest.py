@@ -48,6 +48,11 @@ def planted_fp16(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def planted_fp16_int8(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(planted, tmp_path_factory, "fp16", "int8")
+
+
+@pytest.fixture(scope="session")
 def planted_bf16(planted: ExportRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(planted, tmp_path_factory, "bf16")
 

@@ -22,7 +22,7 @@ from vessel_rt.formats.bundle import Bundle
 if TYPE_CHECKING:
     from vessel_export.parity.reference import Reference
 
-__all__ = ["check_graphs", "rounding_errors"]
+__all__ = ["Matrix", "check_graphs", "rounding_errors", "stored_matrices"]
 
 _AT_ONCE = 1 << 24  # values compared at a time
 _DTYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
@@ -30,13 +30,24 @@ _VISION = {"attn.qkv": ("q_proj", "k_proj", "v_proj"), "attn.proj": ("projection
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class Matrix:
     """A quantized matrix [in, out] as a graph has it: its name, the rows of a block, and the initializers."""
 
     name: str
     block: int
     integers: ir.Value
     scales: ir.Value
+
+    def modules(self, reference: Reference) -> list[Any]:
+        """The reference's linear modules whose outputs, one after the other, are those of this matrix."""
+        return _modules(reference, self.name)
+
+    def values(self, folder: Path) -> torch.Tensor:
+        """The matrix in FP32, [in, out]. `folder` is the bundle's."""
+        integers, scales = _read(folder, self.integers), _read(folder, self.scales)
+        if integers.ndim == 1:
+            integers = _unpacked(integers, scales.shape[1], slice(0, len(scales) * self.block))
+        return integers.float() * scales.float().repeat_interleave(self.block, 0)
 
 
 def check_graphs(bundle: Bundle) -> None:
@@ -47,13 +58,14 @@ def check_graphs(bundle: Bundle) -> None:
     """
     listed = bundle.quantization.matrices if bundle.quantization else {}
     for stage, spec in bundle.stages.items():
-        found = {stored.name: stored.block for stored in _stored(bundle, stage)}
+        found = {stored.name: stored.block for stored in stored_matrices(bundle, stage)}
         if found != listed.get(stage, {}):
             odd = sorted(name for name, _ in found.items() ^ listed.get(stage, {}).items())
             raise BundleError(f"{bundle.folder / spec.file}: {odd[0]} is not quantized as bundle.json says; export the bundle again")
 
 
-def _stored(bundle: Bundle, stage: str) -> Iterator[_Stored]:
+def stored_matrices(bundle: Bundle, stage: str) -> Iterator[Matrix]:
+    """The quantized matrices of a stage's graph. Raises BundleError if they are not integers and scales as `check_graphs` expects."""
     path = bundle.folder / bundle.stages[stage].file
     for node in ir.load(path).graph:
         if node.op_type != "DequantizeLinear":
@@ -65,7 +77,7 @@ def _stored(bundle: Bundle, stage: str) -> Iterator[_Stored]:
             raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
         if [*scales.shape.numpy()] != [integers.shape.numpy()[0] / max(1, block), *integers.shape.numpy()[1:]]:
             raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
-        yield _Stored(str(integers.name), block, integers, scales)
+        yield Matrix(str(integers.name), block, integers, scales)
 
 
 def rounding_errors(bundle: Bundle, reference: Reference) -> Iterator[tuple[str, str, float]]:
@@ -75,11 +87,11 @@ def rounding_errors(bundle: Bundle, reference: Reference) -> Iterator[tuple[str,
     """
     check_graphs(bundle)
     for stage in bundle.quantization.matrices if bundle.quantization else ():
-        for stored in _stored(bundle, stage):
-            yield stage, stored.name, _error(bundle.folder, stored, _modules(reference, stored.name))
+        for stored in stored_matrices(bundle, stage):
+            yield stage, stored.name, _error(bundle.folder, stored, stored.modules(reference))
 
 
-def _error(folder: Path, stored: _Stored, modules: list[Any]) -> float:
+def _error(folder: Path, stored: Matrix, modules: list[Any]) -> float:
     """Whole blocks of rows at a time: the matrix is [in, out], the reference's modules hold [out, in]."""
     integers, scales = _read(folder, stored.integers), _read(folder, stored.scales)
     (blocks, columns), block = scales.shape, stored.block

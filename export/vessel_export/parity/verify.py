@@ -35,7 +35,7 @@ from vessel_rt.model.segmenter import Segmenter
 if TYPE_CHECKING:
     from vessel_export.parity.reference import Reference, ReferenceResult
 
-__all__ = ["VerifyRequest", "undecided_pixels", "verify", "verify_bundle"]
+__all__ = ["VerifyRequest", "sensitivity_of", "undecided_pixels", "verify", "verify_bundle"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,26 +63,48 @@ def verify_bundle(request: VerifyRequest) -> Report:
     Raises:
         VesselError: an input is missing or damaged, or the bundle was made from another checkpoint.
     """
+    bundle = Bundle.load(request.bundle)
+    emulated = request.emulate or (bundle.precision == "bf16" and request.device.kind == "cpu")
+    deployment = emulate(bundle) if emulated else deploy(bundle, request.device)
+    reference = _reference(request, bundle)
+    samples = samples_of(request.images)
+    return verify(deployment, reference, samples, request.questions or (bundle.prompt.default_question,), threads=request.threads)
+
+
+def sensitivity_of(request: VerifyRequest) -> str:
+    """As a table: which matrices of a quantized bundle move the masks, and which of them to keep.
+
+    Raises:
+        VesselError: as `verify_bundle`; or the bundle is not quantized.
+    """
+    from vessel_export.parity.sensitivity import measure_sensitivity
+
+    bundle = Bundle.load(request.bundle)
+    if not bundle.quantization:
+        raise BundleError(f"{bundle.folder}: has no quantized matrices; export it with --recipe cpu-int8 or rtx3090-int8")
+    bundle.verify_files()
+    questions = request.questions or (bundle.prompt.default_question,)
+    found = measure_sensitivity(bundle, _reference(request, bundle), samples_of(request.images), questions)
+    return found.table(QUANTIZED_TOLERANCES[bundle.weights].mean_iou or 1.0)
+
+
+def _reference(request: VerifyRequest, bundle: Bundle) -> Reference:
+    """The reference of the checkpoint that the bundle was made from."""
     from vessel_export.parity.reference import Reference
     from vessel_export.sources.base_model import open_base, open_sam2
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of interest to developers only
-    bundle = Bundle.load(request.bundle)
-    emulated = request.emulate or (bundle.precision == "bf16" and request.device.kind == "cpu")
-    deployment = emulate(bundle) if emulated else deploy(bundle, request.device)
     origin = bundle.provenance
     if sha256_of(request.checkpoint) != origin.checkpoint_sha256:
         made_from = f"{origin.checkpoint} with SHA-256 {origin.checkpoint_sha256[:12]}..."
         raise BundleError(f"{bundle.folder}: not made from {request.checkpoint}; give --ckpt the {made_from}")
-    reference = Reference.load(
+    return Reference.load(
         request.checkpoint,
         open_base(request.base or origin.base).folder,
         open_sam2(request.sam2 or origin.sam2).path,
         lora_alpha=origin.lora_alpha if request.lora_alpha is None else request.lora_alpha,
         skip=origin.skipped,
     )
-    samples = samples_of(request.images)
-    return verify(deployment, reference, samples, request.questions or (bundle.prompt.default_question,), threads=request.threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,9 +35,9 @@ def _devices(arguments: argparse.Namespace) -> int:
 
     bundle = Bundle.load(arguments.bundle) if arguments.bundle else None
     reports = list_devices(bundle)
-    print(devices_json(reports) if arguments.json else devices_table(reports))
     if bundle and not arguments.json:
         print(f"{bundle.folder}: {bundle.precision}, with {bundle.weights} weights")
+    print(devices_json(reports) if arguments.json else devices_table(reports))
     return 0
 
 

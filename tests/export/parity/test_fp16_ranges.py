@@ -84,6 +84,18 @@ def test_every_value_is_measured(ranges: Ranges) -> None:
     assert all(peak > 0 for stage in ranges.stages.values() for peak in stage.fp16.values())
 
 
+def test_a_quantized_bundle_is_measured_as_well(planted_fp16_int8: Path, ranges: Ranges, tmp_path: Path) -> None:
+    found = measure(Bundle.load(planted_fp16_int8), drawn_samples()[:1], QUESTION, threads=1)
+    for stage, measured in ranges.stages.items():
+        assert found.stages[stage].fp16.keys() == measured.fp16.keys(), "dequantized matrices are not activations"
+        for name, product in measured.products.items():
+            assert found.stages[stage].products[name].output == pytest.approx(product.output, rel=0.1)
+    copy = Path(shutil.copytree(planted_fp16_int8, tmp_path / "bundle"))
+    assert apply(Bundle.load(copy), found) == ("vision_encoder", "language_model")
+    Bundle.load(copy).verify_files()
+    assert Bundle.load(copy).quantization == Bundle.load(planted_fp16_int8).quantization
+
+
 def test_the_exponents_that_a_graph_has_do_not_count(bundle: Bundle, ranges: Ranges) -> None:
     """Peaks are the model's: measured again with other exponents, they are the same."""
     apply(bundle, ranges)
