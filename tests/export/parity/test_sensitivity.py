@@ -23,9 +23,7 @@ def reference(tiny: Tiny) -> Reference:
     return Reference.load(tiny.checkpoint, tiny.base, tiny.sam2)
 
 
-def test_one_key_matrix_stands_out_and_the_reference_is_left_as_it_was(
-    tiny: Tiny, int4_bundle: Path, reference: Reference
-) -> None:
+def test_one_key_matrix_stands_out_and_the_reference_is_left_as_it_was(tiny: Tiny, int4_bundle: Path, reference: Reference) -> None:
     samples = read_samples(sorted(tiny.frames.glob("*.jpg"))[:2])
     before = reference.segment(samples[0].reference, QUESTION).mask_logits
     bundle = Bundle.load(int4_bundle)
