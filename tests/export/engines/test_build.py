@@ -120,7 +120,7 @@ def test_every_stage_compiles_whole(built: Path, recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantized_stages_compile_whole(tiny: Tiny, recipe: Recipe, weights: str, tmp_path: Path) -> None:
-    quantized = replace(recipe, weights=weights)
+    quantized = msgspec.structs.replace(recipe, weights=weights)
     export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), tmp_path / "bundle", quantized))
     build_engines(_request(tmp_path / "bundle", quantized))
     _check_whole(tmp_path / "bundle", EngineSet.open(Bundle.load(tmp_path / "bundle"), _target()))
