@@ -29,6 +29,7 @@ __all__ = [
     "Planned",
     "ResultLine",
     "Rle",
+    "RunCounts",
     "RunFile",
     "ScoreRecord",
     "TimingLine",
