@@ -164,20 +164,25 @@ def _masks(output: Path, lines: Sequence[ResultLine], truths: Sequence[ComparedM
     return {"masks": [[mask["rle"] for mask in line["masks"]] for line in lines], "truths": [truth["truth_rle"] for truth in truths]}
 
 
+def _preview(output: Path, line: ResultLine) -> str | None:
+    """The file of a frame's preview, if it has one. Folders that were written before previews had study codes have names here."""
+    file = next((file for file in line["files"] if file.startswith(f"{PREVIEWS}/")), None)
+    return file if file and (output / file).is_file() else None
+
+
 def _link(output: Path, line: ResultLine) -> dict[str, Any]:
-    """The name of a frame's preview in the output folder, if it has one."""
-    file = preview_file(line["code"])
-    return {"picture": "", "file": file} if file in line["files"] and (output / file).is_file() else {"picture": ""}
+    """The file of a frame's preview, for the page to load; only by its study code."""
+    file = _preview(output, line)
+    return {"picture": "", "file": file} if file == preview_file(line["code"]) else {"picture": ""}
 
 
 def _picture(output: Path, line: ResultLine, share: int) -> dict[str, Any]:
     """A frame's preview, JPEG in base64, made smaller until it takes at most `share` bytes; empty if it has none."""
-    name = preview_file(line["code"])
-    path = output / name
-    if name not in line["files"] or not path.is_file():
+    name = _preview(output, line)
+    if name is None:
         return {"picture": ""}
     try:
-        with open_regular(path) as file:
+        with open_regular(output / name) as file:
             content = file.read()
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as preview:
             for side, quality in _SMALLER:

@@ -240,6 +240,25 @@ def test_the_page_grows_by_less_than_a_picture_for_each_frame_beyond_the_bound(o
     assert whole - write_report(out).stat().st_size > pictures
 
 
+def test_previews_that_are_called_as_their_frames_are_shown_and_never_linked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As earlier versions called them."""
+    before = Page(write_report(out)).data["shapes"]
+    for place in range(COUNT):
+        if place != FAILED:
+            (out / preview(name_of(place))).rename(out / "previews" / f"{name_of(place)}.jpg")
+    rewrite(out / "results.jsonl", _with_names_of_previews)
+    assert Page(write_report(out)).data["shapes"] == before
+    monkeypatch.setattr(report, "EMBEDDED", 1)
+    shapes = Page(write_report(out)).data["shapes"]
+    assert sum(bool(of_frame["picture"]) for of_frame in shapes) == 1
+    assert not any("file" in of_frame for of_frame in shapes)
+
+
+def _with_names_of_previews(line: dict[str, Any]) -> dict[str, Any]:
+    now, earlier = preview(line["name"]), f"previews/{line['name']}.jpg"
+    return line | {"files": {earlier if file == now else file: sha256 for file, sha256 in line["files"].items()}}
+
+
 def test_previews_that_were_removed_are_left_out(out: Path) -> None:
     shutil.rmtree(out / "previews")
     assert {shapes["picture"] for shapes in Page(write_report(out)).data["shapes"]} == {""}
