@@ -72,7 +72,7 @@ class MaskRecord(TypedDict):
         iou: the IoU that the model predicts, rounded.
         object_score: the logit of an object being there, rounded.
         area: the number of pixels.
-        box: left, top, width and height in pixels; null for an empty mask.
+        box: x0, y0, x1, y1 in pixels, the right and lower ends excluded; null for an empty mask.
         rle: the mask.
     """
 
