@@ -13,10 +13,12 @@ import importlib.resources
 import io
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -35,7 +37,7 @@ from vessel_rt.results.reader import (
     read_evaluation,
     read_run,
 )
-from vessel_rt.results.schema import PREVIEWS, ComparedMask, EvaluationFile, ResultLine, TimingLine
+from vessel_rt.results.schema import PREVIEWS, ComparedMask, EvaluationFile, MaskRecord, ResultLine, TimingLine
 from vessel_rt.results.writer import preview_file
 
 __all__ = ["EMBEDDED", "chosen", "write_report"]
@@ -127,7 +129,6 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
     """What the page says about a frame. Names may appear only here."""
     first = lines[0]
     named = first["image"] if first["frame"] is None else f"{first['image']}, frame {first['frame']}"
-    mask_keys = ("iou", "object_score", "area", *(["file"] if show_names else []))
     return {
         "index": first["index"],
         "label": named if show_names else first["code"],
@@ -139,12 +140,22 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
             {
                 "question": line["question"],
                 "answer": line["answer"],
-                "masks": [{key: value for key, value in mask.items() if key in mask_keys} for mask in line["masks"]],
+                "masks": [_mask_facts(mask, show_names) for mask in line["masks"]],
             }
             for line in lines
         ],
         "truths": [{key: value for key, value in truth.items() if key not in ("index", "truth_rle")} for truth in truths],
     }
+
+
+def _mask_facts(mask: MaskRecord, show_names: bool) -> dict[str, Any]:
+    facts = {"iou": mask["iou"], "object_score": mask["object_score"], "area": mask["area"]}
+    return facts | {"file": _address(mask["file"])} if show_names else facts
+
+
+def _address(file: str) -> str:
+    """The address of a file in the output folder, for a link. Names may be any bytes."""
+    return quote(os.fsencode(file))
 
 
 def _times(timings: Sequence[TimingLine]) -> dict[str, float]:
@@ -171,9 +182,9 @@ def _preview(output: Path, line: ResultLine) -> str | None:
 
 
 def _link(output: Path, line: ResultLine) -> dict[str, Any]:
-    """The file of a frame's preview, for the page to load; only by its study code."""
+    """The address of a frame's preview, for the page to load; only by its study code."""
     file = _preview(output, line)
-    return {"picture": "", "file": file} if file == preview_file(line["code"]) else {"picture": ""}
+    return {"picture": "", "file": _address(file)} if file and file == preview_file(line["code"]) else {"picture": ""}
 
 
 def _picture(output: Path, line: ResultLine, share: int) -> dict[str, Any]:

@@ -137,6 +137,19 @@ def test_names_are_shown_only_where_the_run_was_told_to(standin: Bundle, judged:
     assert [mask["file"] for answer in facts[0]["answers"] for mask in answer["masks"]] == ["masks/a.png", "masks/a_1.png"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+@pytest.mark.parametrize(("name", "address"), [(b"a \xff#?", "masks/a%20%FF%23%3F.png"), (b"\xc3\xa9%", "masks/%C3%A9%25.png")])
+def test_links_of_masks_are_addresses(standin: Bundle, frames: Path, tmp_path: Path, name: bytes, address: str) -> None:
+    """Of any name: a part of a name that is not UTF-8 would stop the page's code."""
+    for path in (frames / "b.png", frames / "c.tif"):
+        path.unlink()
+    (frames / "a.jpg").rename(frames / f"{os.fsdecode(name)}.jpg")
+    infer(standin, options(frames, tmp_path / "out"))
+    rewrite(tmp_path / "out" / "run.json", lambda run: run | {"options": run["options"] | {"show_names": True}})
+    [facts] = Page(write_report(tmp_path / "out")).data["facts"]
+    assert facts["answers"][0]["masks"][0]["file"] == address
+
+
 def test_what_was_drawn_comes_with_its_frame(judged: Path) -> None:
     found = Page(write_report(judged)).data
     assert found["run"][0]["evaluation"].keys() == {"truth", "metrics", "summary"}
