@@ -114,7 +114,7 @@ def load_recipe(source: Path | str) -> Recipe:
     """
     path = _RECIPES / f"{source}.toml" if str(source) in recipe_names() else Path(source)
     try:
-        document = tomllib.loads(read_small(path).decode("utf-8"))
+        document = tomllib.loads(read_small(path).decode("utf-8-sig"))  # Windows' editors put a mark there
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe; take {' or '.join(recipe_names())}, or the path of a .toml file") from None
     except (OSError, ValueError, RecursionError) as e:  # TOML's errors are ValueErrors

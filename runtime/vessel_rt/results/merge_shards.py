@@ -22,7 +22,7 @@ from vessel_rt.results.cines import write_cines
 from vessel_rt.results.reader import RESULTS_FILE, RUN_FILE, TIMINGS_FILE, iter_frames, iter_timings, read_run
 from vessel_rt.results.report import write_report
 from vessel_rt.results.run_file import write_run
-from vessel_rt.results.schema import ResultLine, RunFile, TimingLine
+from vessel_rt.results.schema import ResultLine, RunCounts, RunFile, TimingLine
 from vessel_rt.results.writer import is_blank
 
 __all__ = ["merge_shards"]
@@ -139,7 +139,7 @@ def _copy_files(lines: Sequence[tuple[Path, ResultLine]], output: Path) -> None:
 
 def _merged(runs: Sequence[RunFile]) -> RunFile:
     """The content of run.json: the sums of the counts, the longest times, and what each shard reported."""
-    counts: Any = {key: sum(run["counts"].get(key, 0) for run in runs) for key in runs[0]["counts"]}
+    counts: Any = {key: sum(run["counts"].get(key, 0) for run in runs) for key in RunCounts.__annotations__ if key in runs[0]["counts"]}
     seconds = {key: max(run["seconds"].get(key, 0) for run in runs) for key in runs[0]["seconds"]}
     return {
         **runs[0],

@@ -13,10 +13,12 @@ import importlib.resources
 import io
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -35,7 +37,7 @@ from vessel_rt.results.reader import (
     read_evaluation,
     read_run,
 )
-from vessel_rt.results.schema import PREVIEWS, ComparedMask, EvaluationFile, ResultLine, TimingLine
+from vessel_rt.results.schema import PREVIEWS, ComparedMask, EvaluationFile, MaskRecord, ResultLine, TimingLine
 from vessel_rt.results.writer import preview_file
 
 __all__ = ["EMBEDDED", "chosen", "write_report"]
@@ -127,7 +129,6 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
     """What the page says about a frame. Names may appear only here."""
     first = lines[0]
     named = first["image"] if first["frame"] is None else f"{first['image']}, frame {first['frame']}"
-    mask_keys = ("iou", "object_score", "area", *(["file"] if show_names else []))
     return {
         "index": first["index"],
         "label": named if show_names else first["code"],
@@ -139,12 +140,22 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
             {
                 "question": line["question"],
                 "answer": line["answer"],
-                "masks": [{key: value for key, value in mask.items() if key in mask_keys} for mask in line["masks"]],
+                "masks": [_mask_facts(mask, show_names) for mask in line["masks"]],
             }
             for line in lines
         ],
         "truths": [{key: value for key, value in truth.items() if key not in ("index", "truth_rle")} for truth in truths],
     }
+
+
+def _mask_facts(mask: MaskRecord, show_names: bool) -> dict[str, Any]:
+    facts = {"iou": mask["iou"], "object_score": mask["object_score"], "area": mask["area"]}
+    return facts | {"file": _address(mask["file"])} if show_names else facts
+
+
+def _address(file: str) -> str:
+    """The address of a file in the output folder, for a link. Names may be any bytes."""
+    return quote(os.fsencode(file))
 
 
 def _times(timings: Sequence[TimingLine]) -> dict[str, float]:
@@ -164,20 +175,25 @@ def _masks(output: Path, lines: Sequence[ResultLine], truths: Sequence[ComparedM
     return {"masks": [[mask["rle"] for mask in line["masks"]] for line in lines], "truths": [truth["truth_rle"] for truth in truths]}
 
 
+def _preview(output: Path, line: ResultLine) -> str | None:
+    """The file of a frame's preview, if it has one. Folders that were written before previews had study codes have names here."""
+    file = next((file for file in line["files"] if file.startswith(f"{PREVIEWS}/")), None)
+    return file if file and (output / file).is_file() else None
+
+
 def _link(output: Path, line: ResultLine) -> dict[str, Any]:
-    """The name of a frame's preview in the output folder, if it has one."""
-    file = preview_file(line["code"])
-    return {"picture": "", "file": file} if file in line["files"] and (output / file).is_file() else {"picture": ""}
+    """The address of a frame's preview, for the page to load; only by its study code."""
+    file = _preview(output, line)
+    return {"picture": "", "file": _address(file)} if file and file == preview_file(line["code"]) else {"picture": ""}
 
 
 def _picture(output: Path, line: ResultLine, share: int) -> dict[str, Any]:
     """A frame's preview, JPEG in base64, made smaller until it takes at most `share` bytes; empty if it has none."""
-    name = preview_file(line["code"])
-    path = output / name
-    if name not in line["files"] or not path.is_file():
+    name = _preview(output, line)
+    if name is None:
         return {"picture": ""}
     try:
-        with open_regular(path) as file:
+        with open_regular(output / name) as file:
             content = file.read()
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as preview:
             for side, quality in _SMALLER:

@@ -29,6 +29,7 @@ __all__ = [
     "Planned",
     "ResultLine",
     "Rle",
+    "RunCounts",
     "RunFile",
     "ScoreRecord",
     "TimingLine",
@@ -71,7 +72,7 @@ class MaskRecord(TypedDict):
         iou: the IoU that SAM2 predicts, rounded.
         object_score: a logit, rounded; above 0, SAM2 predicts that the object is present.
         area: the number of pixels in the mask.
-        box: left, top, width and height in pixels; null for an empty mask.
+        box: x0, y0, x1, y1 in pixels, the right and lower ends excluded; null for an empty mask.
         rle: the mask, run-length encoded.
     """
 

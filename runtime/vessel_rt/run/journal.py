@@ -8,7 +8,6 @@ its settings and all its output files are still those of its entry. Does not kno
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -153,7 +152,7 @@ class Record:
 
     def _append(self, entry: Entry) -> None:
         place = self._journal.tell()
-        _write_whole(self._journal, dataclasses.asdict(entry))
+        _write_whole(self._journal, vars(entry))  # asdict would copy every mask
         self._places[entry.name] = place
 
     def _in_order(self) -> Iterator[Entry]:

@@ -194,9 +194,9 @@ class _Actor:
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[str]]:
         worker = self._worker
         try:
-            entries = [dataclasses.asdict(entry) for entry in worker.run([self._frames[int(place)] for place in rows["id"]])]
+            entries = list(worker.run([self._frames[int(place)] for place in rows["id"]]))
             told = {"streams": worker.streams, "batch": worker.batch, "least_batch": worker.least_batch}
-            found = [entry | told for entry in entries]
+            found = [vars(entry) | told for entry in entries]
         except DeviceError as e:
             print(e, file=sys.stderr, flush=True)  # Ray's logs
             os._exit(1)  # for another actor to take over

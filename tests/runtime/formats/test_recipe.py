@@ -61,6 +61,11 @@ def test_what_is_wrong_is_named_with_the_file_in_one_line(tmp_path: Path, old: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "rtx3090.toml").write_text(TEXT, encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "rtx3090.toml") == load_recipe("rtx3090")
+
+
 def test_a_recipe_that_is_no_file_of_text(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for path in (tmp_path / "nowhere.toml", tmp_path, tmp_path / "bytes.toml", Path(os.devnull)):

@@ -54,6 +54,14 @@ def test_what_was_changed_is_not_merged(shards: list[Path], tmp_path: Path) -> N
         merge_shards(shards, tmp_path / "again")
 
 
+def test_counts_that_are_not_known_are_left_out(shards: list[Path], tmp_path: Path) -> None:
+    for shard in shards:
+        change(shard / "run.json", lambda run: run["counts"].update(note="S0001"))
+    merge_shards(shards, tmp_path / "merged")
+    counts = json.loads((tmp_path / "merged" / "run.json").read_text())["counts"]
+    assert (counts["images"], counts["in_all_shards"], "note" in counts) == (3, 3, False)
+
+
 def test_an_unfinished_shard_is_not_merged(shards: list[Path], tmp_path: Path) -> None:
     (shards[1] / "run.json").unlink()
     with pytest.raises(VesselError, match=r"shard1/run\.json: missing"):

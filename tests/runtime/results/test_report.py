@@ -137,6 +137,19 @@ def test_names_are_shown_only_where_the_run_was_told_to(standin: Bundle, judged:
     assert [mask["file"] for answer in facts[0]["answers"] for mask in answer["masks"]] == ["masks/a.png", "masks/a_1.png"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+@pytest.mark.parametrize(("name", "address"), [(b"a \xff#?", "masks/a%20%FF%23%3F.png"), (b"\xc3\xa9%", "masks/%C3%A9%25.png")])
+def test_links_of_masks_are_addresses(standin: Bundle, frames: Path, tmp_path: Path, name: bytes, address: str) -> None:
+    """Of any name: a part of a name that is not UTF-8 would stop the page's code."""
+    for path in (frames / "b.png", frames / "c.tif"):
+        path.unlink()
+    (frames / "a.jpg").rename(frames / f"{os.fsdecode(name)}.jpg")
+    infer(standin, options(frames, tmp_path / "out"))
+    rewrite(tmp_path / "out" / "run.json", lambda run: run | {"options": run["options"] | {"show_names": True}})
+    [facts] = Page(write_report(tmp_path / "out")).data["facts"]
+    assert facts["answers"][0]["masks"][0]["file"] == address
+
+
 def test_what_was_drawn_comes_with_its_frame(judged: Path) -> None:
     found = Page(write_report(judged)).data
     assert found["run"][0]["evaluation"].keys() == {"truth", "metrics", "summary"}
@@ -238,6 +251,25 @@ def test_the_page_grows_by_less_than_a_picture_for_each_frame_beyond_the_bound(o
     monkeypatch.setattr(report, "EMBEDDED", 1)
     pictures = sum(path.stat().st_size for path in (out / "previews").iterdir())
     assert whole - write_report(out).stat().st_size > pictures
+
+
+def test_previews_that_are_called_as_their_frames_are_shown_and_never_linked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As earlier versions called them."""
+    before = Page(write_report(out)).data["shapes"]
+    for place in range(COUNT):
+        if place != FAILED:
+            (out / preview(name_of(place))).rename(out / "previews" / f"{name_of(place)}.jpg")
+    rewrite(out / "results.jsonl", _with_names_of_previews)
+    assert Page(write_report(out)).data["shapes"] == before
+    monkeypatch.setattr(report, "EMBEDDED", 1)
+    shapes = Page(write_report(out)).data["shapes"]
+    assert sum(bool(of_frame["picture"]) for of_frame in shapes) == 1
+    assert not any("file" in of_frame for of_frame in shapes)
+
+
+def _with_names_of_previews(line: dict[str, Any]) -> dict[str, Any]:
+    now, earlier = preview(line["name"]), f"previews/{line['name']}.jpg"
+    return line | {"files": {earlier if file == now else file: sha256 for file, sha256 in line["files"].items()}}
 
 
 def test_previews_that_were_removed_are_left_out(out: Path) -> None:
