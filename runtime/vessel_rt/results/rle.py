@@ -36,7 +36,7 @@ def decode_rle(rle: Any) -> npt.NDArray[np.bool_]:
             raise ValueError("its size is not that of a mask")
         if not isinstance(counts, str | bytes):
             raise ValueError("its counts are not text")
-        runs = _runs(counts.encode("ascii") if isinstance(counts, str) else counts)
+        runs = _runs(counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts)
     except (KeyError, TypeError) as e:
         raise ValueError("it has no size or no counts") from e
     if runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:  # checked first: a sum of huge values may overflow
