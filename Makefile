@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup browser demo export which synth-8b export-8b build-8b bench test test-all fuzz lint docs
+.PHONY: setup browser demo export which synth-8b export-8b infer-8b build-8b bench test test-all fuzz lint docs
 
 setup: .venv/ready
 
@@ -43,6 +43,10 @@ $(FULL)/model: | setup
 
 export-8b: synth-8b
 	$(BIN)/python -m benchmarks.export --model $(FULL)/model --out $(FULL)/bundle $(ARGS)
+
+# Exports with cpu-int8 and segments frames on the CPU.
+infer-8b: synth-8b
+	$(BIN)/python -m benchmarks.infer --model $(FULL)/model $(ARGS)
 
 build-8b: setup
 	$(BIN)/python -m benchmarks.build --bundle $(FULL)/bundle --describe sm86 $(ARGS)

@@ -172,6 +172,19 @@ def _resume() -> str:
     return _table(["", ""], rows)
 
 
+def _infer() -> str:
+    found = _result("infer-cpu-int8-28-layers")["sides"]
+    steps = [step for step in _STEPS if any(step in run["seconds_by_step"] for run in found.values())]
+    rows = [
+        ["loading, with the first answer", *(run["seconds_of_loading"] for run in found.values())],
+        *([step, *(run["seconds_by_step"].get(step, "") for run in found.values())] for step in steps),
+        ["a frame", *(run["seconds_per_frame"] for run in found.values())],
+        ["streams", *(run["streams"] for run in found.values())],
+        ["peak anonymous memory, GiB", *(run["peak_anonymous_gib"] for run in found.values())],
+    ]
+    return _table(["seconds", *(f"frames of {name}" for name in found)], rows)
+
+
 def _accuracy() -> str:
     rows = [
         [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['min_mask_iou']:.4f}"]
@@ -274,6 +287,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "memory": _memory,
     "scaling": _scaling,
     "flat": _flat,
+    "infer": _infer,
     "resume": _resume,
     "accuracy": _accuracy,
     "floor": _floor,

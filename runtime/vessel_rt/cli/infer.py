@@ -104,7 +104,7 @@ def add_infer(commands: Any) -> None:
         "--streams",
         type=types.up_to(_MAX_STREAMS),
         metavar="N",
-        help="batches that run at the same time (default: up to 4 on a CPU, 1 on a GPU)",
+        help="batches that run at the same time (default: up to 4 on a CPU, 1 for a large model or on a GPU)",
     )
     where.add_argument(
         "--batch", type=types.up_to(types.MAX_BATCH), metavar="N", help="images at once (default: 1 on a CPU, as many as fit on a GPU)"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.host_memory import require_memory
 from vessel_rt.device.memory_plan import make_plan
 from vessel_rt.device.providers import Device, EngineCache, device_fault, open_device
 from vessel_rt.device.session import Session
@@ -161,6 +162,8 @@ def deploy_on(
     """
     engines = _engines_for(bundle, device, batch)
     if files is None:
+        if device.kind == "cpu":
+            require_memory(bundle)
         files = _check(bundle, [engines], progress)
     images = batch or _most_images(bundle, device, engines)
     if engines is None:
@@ -180,6 +183,8 @@ def check_bundle(
     Raises:
         BundleError, EngineError: as in deploy.
     """
+    if processes := sum(device.kind == "cpu" for device in devices):
+        require_memory(bundle, processes)
     sets = {found.folder if found else None: found for device in devices for found in [_engines_for(bundle, device, batch)]}
     return _check(bundle, list(sets.values()), progress)
 

@@ -233,7 +233,7 @@ def _rows(job: Job, frames: int, actors: int) -> int:
     Unless it was given, the batch of a GPU is not known before its actor exists; _ROUNDS x MOST_IMAGES then leave few partial batches.
     """
     batch = job.options.batch or (1 if job.device.kind == "cpu" else _ROUNDS * MOST_IMAGES)
-    return max(1, min(batch * job.options.streams_on(job.device.kind, frames), -(-frames // actors)))
+    return max(1, min(batch * job.options.streams_on(job.device.kind, frames, job.bundle), -(-frames // actors)))
 
 
 def _put_rows(entries: Any, rows: queue.SimpleQueue[Any]) -> None:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from vessel_rt.device.deployment import Deployment, deploy_on
+from vessel_rt.device.host_memory import needed_memory
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
@@ -27,6 +28,7 @@ from vessel_rt.run.pipeline import Picture, Pipeline
 __all__ = ["Job", "WorkOptions", "Worker", "cores"]
 
 _STREAMS = 4  # at most, unless more are asked for: each has a KV cache and activations of its own
+_LARGE = 1 << 30  # bytes of weights of a bundle whose streams would take gigabytes each, and whose matrices keep all cores busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +45,13 @@ class WorkOptions:
     draft: bool = True
     rescale: Rescale | None = None
 
-    def streams_on(self, kind: str, frames: int) -> int:
+    def streams_on(self, kind: str, frames: int, bundle: Bundle) -> int:
         """How many batches of `frames` in total run at the same time on a kind of device.
 
-        A CPU is faster with one core for each than with all cores for one (docs/performance.md).
+        On a CPU, a small model is faster with one core for each batch than with all cores for one (docs/performance.md).
         """
-        most = self.streams or (min(self.threads or cores(), _STREAMS) if kind == "cpu" else 1)
-        return min(most, frames)
+        several = kind == "cpu" and needed_memory(bundle) < _LARGE
+        return min(self.streams or (min(self.threads or cores(), _STREAMS) if several else 1), frames)
 
     def threads_of(self, streams: int) -> int:
         """CPU threads of one operator; 0 leaves the choice to ONNX Runtime."""
@@ -83,7 +85,7 @@ class Worker:
         say: Callable[[str], object],
     ) -> None:
         self._options, self._writer = options, writer
-        self.streams = options.streams_on(deployment.device.kind, total)
+        self.streams = options.streams_on(deployment.device.kind, total, deployment.bundle)
         self.batch = deployment.batch
         self._hash = input_hasher()
         with ExitStack() as stack:

@@ -1,0 +1,78 @@
+"""A bundle that does not fit is refused before it is loaded, by a system whose files say that it has little memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from vessel_rt.cli import main
+from vessel_rt.device import host_memory
+from vessel_rt.device.host_memory import available_memory, needed_memory, require_memory
+from vessel_rt.errors import BundleError
+from vessel_rt.formats.bundle import Bundle
+
+KIB = 1024
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A system with 400 kB of free memory and 100 kB of swap, without a container."""
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:  400 kB\nSwapFree:  100 kB\nHugePages_Total:  0\n")
+    monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    return tmp_path
+
+
+def limit(system: Path, maximum: str, current: int) -> None:
+    (system / "memory.max").write_text(f"{maximum}\n")
+    (system / "memory.current").write_text(f"{current}\n")
+
+
+def test_memory_is_that_of_the_system_or_of_its_container(system: Path) -> None:
+    assert available_memory() == 500 * KIB
+    limit(system, "max", 10)
+    assert available_memory() == 500 * KIB
+    limit(system, str(300 * KIB), 100 * KIB)
+    assert available_memory() == 200 * KIB
+    limit(system, str(900 * KIB), 100 * KIB)
+    assert available_memory() == 500 * KIB
+
+
+@pytest.mark.parametrize("content", ["", "MemAvailable: 400 kB\n", "MemAvailable: x kB\nSwapFree: 0 kB\n"])
+def test_a_system_that_does_not_tell_refuses_nothing(system: Path, content: str, fp32_bundle: Path) -> None:
+    (system / "meminfo").write_text(content)
+    assert available_memory() is None
+    require_memory(Bundle.load(fp32_bundle))
+
+
+def test_fp16_takes_as_much_as_fp32_and_int8_less(fp32_bundle: Path, fp16_bundle: Path, int8_bundle: Path) -> None:
+    fp32, fp16, int8 = (needed_memory(Bundle.load(folder)) for folder in (fp32_bundle, fp16_bundle, int8_bundle))
+    assert fp16 == pytest.approx(fp32, rel=0.1)
+    assert int8 < fp32
+
+
+def test_a_bundle_that_does_not_fit_is_one_line(system: Path, fp16_bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "a.png").touch()
+    command = ["infer", str(tmp_path / "frames"), "--bundle", str(fp16_bundle), "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(command) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert str(fp16_bundle) in line
+    assert "0.0 GB are available" in line
+    assert "cpu-int8" in line
+
+
+def test_each_process_needs_its_own(system: Path, fp32_bundle: Path) -> None:
+    bundle = Bundle.load(fp32_bundle)
+    limit(system, str(10**9), 10**9 - needed_memory(bundle) - 1)
+    (system / "meminfo").write_text("MemAvailable: 999999999 kB\nSwapFree: 0 kB\n")
+    require_memory(bundle)
+    with pytest.raises(BundleError, match="fewer processes"):
+        require_memory(bundle, 2)
+
+
+def test_older_bundles_without_weights_are_not_refused(system: Path, fp32_bundle: Path) -> None:
+    bundle = Bundle.load(fp32_bundle)
+    require_memory(replace(bundle, stages={name: replace(stage, weights=()) for name, stage in bundle.stages.items()}))
