@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.measure import publish
 from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.graphs.assemble import Graph, save_graph
-from vessel_export.graphs.quantize import MatrixType, add_dequantization, quantized
+from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
 from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
 from vessel_export.parity.emulate import emulate
 from vessel_rt.device.deployment import Deployment, deploy
@@ -163,7 +163,7 @@ def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequenc
             tensors.append(OutputTensor(name, tuple(array.shape), array.dtype, functools.partial(in_pieces, array)))
             value.const_value = None
     graph = Graph(stage, model, 0)
-    blocks, _ = add_dequantization(graph, kind, keep)
+    blocks, _ = quantize_graph(graph, kind, keep)
     stored = [made for tensor in tensors for made in (quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,))]
     folder = bundle.folder / kind.name
     folder.mkdir(exist_ok=True)

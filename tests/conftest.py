@@ -51,5 +51,11 @@ def int8_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int8_fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With DequantizeLinear, where int8_bundle has MatMulNBits."""
+    return _export(tiny, tmp_path_factory, "rtx3090-int8")
+
+
+@pytest.fixture(scope="session")
 def int4_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(tiny, tmp_path_factory, "int4", weights="int4")

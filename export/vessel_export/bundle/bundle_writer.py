@@ -22,7 +22,7 @@ from vessel_export.bundle.sam2_stages import Written, write_sam2_stages
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
-from vessel_export.graphs.quantize import MatrixType, add_dequantization, quantized
+from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
 from vessel_export.graphs.vision_encoder import build_vision_encoder
 from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
@@ -200,7 +200,7 @@ def _write_stages(
         build_language_model(base.language, plan.vocabulary, recipe.language_model.capacity, TO_IR[dtype]),
     ]
     _check_weights(graphs, plan.files, base)
-    files, quantization = _quantize(graphs, plan.files, recipe.weights, recipe.keep) if recipe.weights else (plan.files, None)
+    files, quantization = _quantize(graphs, plan.files, recipe, recipe.weights) if recipe.weights else (plan.files, None)
     older = {file: older_file(neighbours, file, file_size(tensors)) for file, tensors in files.items()}
     fresh = sum(file_size(tensors) for file, tensors in files.items() if older[file] is None)
     _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
@@ -219,20 +219,20 @@ def _write_stages(
 
 
 def _quantize(
-    graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], weights: str, keep: Sequence[str]
+    graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], recipe: Recipe, weights: str
 ) -> tuple[dict[str, list[OutputTensor]], Quantization]:
-    """Quantize the matrices of `graphs`, and of `files`, which are planned for them."""
-    kind = MatrixType.named(weights)
+    """Quantize the matrices of `graphs`, and of `files`, which are planned for them: in the fused form for FP32, which is for CPUs."""
+    kind, fused = MatrixType.named(weights), recipe.precision == "fp32"
     matrices: dict[str, dict[str, int]] = {}
     kept = dict(_KEPT_STAGES)
     blocks: dict[str, int] = {}
     for graph in graphs:
-        matrices[graph.name], reasons = add_dequantization(graph, kind, keep)
+        matrices[graph.name], reasons = quantize_graph(graph, kind, recipe.keep, fused=fused)
         kept |= reasons
         blocks |= matrices[graph.name]
 
     def stored(tensor: OutputTensor) -> tuple[OutputTensor, ...]:
-        return quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,)
+        return quantized(tensor, blocks[tensor.name], kind, fused=fused) if tensor.name in blocks else (tensor,)
 
     planned = {file: [made for tensor in tensors for made in stored(tensor)] for file, tensors in files.items()}
     return planned, Quantization(weights, matrices, kept)

@@ -33,6 +33,7 @@ TO_IR = {
     torch.int64: ir.DataType.INT64,
     torch.bool: ir.DataType.BOOL,
     torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
 }
 
 

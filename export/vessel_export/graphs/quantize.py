@@ -1,8 +1,9 @@
 """Quantizes a graph's matrices to int8 or int4: every block of rows of a column shares a scale, and there is no zero point.
 
-A matrix [in, out] becomes integers [in, out] and scales [in / block, out] of the graph's type F, and `DequantizeLinear` before `MatMul`.
-This is standard ONNX: ONNX Runtime's CPU provider fuses the two (MatMulNBits), TensorRT compiles them. Values are computed piece by piece
-from those that an unquantized bundle would round to F. Does not know what the graphs compute.
+There are two forms. In the standard one, a matrix [in, out] becomes integers [in, out] and scales [in / block, out] of the graph's type F,
+and `DequantizeLinear` comes before `MatMul`: TensorRT compiles the two. The fused one is ONNX Runtime's own operator, `MatMulNBits`, for
+CPUs: ONNX Runtime would fuse the standard form while it loads, and hold every matrix twice. Values are computed piece by piece from those
+that an unquantized bundle would round to F. Does not know what the graphs compute.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from vessel_export.graphs.assemble import Graph
 from vessel_export.io.safetensors_writer import PIECE, OutputTensor
 
-__all__ = ["BLOCKS", "MatrixType", "add_dequantization", "quantized"]
+__all__ = ["BLOCKS", "MatrixType", "quantize_graph", "quantized"]
 
 BLOCKS = (128, 64, 32, 16)  # the first that divides a matrix's rows; smaller ones are not fused
 _SCALE = "_scale"  # after a matrix's name
+_DOMAIN = "com.microsoft"
+_ACCURACY = 4  # activations are rounded to 8 bits; other levels take 20 to 100 times longer for one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +36,21 @@ class MatrixType:
     largest: int
     dtype: ir.DataType
 
+    @property
+    def bits(self) -> int:
+        """Of one integer."""
+        return int(self.dtype.itemsize * 8)
+
     @classmethod
     def named(cls, name: str) -> MatrixType:
         """The type that a recipe calls `name`."""
         return cls(name, 127, ir.DataType.INT8) if name == "int8" else cls(name, 7, ir.DataType.INT4)
 
 
-def add_dequantization(graph: Graph, kind: MatrixType, keep: Sequence[str] = ()) -> tuple[dict[str, int], dict[str, str]]:
-    """Make every weight that is the right operand of MatMul quantized, in place, and dequantize it before its use.
+def quantize_graph(
+    graph: Graph, kind: MatrixType, keep: Sequence[str] = (), *, fused: bool = False
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Make every weight that is the right operand of MatMul quantized, in place, in the standard or the fused form.
 
     Names that match a pattern of `keep` are left as they are.
 
@@ -61,14 +71,30 @@ def add_dequantization(graph: Graph, kind: MatrixType, keep: Sequence[str] = ())
             kept[name] = f"its {shape[0]} rows are not a multiple of {BLOCKS[-1]}"
             continue
         blocks[name] = block
-        _dequantize(graph.model.graph, weight, ir.Shape([shape[0] // block, shape[1]]), block, kind)
+        (_fuse if fused else _dequantize)(graph.model.graph, weight, shape, block, kind)
     return blocks, kept
 
 
-def _dequantize(graph: ir.Graph, weight: ir.Value, scale_shape: ir.Shape, block: int, kind: MatrixType) -> None:
-    uses = list(weight.uses())
-    scale = ir.Value(name=f"{weight.name}{_SCALE}", shape=scale_shape, type=weight.type)
+def _scale_of(graph: ir.Graph, weight: ir.Value, shape: Sequence[int]) -> ir.Value:
+    scale = ir.Value(name=f"{weight.name}{_SCALE}", shape=ir.Shape(shape), type=weight.type)
     graph.initializers[str(scale.name)] = scale
+    return scale
+
+
+def _fuse(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], block: int, kind: MatrixType) -> None:
+    rows, columns = shape
+    scale = _scale_of(graph, weight, [columns * rows // block])
+    weight.shape, weight.type = ir.Shape([columns, rows // block, block * kind.bits // 8]), ir.TensorType(ir.DataType.UINT8)
+    attributes = {"K": rows, "N": columns, "bits": kind.bits, "block_size": block, "accuracy_level": _ACCURACY}
+    for user, _ in list(weight.uses()):
+        node = ir.node("MatMulNBits", [user.inputs[0], weight, scale], attributes, domain=_DOMAIN, name=user.name)
+        ir.convenience.replace_nodes_and_values(graph, user, [user], [node], user.outputs, node.outputs)
+    graph.opset_imports[_DOMAIN] = 1
+
+
+def _dequantize(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], block: int, kind: MatrixType) -> None:
+    uses = list(weight.uses())
+    scale = _scale_of(graph, weight, [shape[0] // block, shape[1]])
     node = ir.node("DequantizeLinear", [weight, scale], {"axis": 0, "block_size": block}, name=f"{weight.name}/DequantizeLinear")
     wide = node.outputs[0]
     wide.name, wide.shape, wide.type = f"{weight.name}/dequantized", weight.shape, weight.type
@@ -78,15 +104,32 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, scale_shape: ir.Shape, block:
         user.replace_input_with(index, wide)
 
 
-def quantized(tensor: OutputTensor, block: int, kind: MatrixType) -> tuple[OutputTensor, OutputTensor]:
+def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool = False) -> tuple[OutputTensor, OutputTensor]:
     """The integers and the scales of `tensor` [in, out], as tensors of the names that the graph has.
 
     A scale is the block's largest magnitude / `kind.largest`, rounded to the tensor's dtype. A value is divided by its rounded scale, and
     rounded to the nearest integer, half to even: it is at most half a scale away from what is stored. Int4 values are stored two in a
     byte, the first in the lower half, as ONNX packs them.
+
+    The fused form has [out, in / block, block] unsigned integers around 128 (8 for int4), and scales [out * in / block]. Its rows are the
+    matrix's columns, so the integers of one matrix are in memory: 0.54 GB for the head of the 8B model.
     """
     rows, columns = tensor.shape
     work = _Quantizer(tensor, block, kind)
+    if fused:
+        stored = columns, rows // block, block * kind.bits // 8
+
+        def by_columns() -> Iterator[torch.Tensor]:
+            whole = torch.cat(list(work.integers()))
+            for strip in torch.split(whole.mT, max(1, PIECE // rows)):
+                yield _unsigned(strip, kind).reshape(len(strip), *stored[1:])
+
+        return (
+            OutputTensor(tensor.name, stored, torch.uint8, by_columns),
+            OutputTensor(
+                f"{tensor.name}{_SCALE}", (columns * rows // block,), tensor.dtype, lambda: [torch.cat([*work.scales()]).mT.flatten()]
+            ),
+        )
     if kind.dtype == ir.DataType.INT4:  # .safetensors files have no such type
         integers = OutputTensor(tensor.name, (math.prod(tensor.shape) // 2,), torch.uint8, lambda: map(_packed, work.integers()))
     else:
@@ -131,6 +174,12 @@ class _Quantizer:
             deque(self.integers(), maxlen=0)
         yield from self._scales
         self._scales = []
+
+
+def _unsigned(integers: torch.Tensor, kind: MatrixType) -> torch.Tensor:
+    """Bytes of integers, which are shifted to be positive."""
+    shifted = integers.to(torch.int16).add_(kind.largest + 1).to(torch.uint8)
+    return shifted if kind.bits == 8 else _packed(shifted)
 
 
 def _packed(integers: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ __all__ = ["Matrix", "check_graphs", "rounding_errors", "stored_matrices"]
 
 _AT_ONCE = 1 << 24  # values compared at a time
 _DTYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
+_BITS = {"int8": 8, "int4": 4}
 _VISION = {"attn.qkv": ("q_proj", "k_proj", "v_proj"), "attn.proj": ("projection_layer",)}
 
 
@@ -44,10 +45,20 @@ class Matrix:
 
     def values(self, folder: Path) -> torch.Tensor:
         """The matrix in FP32, [in, out]. `folder` is the bundle's."""
+        integers, scales = self.open(folder)
+        return integers(slice(0, len(scales) * self.block)).float() * scales.float().repeat_interleave(self.block, 0)
+
+    def open(self, folder: Path) -> tuple[Callable[[slice], torch.Tensor], torch.Tensor]:
+        """A function that reads rows of the integers, int8 [rows, out], and the scales [in / block, out]. A slice has whole blocks."""
         integers, scales = _read(folder, self.integers), _read(folder, self.scales)
+        if integers.ndim == 3:  # the fused form: [out, in / block, bytes of a block]
+            columns, blocks, size = integers.shape
+            bits = size * 8 // self.block
+            flat = integers.reshape(columns, -1)
+            return (lambda rows: _signed(flat, rows, bits)), scales.reshape(columns, blocks).mT
         if integers.ndim == 1:
-            integers = _unpacked(integers, scales.shape[1], slice(0, len(scales) * self.block))
-        return integers.float() * scales.float().repeat_interleave(self.block, 0)
+            return (lambda rows: _unpacked(integers, scales.shape[1], rows)), scales
+        return integers.__getitem__, scales
 
 
 def check_graphs(bundle: Bundle) -> None:
@@ -68,16 +79,36 @@ def stored_matrices(bundle: Bundle, stage: str) -> Iterator[Matrix]:
     """The quantized matrices of a stage's graph. Raises BundleError if they are not integers and scales as `check_graphs` expects."""
     path = bundle.folder / bundle.stages[stage].file
     for node in ir.load(path).graph:
-        if node.op_type != "DequantizeLinear":
+        if node.op_type not in ("DequantizeLinear", "MatMulNBits"):
             continue
-        integers, scales, *more = node.inputs
-        block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
-        sound = integers is not None and integers.dtype == _DTYPES.get(bundle.weights) and scales is not None and not more and axis == 0
-        if not (sound and integers and integers.shape and scales and scales.shape):
+        operands = node.inputs if node.op_type == "DequantizeLinear" else node.inputs[1:]
+        integers, scales = (*operands, None, None)[:2]
+        if len(operands) != 2 or integers is None or scales is None or integers.shape is None or scales.shape is None:
             raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
-        if [*scales.shape.numpy()] != [integers.shape.numpy()[0] / max(1, block), *integers.shape.numpy()[1:]]:
-            raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
+        block = node.attributes.get_int("block_size", 0)
+        (_check_fused if node.op_type == "MatMulNBits" else _check_standard)(bundle, path, node, block)
         yield Matrix(str(integers.name), block, integers, scales)
+
+
+def _check_standard(bundle: Bundle, path: Path, node: ir.Node, block: int) -> None:
+    integers, scales = (_shape(value) for value in node.inputs)
+    if getattr(node.inputs[0], "dtype", None) != _DTYPES.get(bundle.weights) or node.attributes.get_int("axis", 1) != 0:
+        raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
+    if scales != [integers[0] / max(1, block), *integers[1:]]:
+        raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
+
+
+def _check_fused(bundle: Bundle, path: Path, node: ir.Node, block: int) -> None:
+    rows, columns, bits, accuracy = (node.attributes.get_int(name, 0) for name in ("K", "N", "bits", "accuracy_level"))
+    if (bits, accuracy) != (_BITS.get(bundle.weights), 4) or getattr(node.inputs[1], "dtype", None) != ir.DataType.UINT8:
+        raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
+    blocks = rows // max(1, block)
+    if blocks * block != rows or [_shape(value) for value in node.inputs[1:]] != [[columns, blocks, block * bits // 8], [columns * blocks]]:
+        raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
+
+
+def _shape(value: ir.Value | None) -> list[int]:
+    return [*value.shape.numpy()] if value is not None and value.shape is not None else []
 
 
 def rounding_errors(bundle: Bundle, reference: Reference) -> Iterator[tuple[str, str, float]]:
@@ -93,13 +124,13 @@ def rounding_errors(bundle: Bundle, reference: Reference) -> Iterator[tuple[str,
 
 def _error(folder: Path, stored: Matrix, modules: list[Any]) -> float:
     """Whole blocks of rows at a time: the matrix is [in, out], the reference's modules hold [out, in]."""
-    integers, scales = _read(folder, stored.integers), _read(folder, stored.scales)
+    integers, scales = stored.open(folder)
     (blocks, columns), block = scales.shape, stored.block
     rows, worst = max(1, _AT_ONCE // columns // block), 0.0
     for start in range(0, blocks, rows):
         scale = scales[start : start + rows].float()[:, None]  # [blocks, 1, out]
         inside = slice(start * block, (start + len(scale)) * block)
-        values = integers[inside] if integers.ndim == 2 else _unpacked(integers, columns, inside)
+        values = integers(inside)
         expected = torch.cat([_weight(module, inside) for module in modules]).mT  # [rows, out]
         difference = (values.float().reshape(-1, block, columns) * scale - expected.reshape(-1, block, columns)).abs_()
         worst = max(worst, float((difference / scale.abs()).nan_to_num(math.inf).max()))  # 0 / 0: a scale of zero
@@ -121,6 +152,14 @@ def _unpacked(integers: torch.Tensor, columns: int, rows: slice) -> torch.Tensor
     """Rows of an int4 matrix, two values to a byte, the first in the lower half."""
     packed = integers[rows.start * columns // 2 : rows.stop * columns // 2].view(torch.int8)
     return torch.stack([(packed << 4) >> 4, packed >> 4], dim=1).reshape(-1, columns)
+
+
+def _signed(integers: torch.Tensor, rows: slice, bits: int) -> torch.Tensor:
+    """Rows of a matrix in the fused form, whose bytes [out, ...] are those of unsigned integers."""
+    if bits == 8:
+        return (integers[:, rows] ^ 128).view(torch.int8).mT
+    packed = integers[:, rows.start // 2 : rows.stop // 2]
+    return (torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).to(torch.int8) - 8).mT
 
 
 def _modules(reference: Reference, name: str) -> list[Any]:

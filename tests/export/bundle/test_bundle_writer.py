@@ -152,7 +152,7 @@ def test_a_quantized_bundle_lists_every_matrix(small_int8: Path) -> None:
     assert set(bundle.quantization.kept) == {"sam2_image_encoder", "sam2_mask_decoder"}
     for stage in bundle.stages.values():
         graph = onnx.load(small_int8 / stage.file, load_external_data=False).graph
-        stored = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+        stored = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
         assert stored == set(matrices.get(stage.file.removesuffix(".onnx"), {}))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from vessel_export.graphs.assemble import Graph, assemble, save_graph
 from vessel_export.graphs.layers import FLOAT, Linear
-from vessel_export.graphs.quantize import MatrixType, add_dequantization, quantized
+from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
 from vessel_export.io.safetensors_writer import OutputTensor, file_size, in_pieces, write_safetensors
 from vessel_rt.device.providers import Device, open_device
 from vessel_rt.device.session import Session
@@ -101,12 +101,12 @@ def product(rows: int, columns: int, dtype: ir.DataType = FLOAT) -> Graph:
     return assemble("w", linear, [ir.val("x", dtype, ["batch", rows])], [ir.val("y", dtype, ["batch", columns])], activation_bytes=1)
 
 
-def written(folder: Path, matrix: torch.Tensor, weights: str) -> Path:
+def written(folder: Path, matrix: torch.Tensor, weights: str, *, fused: bool = False) -> Path:
     """The graph of `product` with quantized `matrix`, in `folder`."""
     graph = product(*matrix.shape)
-    ((name, block),) = add_dequantization(graph, KINDS[weights])[0].items()
+    ((name, block),) = quantize_graph(graph, KINDS[weights], fused=fused)[0].items()
     tensor = OutputTensor(name, tuple(matrix.shape), torch.float32, lambda: in_pieces(matrix))
-    file = write_safetensors(folder, "w.safetensors", quantized(tensor, block, KINDS[weights]))
+    file = write_safetensors(folder, "w.safetensors", quantized(tensor, block, KINDS[weights], fused=fused))
     return folder / save_graph(graph, folder, file.locations).file
 
 
@@ -131,6 +131,34 @@ def test_the_graph_multiplies_by_the_rounded_matrix(tmp_path: Path, weights: str
     assert (np.abs(fused - expected) <= sums).all()
 
 
+@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("shape", [(256, 96), (192, 33), (96, 1), (48, 151)])
+def test_both_forms_give_the_same_bits_on_a_cpu(tmp_path: Path, weights: str, shape: tuple[int, int]) -> None:
+    matrix = random(*shape)
+    x = np.random.default_rng(0).standard_normal((7, shape[0])).astype(np.float32)
+    found = []
+    for fused in (False, True):
+        (tmp_path / str(fused)).mkdir()
+        with Session(written(tmp_path / str(fused), matrix, weights, fused=fused), open_device(Device("cpu"))) as session:
+            found.append(session.run({"x": x})["y"])
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("weights", KINDS)
+@pytest.mark.parametrize("block", [16, 128])
+def test_the_fused_form_has_the_same_integers_and_scales(weights: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random(256, 33)
+    integers, scales = values(matrix, block, weights)
+    monkeypatch.setattr("vessel_export.graphs.quantize.PIECE", 1024)  # several strips of columns
+    tensors = quantized(output(matrix), block, KINDS[weights], fused=True)
+    stored, fused_scales = (torch.cat(list(tensor.pieces())) for tensor in tensors)
+    assert [(tensor.shape, tensor.dtype) for tensor in tensors] == [(stored.shape, stored.dtype), (fused_scales.shape, torch.float32)]
+    if weights == "int4":
+        stored = torch.stack([stored & 15, stored >> 4], dim=-1)
+    assert torch.equal((stored.reshape(33, 256).to(torch.int16) - KINDS[weights].largest - 1).T, integers.to(torch.int16))
+    assert torch.equal(fused_scales.reshape(33, -1).T, scales)
+
+
 def test_the_cpu_fuses_dequantization_at_the_level_that_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, random(256, 64), "int8")
     options = ort.SessionOptions
@@ -148,15 +176,15 @@ def _saving(options: ort.SessionOptions, path: Path) -> ort.SessionOptions:
 
 def test_blocks_divide_the_rows_and_what_cannot_be_divided_is_kept() -> None:
     for rows, block in ((3584, 128), (320, 64), (96, 32), (80, 16)):
-        assert add_dequantization(product(rows, 4), KINDS["int8"]) == ({"weight": block}, {})
+        assert quantize_graph(product(rows, 4), KINDS["int8"]) == ({"weight": block}, {})
     graph = product(24, 4)
-    assert add_dequantization(graph, KINDS["int8"]) == ({}, {"weight": "its 24 rows are not a multiple of 16"})
+    assert quantize_graph(graph, KINDS["int8"]) == ({}, {"weight": "its 24 rows are not a multiple of 16"})
     assert [node.op_type for node in graph.model.graph] == ["MatMul"]
 
 
 def test_what_the_recipe_keeps_is_kept() -> None:
     graph = product(32, 4)
-    assert add_dequantization(graph, KINDS["int8"], ["other", "w*t"]) == ({}, {"weight": "the recipe keeps w*t"})
+    assert quantize_graph(graph, KINDS["int8"], ["other", "w*t"]) == ({}, {"weight": "the recipe keeps w*t"})
     assert [node.op_type for node in graph.model.graph] == ["MatMul"]
 
 
