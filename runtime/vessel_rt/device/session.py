@@ -54,13 +54,14 @@ class Session:
         device: a device that `open_device` returned in this process.
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime (all physical cores).
         cache: for `tensorrt` and `rtx`; without it, what they compile at run time is not saved.
+        prepack: on a CPU, copy the matrices to the layout of its kernels while the graph is loaded. It takes their size in memory.
 
     Raises:
         VesselError: ONNX Runtime cannot load the graph, or it leaves all of the graph, or operators that are slow there, to the CPU. (It
             places shape arithmetic on the CPU by design; `rtx` leaves nothing there.)
     """
 
-    def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None) -> None:
+    def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None, prepack: bool = True) -> None:
         ort, provider = onnxruntime(), PROVIDERS[device.kind]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -68,6 +69,10 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Quantized matrices are multiplied by activations rounded to 8 bits; other levels take 20 to 100 times longer.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
+        if device.kind == "cpu":
+            # A pattern is one allocation for all activations of a shape, which comes on top of what earlier runs have allocated.
+            options.enable_mem_pattern = False
+            options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX
