@@ -281,13 +281,13 @@ def test_a_bug_shows_its_traceback_without_names(
     def broken(path: Path) -> None:
         raise RuntimeError(f"no way with {path}")
 
-    (frames / "a.jpg").rename(frames / "Study-4711.jpg")
+    (frames / "a.jpg").rename(frames / "Study-Quokka.jpg")
     monkeypatch.setattr("vessel_rt.inputs.frames.input_sha256", broken)
     assert infer(frames) == 1
     out, err = capsys.readouterr()
     assert "Traceback" in err
     assert "no way with" in err
-    assert "4711" not in out + err
+    assert "Quokka" not in out + err
 
 
 def test_a_bug_with_short_names_keeps_its_numbers(
@@ -467,15 +467,15 @@ def test_what_is_not_taken_is_told_in_a_line(engines: Path, frames: Path, capsys
 
 
 def test_a_link_to_nothing_fails_by_its_code_and_the_others_go_on(engines: Path, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (frames / "Study-4711").symlink_to("nowhere")
-    (frames / "Study-4712").symlink_to("Study-4712")
-    os.mkfifo(frames / "Study-4713.dcm")
+    (frames / "Study-Quokka").symlink_to("nowhere")
+    (frames / "Study-Quokka-2").symlink_to("Study-Quokka-2")
+    os.mkfifo(frames / "Study-Quokka-3.dcm")
     for output in ("out", "out"):  # again: what failed is tried again
         assert infer(frames, "-o", output, "-q") == 1
         said = capsys.readouterr().err
         assert said.count("error:") == 3
         assert said.count("\n") == 3
-        assert "471" not in said
+        assert "Quokka" not in said
     lines = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
     assert [line["status"] for line in lines] == ["error"] * 3 + ["ok"] * 3
 

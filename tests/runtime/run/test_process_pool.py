@@ -98,7 +98,7 @@ def test_what_a_process_cannot_load_stops_the_run_before_it_begins(standin: Bund
 
 def test_a_bug_in_a_process_shows_its_traceback_without_names(standin: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
-    make_frame().save(tmp_path / "in" / "Study-4711-B.png")
+    make_frame().save(tmp_path / "in" / "Study-Quokka-B.png")
     broken = (
         "from vessel_rt.run import worker, worker_process\n"
         "def read(frame, rescale): raise RuntimeError(f'no way with {frame.path}')\n"
@@ -107,7 +107,7 @@ def test_a_bug_in_a_process_shows_its_traceback_without_names(standin: Bundle, t
     monkeypatch.setattr("vessel_rt.run.worker_process._PROGRAM", broken)
     with pytest.raises(RuntimeError, match="no way with") as caught:
         infer(standin, options(tmp_path / "in", tmp_path / "out", devices=TWO))
-    assert "4711" not in str(caught.value)
+    assert "Quokka" not in str(caught.value)
 
 
 STICKY = """

@@ -41,14 +41,14 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_two_actors_do_what_one_device_does_and_no_name_reaches_rays_logs(standin: Bundle, tmp_path: Path, session: Path) -> None:
     frames = many(tmp_path / "frames", 20)
-    make_frame().save(frames / "Study-4711-B.png")
+    make_frame().save(frames / "Study-Quokka-B.png")
     infer(standin, options(frames, tmp_path / "one"))
     summary = infer(standin, options(frames, tmp_path / "ray", devices=TWO, ray="local"))
     assert (summary.images, summary.failed) == (22, 1)
     same_results(tmp_path / "ray", tmp_path / "one")
     logs = [path for path in session.rglob("*") if path.is_file() and not path.is_symlink()]
     assert logs
-    assert not [path for path in logs if b"4711" in path.read_bytes()]
+    assert not [path for path in logs if b"Quokka" in path.read_bytes()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the actor's process in /proc")
