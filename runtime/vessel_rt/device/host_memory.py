@@ -25,12 +25,7 @@ def needed_memory(bundle: Bundle) -> int:
     """The least memory, in bytes, that the weights of `bundle` take on a CPU. Activations and the KV cache come on top of it."""
     quantized = bundle.quantization.matrices if bundle.quantization else {}
     types = {name: bundle.weights if name in quantized else bundle.precision for name in bundle.stages}
-    return int(
-        sum(
-            _FACTORS[types[name]] * sum(bundle.files[file].bytes for file in stage.weights if file in bundle.files)
-            for name, stage in bundle.stages.items()
-        )
-    )
+    return int(sum(_FACTORS[types[name]] * bundle.weight_bytes(name) for name in bundle.stages))
 
 
 def available_memory() -> int | None:

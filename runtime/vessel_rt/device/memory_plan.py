@@ -21,7 +21,7 @@ from bisect import bisect_right
 import msgspec
 
 from vessel_rt.errors import BundleError, RecipeError
-from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, StageSpec
+from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.profiles import Workload, stage_profile
 
 __all__ = ["OVERHEAD", "Item", "Plan", "make_plan", "require_fit"]
@@ -86,17 +86,12 @@ def make_plan(bundle: Bundle, batch: int, memory: int) -> Plan:
     sizes, b = bundle.language_model, _BYTES[bundle.precision]
     quantized = bundle.quantization.matrices if bundle.quantization else {}
     items = [
-        Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), _weights(bundle, stage))
-        for name, stage in bundle.stages.items()
+        Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), bundle.weight_bytes(name)) for name in bundle.stages
     ]
     items.append(Item("cache", b * 2 * sizes.layers * batch * sizes.kv_heads * sizes.capacity * sizes.head_dim))
     items += [Item(f"activations: {name}", _activations(bundle, name, batch, b)) for name in bundle.stages]
     items.append(Item("overhead (assumed)", OVERHEAD))
     return Plan(str(bundle.folder), batch, sizes.capacity, memory, tuple(items))
-
-
-def _weights(bundle: Bundle, stage: StageSpec) -> int:
-    return sum(bundle.files[file].bytes for file in stage.weights)
 
 
 def _activations(bundle: Bundle, name: str, batch: int, b: int) -> int:

@@ -285,6 +285,10 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The type of the matrices: that of the quantized ones, or else `precision`."""
         return self.quantization.weights if self.quantization else self.precision
 
+    def weight_bytes(self, stage: str) -> int:
+        """The bytes of the files with the weights of `stage`; 0 if an older version exported the bundle."""
+        return sum(self.files[file].bytes for file in self.stages[stage].weights)
+
 
 class Bundle(BundleFile, frozen=True, kw_only=True):
     """`bundle.json`, read. `folder` is where it is, `sha256` the hash of its bytes; they are not part of the file."""

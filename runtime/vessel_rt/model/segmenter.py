@@ -192,7 +192,8 @@ class Segmenter:
         """The embeddings [tiles, tokens_per_tile, hidden_size] of tiles."""
         most = len(tiles) if self._thread else _CPU_TILES
         runs = [{"pixel_values": tiles[start : start + most]} for start in range(0, len(tiles), most)]
-        return np.concatenate([self._sessions["vision_encoder"].run(feeds)["image_embeds"] for feeds in runs])
+        embeds = [self._sessions["vision_encoder"].run(feeds)["image_embeds"] for feeds in runs]
+        return np.concatenate(embeds) if len(embeds) > 1 else embeds[0]
 
     def _draft(self, question: str) -> Sequence[int]:
         """The expected answer: what the model answers to this question for a gray image. It is computed once.
@@ -209,8 +210,7 @@ class Segmenter:
     def _rehearsed(self, question: str, draft: Sequence[int]) -> Sequence[int]:
         """The model's answer for a gray image, generated with `draft`; `draft` itself if that answer has no mask."""
         try:
-            image_embeds = self._sessions["vision_encoder"].run({"pixel_values": self._gray().tiles})["image_embeds"]
-            [generation] = self._language_model.generate([self._prompt(question, image_embeds)], [draft])
+            [generation] = self._language_model.generate([self._prompt(question, self._embed(self._gray().tiles))], [draft])
         except ImageError:  # images will fail in the same way, and their errors say so
             return draft
         return generation.token_ids if len(generation.seg_states) else draft
@@ -223,8 +223,7 @@ class Segmenter:
             with self._probing:
                 features = self._encode([gray], {})
                 self._sessions["sam2_mask_decoder"].run({**features, "seg_states": states, "image_index": np.zeros(1, np.int64)})
-                image_embeds = self._sessions["vision_encoder"].run({"pixel_values": gray.tiles})["image_embeds"]
-                self._language_model.generate([self._prompt(question, image_embeds)])
+                self._language_model.generate([self._prompt(question, self._embed(gray.tiles))])
         except (GraphError, OutOfMemory) as e:
             raise DeviceError(f"{failure}; then on a gray image: {e}; so the device is at fault; finished results are kept") from e
         except ImageError:
