@@ -18,12 +18,17 @@ def add_devices_commands(commands: Any) -> None:
     add_json(devices)
     devices.set_defaults(run=_devices, only_prints=True)
 
-    plan = commands.add_parser("plan", help="estimate the GPU memory that a bundle takes; fails if it does not fit, and says what to lower")
+    plan = commands.add_parser("plan", help="estimate the memory that a bundle takes; fails if it does not fit, and says what to lower")
     plan.add_argument("--bundle", type=Path, metavar="DIR", help="what to plan for (default: as for infer)")
+    plan.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="the memory of a GPU, or of this machine for runs on its CPU")
+    plan.add_argument("--streams", type=up_to(MAX_BATCH), default=1, metavar="N", help="on a CPU: images at the same time")
     plan.add_argument("--recipe", metavar="NAME|TOML", help="plan for the engines.max_batch and engines.memory_gib of this recipe")
     plan.add_argument("--batch", type=up_to(MAX_BATCH), metavar="N", help="images at once (default: the recipe's, else 1)")
     plan.add_argument(
-        "--memory", type=gibibytes, metavar="GIB", help="the card's memory (default: the recipe's, else that of the GPU here)"
+        "--memory",
+        type=gibibytes,
+        metavar="GIB",
+        help="the memory there is (default: the recipe's, else that of the GPU here; on a CPU: what is free here)",
     )
     add_json(plan)
     plan.set_defaults(run=_plan, only_prints=True)
@@ -43,11 +48,17 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from vessel_rt.device.cuda_driver import list_gpus
+    from vessel_rt.device.host_memory import make_host_plan, require_host_fit
     from vessel_rt.device.memory_plan import make_plan, require_fit
     from vessel_rt.formats.profiles import workload_of
     from vessel_rt.formats.recipe import load_recipe
 
     bundle, recipe = find_bundle(arguments.bundle), load_recipe(arguments.recipe) if arguments.recipe else None
+    if arguments.device == "cpu":
+        plan = make_host_plan(bundle, arguments.streams, memory=arguments.memory)
+        print(plan.to_json() if arguments.json else plan.table())
+        require_host_fit(bundle, plan)
+        return 0
     batch = workload_of(bundle, recipe).max_batch if recipe else 1
     memory = arguments.memory or (int(recipe.engines.memory_gib * 2**30) if recipe and recipe.engines else None)
     if memory is None:

@@ -158,16 +158,18 @@ def deploy_on(
     progress: Callable[[int, int], object] | None = None,
     *,
     batch: int | None = None,
+    streams: int = 1,
     files: CheckedFiles | None = None,
 ) -> Deployment:
     """As `deploy`, on a device that `choose_device` or `open_device` has returned in this process: it is not probed again.
 
-    `files` is the result of `check_bundle` in another process for this bundle and device: they are not hashed again.
+    `streams` batches will run at the same time. `files` is the result of `check_bundle` in another process for this bundle and device:
+    they are not hashed again.
     """
     engines = _engines_for(bundle, device, batch)
     if files is None:
         if device.kind == "cpu":
-            require_memory(bundle)
+            require_memory(bundle, streams)
         files = _check(bundle, [engines], progress)
     images = batch or _most_images(bundle, device, engines)
     if engines is None:
@@ -180,15 +182,15 @@ def deploy_on(
 
 
 def check_bundle(
-    bundle: Bundle, devices: Sequence[Device], batch: int | None, progress: Callable[[int, int], object] | None = None
+    bundle: Bundle, devices: Sequence[Device], batch: int | None, streams: int = 1, progress: Callable[[int, int], object] | None = None
 ) -> CheckedFiles:
-    """Check every file that will be read on `devices` (already chosen), each file once. `batch` and `progress` as in deploy.
+    """Check every file that will be read on `devices` (already chosen), each file once. `batch`, `streams` and `progress` as in deploy_on.
 
     Raises:
         BundleError, EngineError: as in deploy.
     """
     if processes := sum(device.kind == "cpu" for device in devices):
-        require_memory(bundle, processes)
+        require_memory(bundle, streams, processes)
     sets = {found.folder if found else None: found for device in devices for found in [_engines_for(bundle, device, batch)]}
     return _check(bundle, list(sets.values()), progress)
 

@@ -1,31 +1,62 @@
-"""Whether a bundle fits in the memory of the host, for runs on a CPU. Does not load anything.
+"""The memory that a bundle takes on a CPU: an estimate, and a refusal of bundles that do not fit. Does not load anything.
 
 Without this check, Linux kills the process in the middle of loading, without a message.
+
+The estimate is of anonymous memory, which the system cannot take back; mapped files come on top of it as far as there is room. Its
+constants were fitted to `python -m benchmarks.host_memory` and examples/tiny with ONNX Runtime 1.32:
+
+- weights: ONNX Runtime copies matrices to the layout of its kernels. It has no FP16 kernels for a CPU, so FP16 becomes FP32.
+  sam2_image_encoder's FP32 matrices are not copied (see deployment).
+- cache: a key and a value per layer and stream, [kv_heads, capacity, head_dim], for an image of all tiles.
+- activations: the stages run one after the other and share an arena, so the largest stage counts, once per stream. Attention is not fused
+  on a CPU, and the arena grows in powers of two; together that takes about twice the exporter's estimate.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from vessel_rt.device.memory_plan import Item, Plan
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.profiles import CPU_TILES, CPU_TOKENS, MASKS_AN_IMAGE
 
-__all__ = ["available_memory", "needed_memory", "require_memory"]
+__all__ = ["available_memory", "make_host_plan", "require_host_fit", "require_memory"]
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")  # of a container: the root of its own hierarchy (cgroup v2)
 
-# Anonymous memory that ONNX Runtime takes, over the bytes of the weights. It copies the matrices to the layout of its kernels and has no
-# FP16 kernels for a CPU, so FP16 becomes FP32. Measured with the language model of the 8B model: INT8 1.17; FP16 is killed on 24 GiB.
-_FACTORS = {"fp32": 1.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.15, "int4": 1.15}
+_PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer, an image
+_COPIES = {"fp32": 1.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.03, "int4": 1.03}  # bytes over the bytes of a stage's files
+_MAPPED = ("sam2_image_encoder",)  # in FP32
+_ACTIVATIONS = 2.0
+_FP32 = 4  # bytes
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _GB = 1e9
 
 
-def needed_memory(bundle: Bundle) -> int:
-    """The least memory, in bytes, that the weights of `bundle` take on a CPU. Activations and the KV cache come on top of it."""
+def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory: int | None = None) -> Plan:
+    """Estimate what `processes` processes take that run `bundle` on a CPU with `streams` images at a time each.
+
+    `memory` is the host's, in bytes; None: what is available now, or the estimate itself if the system does not tell.
+
+    Raises:
+        BundleError: an older version exported the bundle, without the sizes that a plan needs.
+    """
+    sizes, sized = bundle.language_model, bundle.sized_stages()
     quantized = bundle.quantization.matrices if bundle.quantization else {}
-    types = {name: bundle.weights if name in quantized else bundle.precision for name in bundle.stages}
-    return int(sum(_FACTORS[types[name]] * bundle.weight_bytes(name) for name in bundle.stages))
+    types = {name: bundle.weights if quantized.get(name) else bundle.precision for name in sized}
+    items = [Item("process", processes * _PROCESS)]
+    for name, kind in types.items():
+        copied = 0 if kind == "fp32" and name in _MAPPED else _COPIES[kind] * bundle.weight_bytes(name)
+        items.append(Item(f"weights: {name}" + (f", {kind}" if name in quantized else ""), int(processes * copied)))
+    images = processes * streams
+    items.append(Item("cache", images * _FP32 * 2 * sizes.layers * sizes.kv_heads * sizes.capacity * sizes.head_dim))
+    units = {"vision_encoder": CPU_TILES, "language_model": CPU_TOKENS, "sam2_image_encoder": 1, "sam2_mask_decoder": MASKS_AN_IMAGE}
+    largest = max(units[name] * stage.activation_bytes for name, stage in sized.items()) * _FP32 // _BYTES[bundle.precision]
+    items.append(Item("activations", int(images * _ACTIVATIONS * largest)))
+    total = sum(item.bytes for item in items)
+    return Plan(str(bundle.folder), images, sizes.capacity, memory or available_memory() or total, tuple(items))
 
 
 def available_memory() -> int | None:
@@ -36,22 +67,35 @@ def available_memory() -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:
-        limit, used = ((_CGROUP / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or no limit: memory.max is `max`
+        limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])  # counted as used, but given back when needed
+        return min(free, limit - used + cached)
+    except (OSError, KeyError, ValueError):  # no container, or no limit: memory.max is `max`
         return free
 
 
-def require_memory(bundle: Bundle, processes: int = 1) -> None:
-    """Raise BundleError if the weights of `bundle` do not fit in the memory of the host, once for each process."""
-    needed, free = processes * needed_memory(bundle), available_memory()
-    if free is None or needed <= free:
+def require_memory(bundle: Bundle, streams: int = 1, processes: int = 1) -> None:
+    """Raise BundleError if `make_host_plan` says that `bundle` does not fit in the memory that is available now.
+
+    Nothing is refused if the estimate is unknown: on other systems than Linux, or for bundles of older versions.
+    """
+    try:
+        bundle.sized_stages()
+    except BundleError:
+        return
+    require_host_fit(bundle, make_host_plan(bundle, streams, processes))
+
+
+def require_host_fit(bundle: Bundle, plan: Plan) -> None:
+    """Raise a BundleError that says what to lower if `plan`, made for `bundle`, does not fit."""
+    if plan.fits:
         return
     advice = "use a GPU, or a machine with more memory"
-    if processes > 1:
-        advice = f"use fewer processes (--devices), {advice}"
-    elif not bundle.quantization:
+    if not bundle.quantization:
         advice = f"export it with --recipe cpu-int8, {advice}"
+    if plan.batch > 1:
+        advice = f"use fewer streams or processes (--streams, --devices), {advice}"
     raise BundleError(
-        f"{bundle.folder}: needs at least {needed / _GB:.1f} GB of memory on a CPU; {free / _GB:.1f} GB are available: {advice}"
+        f"{bundle.folder}: needs about {plan.total / _GB:.1f} GB of memory on a CPU; {plan.memory / _GB:.1f} GB are available: {advice}"
     )

@@ -20,8 +20,8 @@ from bisect import bisect_right
 
 import msgspec
 
-from vessel_rt.errors import BundleError, RecipeError
-from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
+from vessel_rt.errors import RecipeError
+from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import Workload, stage_profile
 
 __all__ = ["OVERHEAD", "Item", "Plan", "make_plan", "require_fit"]
@@ -80,16 +80,11 @@ def make_plan(bundle: Bundle, batch: int, memory: int) -> Plan:
     Raises:
         BundleError: an older version exported the bundle, without the sizes that a plan needs.
     """
-    for name, stage in bundle.stages.items():
-        if not stage.weights or not stage.activation_bytes:
-            raise BundleError(f"{bundle.folder / BUNDLE_FILE}: stages.{name} has no weights and activation_bytes; export the bundle again")
-    sizes, b = bundle.language_model, _BYTES[bundle.precision]
+    sizes, stages, b = bundle.language_model, bundle.sized_stages(), _BYTES[bundle.precision]
     quantized = bundle.quantization.matrices if bundle.quantization else {}
-    items = [
-        Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), bundle.weight_bytes(name)) for name in bundle.stages
-    ]
+    items = [Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), bundle.weight_bytes(name)) for name in stages]
     items.append(Item("cache", b * 2 * sizes.layers * batch * sizes.kv_heads * sizes.capacity * sizes.head_dim))
-    items += [Item(f"activations: {name}", _activations(bundle, name, batch, b)) for name in bundle.stages]
+    items += [Item(f"activations: {name}", _activations(bundle, name, batch, b)) for name in stages]
     items.append(Item("overhead (assumed)", OVERHEAD))
     return Plan(str(bundle.folder), batch, sizes.capacity, memory, tuple(items))
 

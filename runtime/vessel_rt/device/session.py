@@ -6,6 +6,7 @@ Does not know about images, tokens or bundles.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ class Session:
         if device.kind == "cpu":
             # A pattern is one allocation for all activations of a shape, which comes on top of what earlier runs have allocated.
             options.enable_mem_pattern = False
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
         options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -168,6 +171,14 @@ class Session:
             if isinstance(e, _run_faults()) or (isinstance(e, RuntimeError) and _OF_THE_DEVICE.search(str(e))):
                 raise GraphError(text) from e
             raise
+
+
+@functools.cache
+def _share_arena() -> None:
+    """One arena for the activations of all sessions of this process on a CPU: stages run one after the other, and arenas keep what they took."""
+    ort = onnxruntime()
+    cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({}))
 
 
 def _operators_on_the_cpu(session: Any) -> set[str]:

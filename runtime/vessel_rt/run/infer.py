@@ -231,7 +231,9 @@ def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) ->
         if len(jobs) == 1:
             workers = jobs[0].open(stop, say, advance)
         else:
-            files = check_bundle(jobs[0].bundle, [job.device for job in jobs], jobs[0].options.batch, advance)
+            first = jobs[0]
+            streams = first.options.streams_on(first.device.kind, first.total, first.bundle)
+            files = check_bundle(first.bundle, [job.device for job in jobs], first.options.batch, streams, advance)
             workers = ProcessPool([dataclasses.replace(job, files=files) for job in jobs], stop, say)
     with workers:
         yield workers

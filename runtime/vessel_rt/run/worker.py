@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Self
 
 from vessel_rt.device.deployment import Deployment, deploy_on
-from vessel_rt.device.host_memory import needed_memory
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
@@ -50,7 +49,7 @@ class WorkOptions:
 
         On a CPU, a small model is faster with one core for each batch than with all cores for one (docs/performance.md).
         """
-        several = kind == "cpu" and needed_memory(bundle) < _LARGE
+        several = kind == "cpu" and sum(map(bundle.weight_bytes, bundle.stages)) < _LARGE
         return min(self.streams or (min(self.threads or cores(), _STREAMS) if several else 1), frames)
 
     def threads_of(self, streams: int) -> int:
@@ -162,7 +161,8 @@ class Job:
 
     def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
         """Load the bundle on the device, which `choose_devices` or `open_device` returned in this process. Raises VesselError."""
-        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, files=self.files)
+        streams = self.options.streams_on(self.device.kind, self.total, self.bundle)
+        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, streams=streams, files=self.files)
         return Worker(deployment, self.options, self.total, self.writer, stop, say)
 
 
