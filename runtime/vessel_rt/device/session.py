@@ -175,7 +175,7 @@ class Session:
 
 @functools.cache
 def _share_arena() -> None:
-    """One arena for the activations of all sessions of this process on a CPU: stages run one after the other, and arenas keep what they took."""
+    """One arena for the activations of all sessions of this process on a CPU: stages run in turn, and an arena keeps what it took."""
     ort = onnxruntime()
     cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({}))
