@@ -45,8 +45,8 @@ _CUDA = Device("cuda")
 _ATTENTIONS = {
     "vision_encoder, a tile": (16, 16, 64, 1025, 1025, False),
     "language_model, a prompt of 13 tiles": (28, 4, 128, 3396, 3400, True),
+    "language_model, the same, keys not a multiple of 4": (28, 4, 128, 3396, 3397, True),  # the runtime rounds them up
     "language_model, one token": (28, 4, 128, 1, 3408, True),
-    "language_model, one token, keys not a multiple of 4": (28, 4, 128, 1, 3405, True),
     "sam2_image_encoder, a window": (2, 2, 72, 64, 64, False),
     "sam2_image_encoder, the whole image": (8, 8, 72, 4096, 4096, False),
 }
@@ -218,7 +218,7 @@ def main() -> int:
     attention = {
         f"{what}, {name}": _attention(stub, kind, shape)
         for what, shape in _ATTENTIONS.items()
-        for name, kind in (("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16))
+        for name, kind in (("fp32", onnx.TensorProto.FLOAT), ("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16))
     }
     result = {
         "onnxruntime_gpu": onnxruntime().__version__, "cuda": stub.cuda, "bundles": [folder.name for folder in arguments.bundles],

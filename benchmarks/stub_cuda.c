@@ -21,14 +21,14 @@ static struct { const void *function; const char *name; } kernels[KERNELS];
 static const char *launched[LAUNCHED];
 static long number_of_kernels, number_of_launches, copied[5], held, most, largest;
 static long memory = 24L << 30;
-static int device_fault, launch_fault, launch_fault_in;
+static int device_fault, launch_fault, launch_fault_in, last_error;
 
 /* What stub_cuda.py calls. */
 
 void stub_reset(void) { number_of_launches = most = largest = 0; memset(copied, 0, sizeof copied); }
 void stub_memory(long bytes) { memory = bytes; }
 void stub_device_fault(int code) { device_fault = code; }
-void stub_launch_fault(int code, int after) { launch_fault = code; launch_fault_in = after; }
+void stub_launch_fault(int code, int after) { launch_fault = code; launch_fault_in = after; last_error = 0; }
 long stub_copied(int kind) { return copied[kind]; } /* 1: to the device, 2: to the host, 3: on the device */
 long stub_largest(void) { return largest; } /* bytes of the largest allocation */
 const char *stub_launched(int i) { return i < number_of_launches && i < LAUNCHED ? launched[i] : NULL; }
@@ -105,9 +105,9 @@ const char *cudaGetErrorString(int code) {
 }
 const char *cudnnGetErrorString(int code) { (void)code; return "unknown"; }
 
-/* Memory. Each block is preceded by its size. */
+/* Memory. Each block is preceded by where it was allocated and by its size. It is zero, and takes no pages of the host until it is written. */
 
-#define HEADER 256
+#define ALIGNMENT 256
 static int allocate(char **block, size_t bytes, int on_device) {
   char *whole;
   pthread_mutex_lock(&lock);
@@ -118,20 +118,20 @@ static int allocate(char **block, size_t bytes, int on_device) {
     if ((long)bytes > largest) largest = bytes;
   }
   pthread_mutex_unlock(&lock);
-  if (full || posix_memalign((void **)&whole, HEADER, bytes + HEADER)) return OUT_OF_MEMORY;
-  memset(whole, 0, bytes + HEADER);
-  put_size(whole, 0, on_device ? bytes : 0);
-  *block = whole + HEADER;
+  if (full || !(whole = calloc(1, bytes + 2 * ALIGNMENT))) return OUT_OF_MEMORY;
+  *block = whole + 2 * ALIGNMENT - (size_t)whole % ALIGNMENT;
+  put_size(*block, -16, (size_t)whole), put_size(*block, -8, on_device ? bytes : 0);
   return 0;
 }
 static int release(char *block) {
+  char *whole;
   size_t bytes;
   if (!block) return 0;
-  memcpy(&bytes, block - HEADER, sizeof bytes);
+  memcpy(&whole, block - 16, sizeof whole), memcpy(&bytes, block - 8, sizeof bytes);
   pthread_mutex_lock(&lock);
   held -= bytes;
   pthread_mutex_unlock(&lock);
-  free(block - HEADER);
+  free(whole);
   return 0;
 }
 int cudaMalloc(char **block, size_t bytes) { return device_fault ? device_fault : allocate(block, bytes, 1); }
@@ -162,10 +162,15 @@ static int launch(const void *function) {
   for (long i = 0; i < number_of_kernels; i++) if (kernels[i].function == function) name = kernels[i].name;
   if (number_of_launches < LAUNCHED) launched[number_of_launches] = name;
   number_of_launches++;
-  int code = launch_fault && launch_fault_in-- <= 0 ? launch_fault : 0;
+  if (launch_fault && launch_fault_in-- <= 0) last_error = launch_fault;
+  int code = last_error;
   pthread_mutex_unlock(&lock);
   return code;
 }
+int cudaGetLastError(void) { return last_error; }
+int cudaPeekAtLastError(void) { return last_error; }
+int cudaStreamSynchronize(void *stream) { (void)stream; return last_error; }
+int cudaDeviceSynchronize(void) { return last_error ? last_error : device_fault; }
 int __cudaGetKernel(const void **kernel, const void *function) { *kernel = function; return 0; }
 int __cudaLaunchKernel(const void *kernel) { return launch(kernel); }
 int cudaLaunchKernel(const void *function) { return launch(function); }
