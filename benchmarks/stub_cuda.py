@@ -8,6 +8,7 @@ for which shape. Kernels compute nothing.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -90,8 +91,8 @@ class StubCuda:
 
     def launched(self) -> list[str]:
         """The mangled names of the kernels that were launched, in order; at most 4096."""
-        names = iter(lambda count=iter(range(1 << 12)): self._runtime.stub_launched(next(count)), None)
-        return [name.decode() for name in names]
+        names = map(self._runtime.stub_launched, range(1 << 12))
+        return [name.decode() for name in itertools.takewhile(bool, names)]
 
     def set_memory(self, size: int) -> None:
         """Let the device have `size` bytes of memory in total."""

@@ -178,7 +178,9 @@ class _Session:
         if fault:
             raise fault
         self.real.run_with_iobinding(binding.real)
-        sizes = {name: value.numpy().nbytes for (name, on_host), value in zip(binding.bound, binding.real.get_outputs(), strict=True) if on_host}
+        sizes = {
+            name: value.numpy().nbytes for (name, on_host), value in zip(binding.bound, binding.real.get_outputs(), strict=True) if on_host
+        }
         self.gpu.runs.append(Run(self.name, threading.current_thread().name, binding.shapes, binding.to_device, sizes))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.cuda_driver import MENDS, list_gpus
 from vessel_rt.errors import VesselError, first_line
 from vessel_rt.formats.engine_sidecar import packed_cuda_runtime
 from vessel_rt.formats.profiles import Profile
@@ -29,15 +29,6 @@ __all__ = ["PROVIDERS", "Device", "EngineCache", "ExecutionProvider", "device_fa
 
 _INSTALL_GPU = "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vessel-rt[gpu]'"  # each has removed files of the other
 
-# What mends errors of CUDA, by their numbers.
-_MENDS = {
-    2: "end other programs on the GPU (nvidia-smi lists them)",
-    35: "NVIDIA's driver is too old: install the newest one for the GPU",
-    46: "another program has the GPU to itself (nvidia-smi lists them), or its compute mode forbids programs (nvidia-smi -c 0 as root)",
-    100: "if there is one, CUDA_VISIBLE_DEVICES may hide it",
-    209: "this onnxruntime-gpu has no kernels for the GPU, which is too old or too new for it",
-    803: "NVIDIA's driver was updated: restart the machine",
-}
 _CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
 _FAILURE = re.compile(r"(CUDA|CUBLAS|CUDNN|CUFFT) failure (-?\d+): (.*?) ; GPU=")
 _UNLOADED = re.compile(r"^Failed to load (?:.*[/\\])?([\w.-]+): (.*)", re.MULTILINE)  # what preload_dlls prints
@@ -139,7 +130,7 @@ def failure(error: BaseException) -> str:
     """What an error of ONNX Runtime says in one line: CUDA's words and what mends them, without the C++ and the host's name around them."""
     if found := _FAILURE.search(str(error)):
         library, code, words = found.groups()
-        mend = _MENDS.get(int(code)) if library == "CUDA" else None
+        mend = MENDS.get(int(code)) if library == "CUDA" else None
         return f"{library} error {code}, {words}" + (f": {mend}" if mend else "")
     if found := re.search(r"Failed to allocate memory for requested buffer of size \d+", str(error)):
         return found[0]

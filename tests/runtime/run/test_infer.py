@@ -209,7 +209,9 @@ def test_a_gpu_without_room_for_a_batch_halves_it(
 
 def test_a_gpus_error_shows_no_host_name(standin: Bundle, frames: Path, tmp_path: Path, gpu: StandinGpu) -> None:
     made = itertools.count()
-    gpu.fails = lambda graph, shapes: cuda_failure(719, "unspecified launch failure") if graph == "vision_encoder" and next(made) == 2 else None
+    gpu.fails = lambda graph, shapes: (
+        cuda_failure(719, "unspecified launch failure") if graph == "vision_encoder" and next(made) == 2 else None
+    )
     summary = infer(standin, options(frames, tmp_path / "out", devices=(Device("cuda"),), batch=1))
     assert (summary.images, summary.failed) == (3, 1)
     assert [line["error"] for line in lines(tmp_path / "out") if line["status"] == "error"] == [
