@@ -74,7 +74,7 @@ class Session:
             # A pattern is one allocation for all activations of a shape, which comes on top of what earlier runs have allocated.
             options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
-        options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
+        options.log_severity_level = 4  # nothing: its warnings are for authors of graphs, and its errors are raised, too
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX
         try:

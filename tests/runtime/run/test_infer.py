@@ -187,16 +187,22 @@ def test_without_memory_for_a_batch_smaller_ones_go_on(
 
 
 @pytest.mark.parametrize(
-    ("graph", "name"), [("vision_encoder", "pixel_values"), ("language_model", "inputs_embeds"), ("sam2_image_encoder", "pixel_values")]
+    ("graph", "name", "streams"),
+    [
+        ("vision_encoder", "pixel_values", 1),
+        ("language_model", "inputs_embeds", 1),
+        ("sam2_image_encoder", "pixel_values", 1),
+        ("language_model", "inputs_embeds", 2),
+    ],
 )
 def test_a_gpu_without_room_for_a_batch_halves_it(
-    standin: Bundle, tmp_path: Path, gpu: StandinGpu, capsys: pytest.CaptureFixture[str], graph: str, name: str
+    standin: Bundle, tmp_path: Path, gpu: StandinGpu, capsys: pytest.CaptureFixture[str], graph: str, name: str, streams: int
 ) -> None:
     """Frames of one tile each: a graph has room for two images, wherever it runs. The results are the CPU's, one image at a time."""
     many(tmp_path / "frames", 11, ONE_TILE)
     infer(standin, options(tmp_path / "frames", tmp_path / "cpu", draft=False, devices=(Device("cpu"),)))
     gpu.fails = lambda running, shapes: out_of_memory() if running == graph and shapes[name][0] > 2 else None
-    summary = infer(standin, options(tmp_path / "frames", tmp_path / "gpu", batch=8, devices=(Device("cuda"),)))
+    summary = infer(standin, options(tmp_path / "frames", tmp_path / "gpu", batch=8, streams=streams, devices=(Device("cuda"),)))
     assert (summary.images, summary.failed, summary.least_batch) == (12, 1, 2)
     assert results(tmp_path / "gpu") == results(tmp_path / "cpu")
     assert files(tmp_path / "gpu") == files(tmp_path / "cpu")
