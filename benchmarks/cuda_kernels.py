@@ -6,7 +6,8 @@
 Every graph is loaded on `cuda` twice with the runtime's own options. Without optimization, each of its nodes is given to a kernel of the
 CUDA provider or to the CPU; there may only be arithmetic of shapes: vectors of integers. With optimization, fused nodes need kernels, too.
 Then each stage runs with one image and with two, and the language model as for a prompt and for one token. The cache must not be copied,
-and no scores of an Attention may be written to memory, at the widths of the full model.
+and no scores of an Attention may be written to memory, at the widths of the full model. MatMulNBits, to which DequantizeLinear and MatMul
+are fused, is tried at the full width, too.
 
 The result is saved as cuda-kernels.json; tests compare it with the graphs that the exporter writes. It fails with a list of what is wrong.
 """
@@ -22,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -51,6 +52,8 @@ _ATTENTIONS = {
 # How Attention is computed, by a part of its kernel's name.
 _WAYS = {"flash_fwd": "flash", "attention_kernel_batched_impl": "memory-efficient", "UnfusedSoftmaxKernel": "scores in memory"}
 _FUSED = ("flash", "memory-efficient")
+_MATRIX = (3584, 18944)  # of the full model's MLPs: its largest, except the head
+_Kind: TypeAlias = tuple[int, list[int]]  # an element's type, and a shape
 _TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 
 
@@ -165,28 +168,47 @@ def _numpy(spec: TensorSpec) -> np.dtype[Any]:
     return np.dtype(np.float32 if spec.dtype == "bfloat16" else spec.dtype)
 
 
-def _attention(stub: StubCuda, kind: int, shape: tuple[int, int, int, int, int, bool]) -> tuple[str, int]:
-    """The kernel that computes an Attention, and the largest piece of memory that it takes, in bytes."""
-    heads, key_heads, width, queries, keys, masked = shape
-    of = {"q": (kind, [1, heads, queries, width]), "k": (kind, [1, key_heads, keys, width]), "v": (kind, [1, key_heads, keys, width])}
-    if masked:
-        of["mask"] = onnx.TensorProto.BOOL, [1, 1, queries, keys]
-    inputs = [onnx.helper.make_tensor_value_info(name, *of[name]) for name in of]
-    output = onnx.helper.make_tensor_value_info("y", *of["q"])
-    node = onnx.helper.make_node("Attention", list(of), ["y"], scale=width**-0.5)
-    graph = onnx.helper.make_graph([node], "attention", inputs, [output])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=11)
+def _one_node(stub: StubCuda, operator: str, inputs: Mapping[str, _Kind], output: _Kind, **attributes: Any) -> tuple[list[str], int]:
+    """The kernels that a graph of one node launches, and the largest piece of memory that it takes, in bytes."""
+    domain = attributes.pop("domain", "")
+    node = onnx.helper.make_node(operator, list(inputs), ["y"], domain=domain, **attributes)
+    edges = [onnx.helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()]
+    graph = onnx.helper.make_graph([node], operator, edges, [onnx.helper.make_tensor_value_info("y", *output)])
+    opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11)
     ort = onnxruntime()
     session = ort.InferenceSession(model.SerializeToString(), providers=["CUDAExecutionProvider"])
     binding = session.io_binding()
-    for name, (dtype, dims) in of.items():
+    for name, (dtype, dims) in inputs.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_shape_and_type(dims, dtype, "cuda", 0))
     binding.bind_output("y", "cuda")
     stub.reset()
     session.run_with_iobinding(binding)
-    kernels = stub.launched()
+    return stub.launched(), stub.largest()
+
+
+def _attention(stub: StubCuda, kind: int, shape: tuple[int, int, int, int, int, bool]) -> tuple[str, int]:
+    """How an Attention is computed, and the largest piece of memory that it takes, in bytes."""
+    heads, key_heads, width, queries, keys, masked = shape
+    inputs = {"q": (kind, [1, heads, queries, width]), "k": (kind, [1, key_heads, keys, width]), "v": (kind, [1, key_heads, keys, width])}
+    if masked:
+        inputs["mask"] = onnx.TensorProto.BOOL, [1, 1, queries, keys]
+    kernels, largest = _one_node(stub, "Attention", inputs, inputs["q"], scale=width**-0.5)
     ways = [way for part, way in _WAYS.items() if any(part in kernel for kernel in kernels)]
-    return " and ".join(ways) or "unknown", stub.largest()
+    return " and ".join(ways) or "unknown", largest
+
+
+def _quantized(stub: StubCuda, bits: int, rows: int) -> tuple[bool, int]:
+    """Whether an FP16 MatMulNBits widens its whole matrix first, and the largest piece of memory that it takes, in bytes."""
+    fp16, (size, columns), block = onnx.TensorProto.FLOAT16, _MATRIX, 128
+    inputs = {
+        "x": (fp16, [rows, size]),
+        "w": (onnx.TensorProto.UINT8, [columns, size // block, block * bits // 8]),
+        "scale": (fp16, [columns * size // block]),
+    }
+    settings = {"K": size, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4, "domain": "com.microsoft"}
+    kernels, largest = _one_node(stub, "MatMulNBits", inputs, (fp16, [rows, columns]), **settings)
+    return any("Dequantize" in kernel for kernel in kernels), largest
 
 
 def main() -> int:
@@ -229,6 +251,7 @@ def main() -> int:
         "onnxruntime_gpu": onnxruntime().__version__, "cuda": stub.cuda, "bundles": [folder.name for folder in arguments.bundles],
         "kernels": sorted(kernels), "on_the_host": sorted(host), "fused": sorted(fused), "wrong": wrong,
         "copied_besides_inputs_and_outputs": copies, "attention": attention,
+        "matmulnbits": {f"int{bits}, {rows} rows": _quantized(stub, bits, rows) for bits in (8, 4) for rows in (1, 16, 3400)},
     }  # fmt: skip
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(wrong) or f"all {len(kernels)} kernels are there")
