@@ -46,6 +46,11 @@ def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bf16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny, tmp_path_factory, "bf16", precision="bf16")
+
+
+@pytest.fixture(scope="session")
 def int8_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(tiny, tmp_path_factory, "cpu-int8")
 

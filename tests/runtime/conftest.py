@@ -14,6 +14,7 @@ from tests.support.disks import SmallDisk, limited_files, mounted
 from tests.support.frames import make_frame
 from tests.support.paths import Tiny
 from tests.support.standin import build_standin
+from tests.support.standin_gpu import StandinGpu
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.inputs.pseudonyms import StudyCodes
 
@@ -100,3 +101,9 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Small
     """A folder where space ends soon: files of limited size anywhere, a file system of 1 MiB where one may be mounted."""
     with (limited_files if request.param == "limit" else mounted)(tmp_path / "small_disk") as disk:
         yield disk
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> StandinGpu:
+    """A CUDA device of this test, in place of all real ones: see StandinGpu."""
+    return StandinGpu(monkeypatch)

@@ -60,6 +60,7 @@ class _LanguageModel(nn.Module):
         self.layers = nn.ModuleList([_Layer(config, dtype) for _ in range(config.layers)])
         self.norm = _RMSNorm(config.hidden_size, config.norm_eps, dtype)
         self.lm_head = Linear(config.hidden_size, vocabulary, dtype, bias=False)
+        self.dtype = dtype
 
     def forward(
         self,
@@ -82,7 +83,10 @@ class _LanguageModel(nn.Module):
             present += [key, value]
         kept = op.GatherND(x, op.Unsqueeze(gather_positions, [2]), batch_dims=1)
         hidden_states = self.norm(op, kept)
-        next_ids = op.ArgMax(self.lm_head(op, hidden_states), axis=-1, keepdims=0)
+        logits = self.lm_head(op, hidden_states)
+        if self.dtype == ir.DataType.BFLOAT16:  # ONNX Runtime has no BF16 ArgMax
+            logits = op.Cast(logits, to=FLOAT)
+        next_ids = op.ArgMax(logits, axis=-1, keepdims=0)
         return [hidden_states, next_ids, *present]
 
 

@@ -41,7 +41,7 @@ _LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # They move or select values, which were rounded before.
 MOVES = frozenset(
     (
-        "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze",
+        "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity", "Max", "Reshape", "Slice", "Split", "Squeeze",
         "TensorScatter", "Tile", "Transpose", "Unsqueeze",
     )
 )  # fmt: skip

@@ -8,7 +8,17 @@ import sys
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["Gpu", "list_gpus"]
+__all__ = ["MENDS", "Gpu", "list_gpus"]
+
+# What mends errors of CUDA, by their numbers, which are the same in the driver and in the CUDA runtime.
+MENDS = {
+    2: "end other programs on the GPU (nvidia-smi lists them)",
+    35: "NVIDIA's driver is too old: install the newest one for the GPU",
+    46: "another program has the GPU to itself (nvidia-smi lists them), or its compute mode forbids programs (nvidia-smi -c 0 as root)",
+    100: "if there is one, CUDA_VISIBLE_DEVICES may hide it",
+    209: "this onnxruntime-gpu has no kernels for the GPU, which is too old or too new for it",
+    803: "NVIDIA's driver was updated: restart the machine",
+}
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -40,9 +50,9 @@ def list_gpus() -> tuple[Gpu, ...]:
     if code == 0:
         code = cuda.cuDeviceGetCount(ctypes.byref(count))
     if code == _NO_DEVICE or (code == 0 and count.value == 0):
-        raise VesselError("NVIDIA's driver sees no GPU here")
+        raise VesselError(f"NVIDIA's driver sees no GPU here; {MENDS[_NO_DEVICE]}")
     if code:
-        raise VesselError(f"NVIDIA's driver fails (CUDA error {code}): nvidia-smi may say why")
+        raise VesselError(f"NVIDIA's driver fails (CUDA error {code}): {MENDS.get(code, 'nvidia-smi may say why')}")
     return tuple(_gpu(cuda, index) for index in range(count.value))
 
 

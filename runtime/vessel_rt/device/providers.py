@@ -8,22 +8,30 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.cuda_driver import MENDS, list_gpus
 from vessel_rt.errors import VesselError, first_line
 from vessel_rt.formats.engine_sidecar import packed_cuda_runtime
 from vessel_rt.formats.profiles import Profile
 
-__all__ = ["PROVIDERS", "Device", "EngineCache", "ExecutionProvider", "device_fault", "onnxruntime", "open_device"]
+__all__ = ["PROVIDERS", "Device", "EngineCache", "ExecutionProvider", "device_fault", "failure", "onnxruntime", "open_device"]
+
+_INSTALL_GPU = "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vessel-rt[gpu]'"  # each has removed files of the other
+
+_CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
+_FAILURE = re.compile(r"(CUDA|CUBLAS|CUDNN|CUFFT) failure (-?\d+): (.*?) ; GPU=")
+_UNLOADED = re.compile(r"^Failed to load (?:.*[/\\])?([\w.-]+): (.*)", re.MULTILINE)  # what preload_dlls prints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +118,23 @@ def onnxruntime() -> Any:
         raise VesselError(
             "onnxruntime is not installed: choose one of pip install 'vessel-rt[cpu]', 'vessel-rt[gpu]', 'vessel-rt[rtx]'"
         ) from e
+    if not hasattr(onnxruntime, "InferenceSession"):  # the remains of a folder, after one of two packages was removed
+        raise VesselError(
+            "onnxruntime is incomplete: pip uninstall onnxruntime onnxruntime-gpu, then pip install one of 'vessel-rt[cpu]', "
+            "'vessel-rt[gpu]', 'vessel-rt[rtx]'"
+        )
     return onnxruntime
+
+
+def failure(error: BaseException) -> str:
+    """What an error of ONNX Runtime says in one line: CUDA's words and what mends them, without the C++ and the host's name around them."""
+    if found := _FAILURE.search(str(error)):
+        library, code, words = found.groups()
+        mend = MENDS.get(int(code)) if library == "CUDA" else None
+        return f"{library} error {code}, {words}" + (f": {mend}" if mend else "")
+    if found := re.search(r"Failed to allocate memory for requested buffer of size \d+", str(error)):
+        return found[0]
+    return first_line(error)
 
 
 def _probe_cpu(device: Device) -> None:
@@ -118,14 +142,26 @@ def _probe_cpu(device: Device) -> None:
 
 
 def _probe_cuda(device: Device) -> None:
-    """Load CUDA's and cuDNN's libraries from where pip puts them, then allocate a value. ONNX Runtime prints what it does not find."""
+    """Load CUDA's and cuDNN's libraries from where pip puts them, then allocate a value.
+
+    ONNX Runtime prints which libraries of CUDA it does not find. It looks for cuDNN's when the first convolution runs.
+    """
+    ort = onnxruntime()
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        onnxruntime().preload_dlls()
+        ort.preload_dlls()
+    unloaded = _UNLOADED.findall(said.getvalue())
     try:
         _allocate_a_value(device)
+        ctypes.CDLL(_CUDNN)
     except Exception as e:  # ONNX Runtime's errors share no base class
-        missing = [line for line in said.getvalue().splitlines() if line.startswith("Failed")]
-        raise VesselError(missing[0] if missing else first_line(e)) from e
+        if isinstance(e, OSError):
+            unloaded = [(_CUDNN, str(e))]
+        if _FAILURE.search(str(e)) or not unloaded:
+            raise
+        name, why = unloaded[0]
+        what = f"{name} is missing" if "No such file" in why or "Could not find" in why else f"{name} cannot be loaded ({why})"
+        needed = f"onnxruntime-gpu {ort.__version__} needs CUDA {ort.cuda_version} and cuDNN 9"
+        raise VesselError(f"{what}; {needed}: {_INSTALL_GPU}") from e
 
 
 def _probe_tensorrt(device: Device) -> None:
@@ -148,7 +184,7 @@ def _probe_rtx(device: Device) -> None:
                 ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             ort.register_execution_provider_library(rtx.get_ep_name(), rtx.get_library_path())
         except Exception as e:  # ONNX Runtime's errors share no base class
-            raise VesselError(first_line(e).rpartition("with error: ")[2]) from e
+            raise RuntimeError(first_line(e).rpartition("with error: ")[2]) from e
     _rtx_device(device.index)
     _allocate_a_value(device)
 
@@ -188,7 +224,7 @@ def _rtx_device(index: int) -> Any:
     for found in ort.get_ep_devices():
         if found.ep_name == PROVIDERS["rtx"].name and found.memory_info(ort.OrtDeviceMemoryType.DEFAULT).device_id == index:
             return found
-    raise VesselError("TensorRT-RTX does not run on this GPU")
+    raise VesselError("TensorRT-RTX does not run on this GPU, only on RTX 30 and later: take --device cuda")
 
 
 PROVIDERS = {
@@ -198,14 +234,12 @@ PROVIDERS = {
     "tensorrt": ExecutionProvider(
         "TensorrtExecutionProvider",
         None,
-        "pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]', and NVIDIA's TensorRT 10",
+        f"{_INSTALL_GPU}, and NVIDIA's TensorRT 10",
         "cuda",
         _probe_tensorrt,
         _choose_tensorrt,
     ),
-    "cuda": ExecutionProvider(
-        "CUDAExecutionProvider", None, "pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]'", "cuda", _probe_cuda, _choose_cuda
-    ),
+    "cuda": ExecutionProvider("CUDAExecutionProvider", None, _INSTALL_GPU, "cuda", _probe_cuda, _choose_cuda),
     "cpu": ExecutionProvider("CPUExecutionProvider", None, "pip install 'vessel-rt[cpu]'", "cpu", _probe_cpu, _choose_cpu),
 }
 
@@ -233,14 +267,21 @@ def device_fault(device: Device) -> str | None:
         except VesselError as e:
             faults.append(str(e))
     if not provider.installed:
-        faults.append(f"{provider.name} is not installed: {provider.install}")
+        why = "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other; " if _both_installed() else ""
+        faults.append(f"{why}{provider.name} is not installed: {provider.install}")
     if faults:
         return "; ".join(faults)
     ort.set_default_logger_severity(4)  # otherwise ONNX Runtime prints pages about what is probed here
     try:
         provider.probe(device)
+    except VesselError as e:
+        return str(e)
     except Exception as e:  # ONNX Runtime's errors share no base class
-        return f"{first_line(e)}: {provider.install}, or a newer driver"
+        return failure(e) if _FAILURE.search(str(e)) else f"{failure(e)}: {provider.install}, or a newer driver"
     finally:
-        ort.set_default_logger_severity(2)
+        ort.set_default_logger_severity(3)  # errors: each session would warn that CUDA is not a plugin
     return None
+
+
+def _both_installed() -> bool:
+    return {"onnxruntime", "onnxruntime-gpu"} <= {found.name for found in importlib.metadata.distributions()}

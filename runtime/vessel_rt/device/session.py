@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, onnxruntime
-from vessel_rt.errors import GraphError, OutOfMemory, VesselError, first_line
+from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, failure, onnxruntime
+from vessel_rt.errors import GraphError, OutOfMemory, VesselError
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -32,11 +32,12 @@ _ONNX_TYPES = {"float32": (1, np.uint32), "float16": (10, np.uint16), "bfloat16"
 # ONNX Runtime's names of types, and a TensorSpec's.
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64"}
 
-# Operators that are too slow on the CPU while a GPU waits. ONNX Runtime places shape arithmetic there by design, these without a kernel.
-_HEAVY = frozenset(
+# Operators that ONNX Runtime places on the CPU by design, for arithmetic of shapes. Other ones are there for want of a kernel: activations
+# would be copied to the host and back.
+_OF_SHAPES = frozenset(
     (
-        "Attention", "Conv", "ConvTranspose", "DequantizeLinear", "Gemm", "LayerNormalization", "MatMul", "MatMulNBits",
-        "RotaryEmbedding", "TensorScatter",
+        "Add", "Concat", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Mul", "Range", "Reshape", "Shape", "Size", "Slice",
+        "Squeeze", "Sub", "Unsqueeze", "Where",
     )
 )  # fmt: skip
 
@@ -58,8 +59,8 @@ class Session:
         prepack: on a CPU, copy the matrices to the layout of its kernels while the graph is loaded. It takes their size in memory.
 
     Raises:
-        VesselError: ONNX Runtime cannot load the graph, or it leaves all of the graph, or operators that are slow there, to the CPU. (It
-            places shape arithmetic on the CPU by design; `rtx` leaves nothing there.)
+        VesselError: ONNX Runtime cannot load the graph, or it leaves all of the graph, or more than arithmetic of shapes, to the CPU.
+            (`rtx` leaves nothing there.)
     """
 
     def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None, prepack: bool = True) -> None:
@@ -76,18 +77,23 @@ class Session:
             _share_arena()
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
-        options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
+        options.log_severity_level = 4  # nothing: its warnings are for authors of graphs, and its errors are raised, too
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX
         try:
             session = self._load(path, options, provider.choose(options, device, cache))
         except Exception as e:  # ONNX Runtime's errors share no base class
-            raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {first_line(e)}") from e
+            if device.kind != "cpu" and _is_out_of_memory(e):
+                raise VesselError(
+                    f"{path}: {device} has no memory for this graph: end other programs on the GPU (nvidia-smi lists them), or export with "
+                    "8-bit weights; vessel-rt plan shows what the bundle takes"
+                ) from e
+            raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {failure(e)}") from e
         if session.get_providers()[0] != provider.name:
             raise VesselError(
                 f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
             )
-        left = sorted(_operators_on_the_cpu(session) & _HEAVY) if device.kind != "cpu" else []
+        left = sorted(_operators_on_the_cpu(session) - _OF_SHAPES) if device.kind != "cpu" else []
         if left:
             raise VesselError(f"{path}: onnxruntime {ort.__version__} has no kernel on {device} for {', '.join(left)}; take another device")
         self._path = path
@@ -165,8 +171,8 @@ class Session:
         try:
             yield
         except Exception as e:
-            text = f"{self._path.stem} fails on {self._device}: {first_line(e)}"
-            if isinstance(e, MemoryError) or _OUT_OF_MEMORY.search(str(e)):
+            text = f"{self._path.stem} fails on {self._device}: {failure(e)}"
+            if _is_out_of_memory(e):
                 raise OutOfMemory(text) from e
             if isinstance(e, _run_faults()) or (isinstance(e, RuntimeError) and _OF_THE_DEVICE.search(str(e))):
                 raise GraphError(text) from e
@@ -184,6 +190,10 @@ def _share_arena() -> None:
 def _operators_on_the_cpu(session: Any) -> set[str]:
     cpu = PROVIDERS["cpu"].name
     return {node.op_type for part in session.get_provider_graph_assignment_info() if part.ep_name == cpu for node in part.get_nodes()}
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def _run_faults() -> tuple[type[Exception], ...]:

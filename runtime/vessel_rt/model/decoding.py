@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "LanguageModel"]
 
+# ONNX Runtime's fused CUDA kernel for Attention with a mask needs such a number of keys; with another one it writes all scores to memory,
+# 4.3 GB for a prompt of 13 tiles (docs/engines.md).
+_LIVE_STEP = 8
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
@@ -184,7 +188,8 @@ class LanguageModel:
         for padded, chunk in zip(embeds, chunks, strict=True):
             padded[: len(chunk)] = chunk
         first = np.array(starts, np.int64)
-        live = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
+        written = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
+        live = min(-(-written // _LIVE_STEP) * _LIVE_STEP, self._sizes.capacity)  # the graph masks what lies beyond a row's positions
         past, present = self._cache_names("past"), self._cache_names("present")
         outputs = self._session.run(
             {

@@ -24,7 +24,7 @@ TOLERANCE = {"fp32": {"language_model": 1e-5, "other": 1e-5}, "fp16": {"language
 # TensorRT's parser takes all of these (onnx-tensorrt, docs/operators.md), with the limits named in docs/architecture.md.
 OPERATORS = {
     "Add", "ArgMax", "Attention", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Expand", "Gather", "GatherElements",
-    "GatherND", "Gelu", "Gemm", "LayerNormalization", "LessOrEqual", "MatMul", "MaxPool", "Mul", "Pow", "RMSNormalization",
+    "GatherND", "Gelu", "Gemm", "LayerNormalization", "LessOrEqual", "MatMul", "Max", "Mul", "Pow", "RMSNormalization",
     "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
     "Squeeze", "Sub", "TensorScatter", "Tile", "Transpose", "Unsqueeze",
 }  # fmt: skip

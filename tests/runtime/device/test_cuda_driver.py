@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
+from vessel_rt.device import cuda_driver
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.errors import VesselError
 
@@ -18,3 +20,22 @@ def test_gpus_are_described() -> None:
         assert re.fullmatch(r"sm\d{2,3}", gpu.architecture)
         assert gpu.name
         assert gpu.memory > 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [(100, "sees no GPU here; .*CUDA_VISIBLE_DEVICES"), (803, "CUDA error 803.*restart the machine"), (999, "CUDA error 999.*nvidia-smi")],
+)
+def test_a_driver_that_fails_is_named_with_what_mends_it(monkeypatch: pytest.MonkeyPatch, code: int, told: str) -> None:
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", lambda name: SimpleNamespace(cuInit=lambda flags: code))
+    with pytest.raises(VesselError, match=rf"\A[^\n]*{told}[^\n]*\Z"):
+        list_gpus()
+
+
+def test_without_a_driver_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", absent)
+    with pytest.raises(VesselError, match=r"there is no NVIDIA driver here .* install it"):
+        list_gpus()

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import onnxruntime
 import pytest
 
+from tests.support.standin_gpu import StandinGpu, cuda_failure
+from vessel_rt.cli import main
+from vessel_rt.device import providers
+from vessel_rt.device.deployment import choose_device
 from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, device_fault, open_device
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import Bundle
@@ -42,7 +50,7 @@ def test_a_gpu_that_is_not_there_is_an_error(kind: str) -> None:
 def test_what_is_not_installed_is_named_with_how_to_install_it() -> None:
     if PROVIDERS["cuda"].installed:
         pytest.skip("onnxruntime here has the CUDA provider")
-    assert "CUDAExecutionProvider is not installed: pip uninstall onnxruntime, then pip install 'vessel-rt[gpu]'" in str(
+    assert "CUDAExecutionProvider is not installed: pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vessel-rt[gpu]'" in str(
         device_fault(Device("cuda"))
     )
 
@@ -70,3 +78,105 @@ def test_without_onnxruntime_the_error_names_the_extras() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "pip install 'vessel-rt[cpu]'" in done.stdout
+
+
+ABSENT = "cannot open shared object file: No such file or directory"
+REINSTALL = "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'vessel-rt[gpu]'"
+NEEDS = f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA 13.0 and cuDNN 9: {REINSTALL}"
+NOT_AVAILABLE = RuntimeError(  # when the provider's library cannot be loaded
+    "/onnxruntime_src/onnxruntime/core/session/provider_bridge_ort.cc:2403 onnxruntime::ProviderInfo_CUDA& "
+    "onnxruntime::GetProviderInfo_CUDA() CUDA Provider not available, can't get interface for it"
+)
+
+
+def no_gpu(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.driver_fault = VesselError("there is no NVIDIA driver here")
+    return "there is no NVIDIA driver here"
+
+
+def old_driver(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    words = "CUDA driver version is insufficient for CUDA runtime version"
+    gpu.memory_fault = cuda_failure(35, words)
+    return f"CUDA error 35, {words}: NVIDIA's driver is too old: install the newest one for the GPU"
+
+
+def no_cudnn(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.missing = {providers._CUDNN: ABSENT}
+    return f"{providers._CUDNN} is missing; {NEEDS}"
+
+
+def other_cuda(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    """CUDA 11's or 12's libraries are there, not those of CUDA 13."""
+    gpu.missing, gpu.memory_fault = dict.fromkeys(("libcublasLt.so.13", "libcublas.so.13"), ABSENT), NOT_AVAILABLE
+    return f"libcublasLt.so.13 is missing; {NEEDS}"
+
+
+def broken_library(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.missing, gpu.memory_fault = {"libcublas.so.13": "undefined symbol: cublasLtCreate, version libcublasLt.so.13"}, NOT_AVAILABLE
+    return f"libcublas.so.13 cannot be loaded (libcublas.so.13: undefined symbol: cublasLtCreate, version libcublasLt.so.13); {NEEDS}"
+
+
+def both_packages(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.providers = ["AzureExecutionProvider", "CPUExecutionProvider"]
+    packages = [SimpleNamespace(name=name) for name in ("onnxruntime", "onnxruntime-gpu")]
+    monkeypatch.setattr(providers.importlib.metadata, "distributions", lambda: packages)
+    both = "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other"
+    return f"{both}; CUDAExecutionProvider is not installed: {REINSTALL}"
+
+
+def busy(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Another process has it, in exclusive mode."""
+    words = "CUDA-capable device(s) is/are busy or unavailable"
+    gpu.memory_fault = cuda_failure(46, words)
+    return f"CUDA error 46, {words}: another program has the GPU to itself (nvidia-smi lists them), or its compute mode .*"
+
+
+def full(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.memory_fault = cuda_failure(2, "out of memory")
+    return "CUDA error 2, out of memory: end other programs on the GPU (nvidia-smi lists them)"
+
+
+def hidden(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.memory_fault = cuda_failure(100, "no CUDA-capable device is detected")
+    return "CUDA error 100, no CUDA-capable device is detected: if there is one, CUDA_VISIBLE_DEVICES may hide it"
+
+
+def unknown(gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch) -> str:
+    gpu.memory_fault = RuntimeError("it fails\nin two lines")
+    return f"it fails: {REINSTALL}, or a newer driver"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [no_gpu, old_driver, no_cudnn, other_cuda, broken_library, both_packages, busy, full, hidden, unknown],
+    ids=lambda fault: fault.__name__,
+)
+def test_a_set_up_that_does_not_work_is_one_line_with_the_mend(
+    fault: Any, standin: Bundle, gpu: StandinGpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], frames: Path
+) -> None:
+    """In the table of `devices`, as the error of `infer`, and as the reason why `auto` takes the CPU."""
+    text = re.escape(fault(gpu, monkeypatch)).replace(r"\.\*", ".*")
+    assert main(["devices"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda:0")]
+    assert re.search(rf"  {text}\Z", line)
+    assert main(["infer", str(frames), "--bundle", str(standin.folder), "--device", "cuda", "-o", str(frames.parent / "out")]) == 1
+    assert re.fullmatch(rf"vessel-rt: error: --device cuda:0: {text}\n", capsys.readouterr().err)
+    assert choose_device(standin, Device("auto")) == CPU
+
+
+def test_with_everything_in_place_a_gpu_is_usable(standin: Bundle, gpu: StandinGpu) -> None:
+    assert device_fault(Device("cuda")) is None
+    assert choose_device(standin, Device("auto")) == Device("cuda")
+
+
+def test_an_onnxruntime_of_which_only_some_files_are_left() -> None:
+    """As `pip uninstall onnxruntime` leaves it, when onnxruntime-gpu was installed beside it."""
+    program = (
+        "import sys, types; sys.modules['onnxruntime'] = types.ModuleType('onnxruntime')\n"
+        "from vessel_rt.device.providers import Device, open_device\n"
+        "from vessel_rt.errors import VesselError\n"
+        "try: open_device(Device('cpu'))\n"
+        "except VesselError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("onnxruntime is incomplete: pip uninstall onnxruntime onnxruntime-gpu, then pip install one of")

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from tests.support.standin_gpu import StandinGpu, cuda_failure, out_of_memory
 from vessel_rt.device.providers import Device
 from vessel_rt.device.session import Session, _operators_on_the_cpu
 from vessel_rt.errors import OutOfMemory, VesselError
@@ -94,3 +95,36 @@ def test_no_room_for_a_value_is_out_of_memory(standin: Bundle, monkeypatch: pyte
         monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", full)
         with pytest.raises(OutOfMemory, match="language_model fails on cpu"):
             session.zeros((1, 2), "float32")
+
+
+@pytest.mark.parametrize(
+    ("stage", "operator"), [("language_model", "Attention"), ("vision_encoder", "AveragePool"), ("vision_encoder", "Transpose")]
+)
+def test_a_gpu_without_a_kernel_is_not_used(standin: Bundle, gpu: StandinGpu, stage: str, operator: str) -> None:
+    """Activations would be copied to the host and back. Arithmetic of shapes is on the CPU by design."""
+    path = standin.folder / f"{stage}.onnx"
+    gpu.on_the_cpu = frozenset(("Shape", "Unsqueeze", "Reshape"))
+    with Session(path, Device("cuda")):
+        pass
+    gpu.on_the_cpu |= {operator}
+    with pytest.raises(VesselError, match=rf"{stage}\.onnx: onnxruntime .* has no kernel on cuda:0 for {operator}; take another"):
+        Session(path, Device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (out_of_memory(), "cuda:0 has no memory for this graph: end other programs"),
+        (cuda_failure(2, "out of memory"), "cuda:0 has no memory for this graph: end other programs"),
+        (
+            cuda_failure(46, "CUDA-capable device(s) is/are busy or unavailable"),
+            "cannot load this graph on cuda:0: CUDA error 46, .*nvidia-smi",
+        ),
+        (cuda_failure(999, "unknown error"), r"cannot load this graph on cuda:0: CUDA error 999, unknown error\Z"),
+    ],
+)
+def test_a_gpu_that_fails_while_a_graph_is_loaded(standin: Bundle, gpu: StandinGpu, error: Exception, told: str) -> None:
+    gpu.load_fault = error
+    with pytest.raises(VesselError, match=rf"\A[^\n]*language_model\.onnx: [^\n]*{told}") as e:
+        Session(standin.folder / "language_model.onnx", Device("cuda"))
+    assert "hostname" not in str(e.value)

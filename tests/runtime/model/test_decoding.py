@@ -255,3 +255,25 @@ def test_the_cache_has_the_graphs_type_and_embeddings_are_given_the_graphs(stand
     assert found.seg_states.dtype == np.float32
     np.testing.assert_allclose(found.seg_states, expected.seg_states, rtol=0, atol=2**-8)  # bfloat16's rounding of values about 1
     assert not np.array_equal(found.seg_states, expected.seg_states)
+
+
+def test_keys_come_in_multiples_of_eight_up_to_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's fused kernel needs them so; the surplus is masked."""
+    bundle = build_standin(tmp_path / "bundle", capacity=30)
+    keys: list[int] = []
+    run = Session.run
+
+    def noted(self: Session, feeds: Any, **more: Any) -> Any:
+        keys.append(len(feeds["kv_positions"]))
+        return run(self, feeds, **more)
+
+    monkeypatch.setattr(Session, "run", noted)
+    start = prompt(bundle, "x" * 12)
+    with language_model(bundle) as model:
+        [generation] = model.generate([start])
+    assert len(start) == 13
+    assert keys == [16, 16, 16, 16, 24, 24, 24, 24]
+    with language_model(bundle) as model:
+        model.generate([prompt(bundle, "x" * 13)])
+    assert text_of(bundle, generation.token_ids) == "Mask [SEG]."
+    assert max(keys) == 24

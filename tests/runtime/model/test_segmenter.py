@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +15,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from PIL import Image
 
 from tests.support.frames import make_frame
-from tests.support.standin import build_standin
-from vessel_rt.device.deployment import deploy
+from tests.support.standin import LAYERS, build_standin
+from tests.support.standin_gpu import StandinGpu, cuda_failure, out_of_memory
+from vessel_rt.device.deployment import deploy, deploy_on
 from vessel_rt.device.providers import Device
 from vessel_rt.device.session import Session
 from vessel_rt.errors import DeviceError, GraphError, ImageError, OutOfMemory, VesselError
@@ -23,7 +26,7 @@ from vessel_rt.model.preprocess import mask_pixels
 from vessel_rt.model.result import Result
 from vessel_rt.model.segmenter import Segmenter
 
-CPU = Device("cpu")
+CPU, GPU = Device("cpu"), Device("cuda")
 STICKY = "CUDA failure 700: an illegal memory access was encountered"
 
 
@@ -205,3 +208,85 @@ def test_a_plain_runtime_error_of_cuda_is_a_graphs_and_any_other_a_bug(standin: 
             raise RuntimeError(text)
         with pytest.raises(RuntimeError, match="bound output"), session._faults():
             raise RuntimeError("no such bound output")
+
+
+CACHE = {f"{when}_{part}.{layer}" for when in ("past", "present") for layer in range(LAYERS) for part in ("key", "value")}
+
+
+def test_on_a_gpu_only_inputs_and_answers_are_copied(standin: Bundle, gpu: StandinGpu) -> None:
+    """The cache and SAM2's features stay on the device, whatever the number of steps; a cache is made once for batches of a size."""
+    with Segmenter(deploy_on(standin, GPU, batch=2), threads=1, draft=False) as segmenter:
+        pixels = [segmenter.prepare(make_frame(size, 448)) for size in (448, 900)]
+        for batch in (pixels[:1], pixels, pixels[1:], pixels[:1]):
+            segmenter.run(batch, ["Where?"])
+    assert len(gpu.of("language_model")) == 4 * 8  # a prompt and seven tokens
+    for run in gpu.of("language_model"):
+        rows, tokens, hidden = run.shapes["inputs_embeds"]
+        assert not CACHE & (run.to_device.keys() | run.to_host.keys())
+        assert run.to_device["inputs_embeds"] == 4 * rows * tokens * hidden
+        assert sum(run.to_device.values()) <= 4 * rows * tokens * hidden + 8 * (rows * (tokens + 2) + run.shapes["kv_positions"][0])
+        assert run.to_host == {"hidden_states": 4 * rows * hidden, "next_ids": 8 * rows}
+    assert len(gpu.copied_in) == 3 * 2 * LAYERS  # for one row, for two, and for one again
+    assert len(gpu.of("sam2_image_encoder")) == len(gpu.of("sam2_mask_decoder")) == 4
+    for run in gpu.of("sam2_image_encoder"):
+        assert (run.to_device.keys(), run.to_host) == ({"pixel_values"}, {})
+    for run in gpu.of("sam2_mask_decoder"):
+        assert run.to_device.keys() == {"seg_states", "image_index"}
+        assert run.to_host.keys() == {"low_res_logits", "iou", "object_score"}
+
+
+def test_on_a_gpu_sam2_runs_in_a_thread_and_the_answer_is_the_cpus(standin: Bundle, gpu: StandinGpu) -> None:
+    image, question = make_frame(900, 448), standin.prompt.default_question
+    with Segmenter(deploy_on(standin, GPU, batch=1), threads=1) as segmenter:
+        ours = segmenter.segment(image, question)
+    threads = {run.graph: run.thread for run in gpu.runs}
+    assert threads.pop("sam2_image_encoder").startswith("sam2_image_encoder")
+    assert set(threads.values()) == {"MainThread"}
+    with Segmenter(deploy(standin, CPU), threads=1) as segmenter:
+        same(ours, segmenter.segment(image, question))
+
+
+def test_on_a_gpu_an_error_waits_for_sam2s_thread(standin: Bundle, gpu: StandinGpu) -> None:
+    began, failed = threading.Event(), threading.Event()
+
+    def fails(graph: str, shapes: Any) -> Exception | None:
+        if graph == "sam2_image_encoder":
+            began.set()
+            assert failed.wait(60)
+        elif graph == "language_model" and began.wait(60) and not failed.is_set():
+            failed.set()
+            return cuda_failure(700, "an illegal memory access was encountered")
+        return None
+
+    with Segmenter(deploy_on(standin, GPU, batch=1), threads=1, draft=False) as segmenter:
+        gpu.fails = fails
+        with pytest.raises(ImageError) as e:
+            segmenter.run([segmenter.prepare(make_frame())], ["Where?"])
+        assert gpu.of("sam2_image_encoder")  # it was running, and has ended
+    assert str(e.value) == "language_model fails on cuda:0: CUDA error 700, an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_nothing_stays_on_a_gpu_and_nothing_runs_after_the_end(standin: Bundle, gpu: StandinGpu, fault: bool) -> None:
+    with Segmenter(deploy_on(standin, GPU, batch=1), threads=1) as segmenter:
+        pixels = segmenter.prepare(make_frame())
+        segmenter.run([pixels], ["Where?"])
+        if fault:
+            gpu.fails = lambda graph, shapes: out_of_memory() if graph == "sam2_mask_decoder" else None
+            with pytest.raises(DeviceError, match="on a gray image: sam2_mask_decoder fails on cuda:0: Failed to allocate memory"):
+                segmenter.run([pixels], ["Where?"])
+        assert len(gpu.sessions) == 4
+    runs = len(gpu.runs)
+    with pytest.raises((OSError, RuntimeError)):  # its files are closed, and its thread has ended
+        segmenter.run([pixels], ["Where?"])
+    del segmenter
+    gc.collect()
+    assert (len(gpu.sessions), len(gpu.values), len(gpu.runs)) == (0, 0, runs)
+
+
+def test_a_graph_that_a_gpu_has_no_room_for_leaves_no_other_loaded(standin: Bundle, gpu: StandinGpu) -> None:
+    gpu.load_fault = out_of_memory()
+    with pytest.raises(VesselError, match=r"\.onnx: cuda:0 has no memory for this graph: .*vessel-rt plan"):
+        Segmenter(deploy_on(standin, GPU, batch=1), threads=1)
+    gc.collect()
+    assert not gpu.sessions

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 from tests.support.engine_files import write_engines
 from tests.support.frames import CODES, make_frame
 from tests.support.runs import ONE_TILE, files, lines, many, options, same_results
+from tests.support.standin_gpu import StandinGpu, cuda_failure, out_of_memory
 from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.device.session import Session
 from vessel_rt.errors import BundleError, DeviceError, OutOfMemory, VesselError
@@ -182,6 +184,46 @@ def test_without_memory_for_a_batch_smaller_ones_go_on(
     assert results(tmp_path / "batch") == results(one_by_one / "single")
     assert json.loads((tmp_path / "batch" / "run.json").read_text())["batch"] == {"streams": 1, "at_first": 8, "least": 2}
     assert "no memory for 8 images at once, continuing with 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("graph", "name", "streams"),
+    [
+        ("vision_encoder", "pixel_values", 1),
+        ("language_model", "inputs_embeds", 1),
+        ("sam2_image_encoder", "pixel_values", 1),
+        ("language_model", "inputs_embeds", 2),
+    ],
+)
+def test_a_gpu_without_room_for_a_batch_halves_it(
+    standin: Bundle, tmp_path: Path, gpu: StandinGpu, capsys: pytest.CaptureFixture[str], graph: str, name: str, streams: int
+) -> None:
+    """Frames of one tile each: a graph has room for two images, wherever it runs. The results are the CPU's, one image at a time."""
+    many(tmp_path / "frames", 11, ONE_TILE)
+    infer(standin, options(tmp_path / "frames", tmp_path / "cpu", draft=False, devices=(Device("cpu"),)))
+    gpu.fails = lambda running, shapes: out_of_memory() if running == graph and shapes[name][0] > 2 else None
+    summary = infer(standin, options(tmp_path / "frames", tmp_path / "gpu", batch=8, streams=streams, devices=(Device("cuda"),)))
+    assert (summary.images, summary.failed) == (12, 1)
+    assert summary.least_batch == 2 or (streams == 2 and summary.least_batch == 1)  # the last batch, of three, may have failed by then
+    assert results(tmp_path / "gpu") == results(tmp_path / "cpu")
+    assert files(tmp_path / "gpu") == files(tmp_path / "cpu")
+    assert "no memory for 8 images at once, continuing with 4" in capsys.readouterr().err
+    assert {run.shapes[name][0] for run in gpu.of(graph)} <= {1, 2}
+    gc.collect()
+    assert not gpu.sessions
+    assert not gpu.values
+
+
+def test_a_gpus_error_shows_no_host_name(standin: Bundle, frames: Path, tmp_path: Path, gpu: StandinGpu) -> None:
+    made = itertools.count()
+    gpu.fails = lambda graph, shapes: (
+        cuda_failure(719, "unspecified launch failure") if graph == "vision_encoder" and next(made) == 2 else None
+    )
+    summary = infer(standin, options(frames, tmp_path / "out", devices=(Device("cuda"),), batch=1))
+    assert (summary.images, summary.failed) == (3, 1)
+    assert [line["error"] for line in lines(tmp_path / "out") if line["status"] == "error"] == [
+        "vision_encoder fails on cuda:0: CUDA error 719, unspecified launch failure"
+    ]
 
 
 def test_one_image_that_fails_does_not_take_its_batch_along(standin: Bundle, frames: Path, tmp_path: Path) -> None:
