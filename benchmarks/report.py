@@ -243,7 +243,7 @@ def _export_peer() -> str:
     return _table(["", "layers", "seconds", "peak memory", "output"], [*rows, ["vessel-export, whole pipeline", *ours]])
 
 
-def _build() -> str:
+def _build(name: str) -> str:
     rows = [
         [
             stage["stage"],
@@ -252,7 +252,7 @@ def _build() -> str:
             f"{stage['peak_anonymous_gib']} GiB",
             f"{stage['engine_bytes'] / 1e9:.2f} GB",
         ]
-        for stage in _result("build-sm86-28-layers")["stages"]
+        for stage in _result(name)["stages"]
     ]
     return _table(["stage", "engines", "seconds", "peak memory", "size"], rows)
 
@@ -295,7 +295,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     "utilisation": _utilisation,
     "export": _export,
     "export-peer": _export_peer,
-    "build": _build,
+    "build": functools.partial(_build, "build-sm86-28-layers"),
+    "build-int8": functools.partial(_build, "build-sm86-int8-28-layers"),
     "quantization-tiny": functools.partial(_quantization, "examples/tiny"),
     "quantization-angiograms": functools.partial(_quantization, "angiograms"),
     "quantization-stages": _quantized_stages,
