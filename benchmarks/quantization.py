@@ -155,7 +155,6 @@ def _export(out: Path, precision: str, weights: str | None, keep: bool) -> Bundl
 def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequence[str] = ()) -> Path:
     """A stage's graph with its matrices quantized, in the bundle's folder: SAM2's too, which an export leaves as they are."""
     model = ir.load(bundle.folder / bundle.stages[stage].file)
-    model.graph.opset_imports[""] = max(21, model.graph.opset_imports[""])  # the first with blocks of scales
     tensors = []
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -163,8 +162,12 @@ def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequenc
             tensors.append(OutputTensor(name, tuple(array.shape), array.dtype, functools.partial(in_pieces, array)))
             value.const_value = None
     graph = Graph(stage, model, 0)
-    blocks, _ = quantize_graph(graph, kind, keep)
-    stored = [made for tensor in tensors for made in (quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,))]
+    blocks, _ = quantize_graph(graph, kind, keep, fused=True)
+    stored = [
+        made
+        for tensor in tensors
+        for made in (quantized(tensor, blocks[tensor.name], kind, fused=True) if tensor.name in blocks else (tensor,))
+    ]
     folder = bundle.folder / kind.name
     folder.mkdir(exist_ok=True)
     written = write_safetensors(folder, f"{stage}.safetensors", stored)
