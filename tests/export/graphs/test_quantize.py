@@ -52,7 +52,9 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("columns", [96, 33])
-@pytest.mark.parametrize(("weights", "block", "fused"), [("int8", 256, False), ("int4", 16, False), ("int8", 128, True), ("int4", 128, True)])
+@pytest.mark.parametrize(
+    ("weights", "block", "fused"), [("int8", 256, False), ("int4", 16, False), ("int8", 128, True), ("int4", 128, True)]
+)
 def test_no_value_is_more_than_half_a_step_away(weights: str, block: int, fused: bool, columns: int, dtype: torch.dtype) -> None:
     matrix = random(256, columns)
     integers, scales = values(matrix, block, weights, dtype, fused=fused)
