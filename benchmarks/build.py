@@ -1,6 +1,6 @@
 """Builds a bundle's engines, stage by stage: seconds, peak memory of the build and all its processes, size of the engine.
 
-    python -m benchmarks.build --bundle DIR [--describe sm86] [--partitions 4 8]
+    python -m benchmarks.build --bundle DIR [--recipe engines/rtx3090-int8.toml] [--describe sm86] [--partitions 4 8]
 
 All engines are built in a folder of hard links next to the bundle; each is removed after it is measured. `--partitions` builds the language
 model once for each number of partitions, instead of the recipe's. The last line is JSON.
@@ -52,9 +52,19 @@ def main() -> int:
                 )
     finally:
         shutil.rmtree(copy)
-    layers, weights = bundle.language_model.layers, sum(record.bytes for record in bundle.files.values())
-    target = {"architecture": engines.architecture, "stub_gpu": arguments.describe is not None, "precision": bundle.precision}
-    publish(f"build-{engines.architecture}-{layers}-layers", {**target, "layers": layers, "bundle_bytes": weights, "stages": rows})
+    quantized = f"-{bundle.quantization.weights}" if bundle.quantization else ""
+    publish(
+        f"build-{engines.architecture}{quantized}-{bundle.language_model.layers}-layers",
+        {
+            "architecture": engines.architecture,
+            "stub_gpu": arguments.describe is not None,
+            "precision": bundle.precision,
+            "weights": bundle.weights,
+            "layers": bundle.language_model.layers,
+            "bundle_bytes": sum(record.bytes for record in bundle.files.values()),
+            "stages": rows,
+        },
+    )
     return 0
 
 
@@ -84,6 +94,7 @@ def _measure(bundle: Path, stage: str, recipe: Path, partitions: int, describe: 
         "partitions": len(files) - 1,
         "seconds": round(usage.seconds, 1),
         "peak_anonymous_gib": round(usage.peak_anonymous_bytes / 2**30, 2),
+        "weights_bytes": Bundle.load(bundle).weight_bytes(stage),
         "engine_bytes": sum(record.bytes for record in files.values()),
     }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +21,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 from tqdm import tqdm
 
 from benchmarks.measure import publish
+from benchmarks.static_int8 import calibrate, stored_tensors, with_static_activations
 from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.graphs.assemble import Graph, save_graph
 from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
-from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
+from vessel_export.io.safetensors_writer import write_safetensors
 from vessel_export.parity.emulate import emulate
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
@@ -54,6 +53,13 @@ _BUNDLES = (
     ("INT8, FP16 activations, all matrices, emulated", "fp16", "int8", False, True),
     ("INT4, FP32 activations, all matrices", "fp32", "int4", False, False),
     ("INT4, FP16 activations, all matrices, emulated", "fp16", "int4", False, True),
+)
+# W8A8: what keeps FP32 matrices and activations.
+_STATIC = (
+    ("nothing", ()),
+    ("k_proj", ("*.k_proj.weight",)),
+    ("k_proj and down_proj", ("*.k_proj.weight", "*.down_proj.weight")),
+    ("the whole language model", ("layers.*", "lm_head.weight")),
 )
 _SHOWN = 8  # single matrices
 
@@ -126,14 +132,19 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
             add(name, Deployment(base, Device("cpu"), chosen), None, sets[:1])
     stages = rows
     rows = []
+    peaks = calibrate(base, sets[0].paths, sets[0].questions)
+    for name, keep in _STATIC:
+        add(name, with_static_activations(base, base.folder / f"static-{len(rows)}", peaks, keep), None, sets)
+    static = rows
+    rows = []
     for stage, names in _matrices(base).items():
         for matrix in names:
-            keep = [name for name in names if name != matrix]
-            graph = _quantized_graph(base, stage, MatrixType.named("int8"), keep)
+            others = [name for name in names if name != matrix]
+            graph = _quantized_graph(base, stage, MatrixType.named("int8"), others)
             graphs = {name: base.folder / spec.file for name, spec in base.stages.items()} | {stage: graph}
             add(f"{stage}: {matrix}", Deployment(base, Device("cpu"), graphs), None, sets[:1])
     rows.sort(key=lambda row: row["sets"][sets[0].name]["mean_iou"])
-    return {"bundles": whole, "stages": stages, "matrices": rows[:_SHOWN]}
+    return {"bundles": whole, "stages": stages, "static": static, "matrices": rows[:_SHOWN]}
 
 
 def _matrices(base: Bundle) -> dict[str, list[str]]:
@@ -155,24 +166,18 @@ def _export(out: Path, precision: str, weights: str | None, keep: bool) -> Bundl
 def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequence[str] = ()) -> Path:
     """A stage's graph with its matrices quantized, in the bundle's folder: SAM2's too, which an export leaves as they are."""
     model = ir.load(bundle.folder / bundle.stages[stage].file)
-    model.graph.opset_imports[""] = max(21, model.graph.opset_imports[""])  # the first with blocks of scales
-    tensors = []
-    for name, value in model.graph.initializers.items():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            array = torch.from_numpy(np.array(_mapped(bundle.folder, value.const_value)))
-            tensors.append(OutputTensor(name, tuple(array.shape), array.dtype, functools.partial(in_pieces, array)))
-            value.const_value = None
+    tensors = stored_tensors(bundle, model)
     graph = Graph(stage, model, 0)
-    blocks, _ = quantize_graph(graph, kind, keep)
-    stored = [made for tensor in tensors for made in (quantized(tensor, blocks[tensor.name], kind) if tensor.name in blocks else (tensor,))]
+    blocks, _ = quantize_graph(graph, kind, keep, fused=True)
+    stored = [
+        made
+        for tensor in tensors
+        for made in (quantized(tensor, blocks[tensor.name], kind, fused=True) if tensor.name in blocks else (tensor,))
+    ]
     folder = bundle.folder / kind.name
     folder.mkdir(exist_ok=True)
     written = write_safetensors(folder, f"{stage}.safetensors", stored)
     return folder / save_graph(graph, folder, written.locations).file
-
-
-def _mapped(folder: Path, tensor: ir.ExternalTensor) -> npt.NDArray[Any]:
-    return np.memmap(folder / tensor.location, tensor.dtype.numpy(), "r", offset=tensor.offset or 0, shape=tuple(tensor.shape.numpy()))
 
 
 def _segment(deployment: Deployment, frames: _Frames) -> _Run:

@@ -243,7 +243,7 @@ def _export_peer() -> str:
     return _table(["", "layers", "seconds", "peak memory", "output"], [*rows, ["vessel-export, whole pipeline", *ours]])
 
 
-def _build() -> str:
+def _build(name: str) -> str:
     rows = [
         [
             stage["stage"],
@@ -252,7 +252,7 @@ def _build() -> str:
             f"{stage['peak_anonymous_gib']} GiB",
             f"{stage['engine_bytes'] / 1e9:.2f} GB",
         ]
-        for stage in _result("build-sm86-28-layers")["stages"]
+        for stage in _result(name)["stages"]
     ]
     return _table(["stage", "engines", "seconds", "peak memory", "size"], rows)
 
@@ -271,6 +271,16 @@ def _quantized_stages() -> str:
 def _quantized_matrices() -> str:
     scores = [(row["name"], row["sets"]["examples/tiny"]) for row in _result("quantization")["matrices"]]
     return _table(["quantized", "mean IoU", "least IoU"], [[name, f"{s['mean_iou']:.4f}", f"{s['min_iou']:.4f}"] for name, s in scores])
+
+
+def _quantized_activations() -> str:
+    rows = []
+    for row in _result("quantization")["static"]:
+        tiny, angiograms = (row["sets"][name] for name in ("examples/tiny", "angiograms"))
+        answers = sum(found["identical_answers"] for found in (tiny, angiograms)), sum(found["answers"] for found in (tiny, angiograms))
+        numbers = [f"{found[key]:.4f}" for found in (tiny, angiograms) for key in ("mean_iou", "min_iou")]
+        rows.append([row["name"], f"{answers[0]} of {answers[1]}", *numbers])
+    return _table(["in FP32", "answers identical", "mean IoU", "least IoU", "angiograms: mean IoU", "least IoU"], rows)
 
 
 def _scores(found: dict[str, Any]) -> list[str]:
@@ -295,10 +305,12 @@ _TABLES: dict[str, Callable[[], str]] = {
     "utilisation": _utilisation,
     "export": _export,
     "export-peer": _export_peer,
-    "build": _build,
+    "build": functools.partial(_build, "build-sm86-28-layers"),
+    "build-int8": functools.partial(_build, "build-sm86-int8-28-layers"),
     "quantization-tiny": functools.partial(_quantization, "examples/tiny"),
     "quantization-angiograms": functools.partial(_quantization, "angiograms"),
     "quantization-stages": _quantized_stages,
+    "quantization-activations": _quantized_activations,
     "quantization-matrices": _quantized_matrices,
 }
 

@@ -64,3 +64,9 @@ def int8_fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def int4_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(tiny, tmp_path_factory, "int4", weights="int4")
+
+
+@pytest.fixture(scope="session")
+def int4_fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With DequantizeLinear and blocks, where int8_fp16_bundle has a scale for each column."""
+    return _export(tiny, tmp_path_factory, "int4-fp16", precision="fp16", weights="int4")

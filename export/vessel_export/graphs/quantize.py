@@ -1,9 +1,10 @@
-"""Quantizes a graph's matrices to int8 or int4: every block of rows of a column shares a scale, and there is no zero point.
+"""Quantizes a graph's matrices to int8 or int4: some rows of a column share a scale, and there is no zero point.
 
-There are two forms. In the standard one, a matrix [in, out] becomes integers [in, out] and scales [in / block, out] of the graph's type F,
-and `DequantizeLinear` comes before `MatMul`: TensorRT compiles the two. The fused one is ONNX Runtime's own operator, `MatMulNBits`, for
-CPUs: ONNX Runtime would fuse the standard form while it loads, and hold every matrix twice. Values are computed piece by piece from those
-that an unquantized bundle would round to F. Does not know what the graphs compute.
+There are two forms. In the standard one, for GPUs, a matrix [in, out] becomes integers [in, out], and `DequantizeLinear` comes before
+`MatMul`. Int8 has a scale for each column, [out], and int4 one for each block of rows of it, [in / block, out]. These are what
+TensorRT-RTX 1.7.1 multiplies by as they are; others it widens to FP16 before each product (docs/engines.md). The fused form is ONNX
+Runtime's own operator, `MatMulNBits`, for CPUs, always with blocks. Scales have the graph's type F. Values are computed piece by piece
+from those that an unquantized bundle would round to F. Does not know what the graphs compute.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vessel_export.io.safetensors_writer import PIECE, OutputTensor
 __all__ = ["BLOCKS", "MatrixType", "quantize_graph", "quantized"]
 
 BLOCKS = (128, 64, 32, 16)  # the first that divides a matrix's rows; smaller ones are not fused
+_COLUMNS = 16  # TensorRT-RTX widens matrices whose columns are not a multiple of this
 _SCALE = "_scale"  # after a matrix's name
 _DOMAIN = "com.microsoft"
 _ACCURACY = 4  # activations are rounded to 8 bits; other levels take 20 to 100 times longer for one row
@@ -52,7 +54,8 @@ def quantize_graph(
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Make every weight that is the right operand of MatMul quantized, in place, in the standard or the fused form.
 
-    Names that match a pattern of `keep` are left as they are.
+    Names that match a pattern of `keep` are left as they are. In the standard form a matrix gets columns of zeros up to a multiple of 16,
+    and the product is cut to those that it had.
 
     Returns the number of rows that share a scale for each such matrix, and for matrices that stay as they are the reason.
     """
@@ -63,7 +66,8 @@ def quantize_graph(
         if not uses or any((node.op_type, index) != ("MatMul", 1) for node, index in uses):
             continue
         shape = [int(size) for size in weight.shape or () if isinstance(size, int)]
-        name, block = str(weight.name), next((block for block in BLOCKS if shape[0] % block == 0), None)
+        blocks_of = BLOCKS if fused or kind.bits == 4 else shape[:1]
+        name, block = str(weight.name), next((block for block in blocks_of if shape[0] % block == 0), None)
         if pattern := next((pattern for pattern in keep if fnmatchcase(name, pattern)), None):
             kept[name] = f"the recipe keeps {pattern}"
             continue
@@ -94,14 +98,38 @@ def _fuse(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], block: int, k
 
 def _dequantize(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], block: int, kind: MatrixType) -> None:
     uses = list(weight.uses())
-    scale = _scale_of(graph, weight, [shape[0] // block, shape[1]])
-    node = ir.node("DequantizeLinear", [weight, scale], {"axis": 0, "block_size": block}, name=f"{weight.name}/DequantizeLinear")
+    (rows, columns), stored = shape, _padded(shape[1])
+    scale = _scale_of(graph, weight, [stored] if kind.bits == 8 else [rows // block, stored])
+    attributes = {"axis": 1} if kind.bits == 8 else {"axis": 0, "block_size": block}
+    node = ir.node("DequantizeLinear", [weight, scale], attributes, name=f"{weight.name}/DequantizeLinear")
     wide = node.outputs[0]
-    wide.name, wide.shape, wide.type = f"{weight.name}/dequantized", weight.shape, weight.type
-    weight.type = ir.TensorType(kind.dtype)
+    wide.name, wide.shape, wide.type = f"{weight.name}/dequantized", ir.Shape([rows, stored]), weight.type
+    weight.shape, weight.type = wide.shape, ir.TensorType(kind.dtype)
     graph.insert_before(uses[0][0], node)
     for user, index in uses:
         user.replace_input_with(index, wide)
+        if stored > columns:
+            _cut(graph, user, columns, stored)
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // _COLUMNS) * _COLUMNS
+
+
+def _cut(graph: ir.Graph, product: ir.Node, columns: int, stored: int) -> None:
+    """Take the first `columns` of a product's `stored`; they have its name."""
+    whole = product.outputs[0]
+    bounds = [ir.node("Constant", [], {"value": ir.tensor([bound], ir.DataType.INT64)}) for bound in (0, columns, -1)]
+    for node, bound in zip(bounds, ("start", "end", "axis"), strict=True):
+        node.outputs[0].name = f"{whole.name}/{bound}"
+    cut = ir.node("Slice", [whole, *(node.outputs[0] for node in bounds)], name=f"{product.name}/Slice")
+    part = cut.outputs[0]
+    part.type, part.shape = whole.type, whole.shape
+    ir.convenience.replace_all_uses_with(whole, part, replace_graph_outputs=True)
+    cut.replace_input_with(0, whole)
+    part.name, whole.name = whole.name, f"{whole.name}/padded"
+    whole.shape = None if whole.shape is None else ir.Shape([*whole.shape[:-1], stored])
+    graph.insert_after(product, [*bounds, cut])
 
 
 def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool = False) -> tuple[OutputTensor, OutputTensor]:
@@ -109,12 +137,15 @@ def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool
 
     A scale is the block's largest magnitude / `kind.largest`, rounded to the tensor's dtype. A value is divided by its rounded scale, and
     rounded to the nearest integer, half to even: it is at most half a scale away from what is stored. Int4 values are stored two in a
-    byte, the first in the lower half, as ONNX packs them.
+    byte, the first in the lower half, as ONNX packs them. Columns that fill up a matrix are zeros with a scale of 1. A block of all rows
+    takes the tensor's values twice: all of a column's decide its scale.
 
     The fused form has [out, in / block, block] unsigned integers around 128 (8 for int4), and scales [out * in / block]. Its rows are the
     matrix's columns, so the integers of one matrix are in memory: 0.54 GB for the head of the 8B model.
     """
     rows, columns = tensor.shape
+    if not fused and _padded(columns) > columns:
+        tensor, columns = _fill_up(tensor), _padded(columns)
     work = _Quantizer(tensor, block, kind)
     if fused:
         stored = columns, rows // block, block * kind.bits // 8
@@ -134,11 +165,27 @@ def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool
         integers = OutputTensor(tensor.name, (math.prod(tensor.shape) // 2,), torch.uint8, lambda: map(_packed, work.integers()))
     else:
         integers = OutputTensor(tensor.name, tensor.shape, torch.int8, work.integers)
+    if kind.bits == 8:
+        return integers, OutputTensor(f"{tensor.name}{_SCALE}", (columns,), tensor.dtype, lambda: (scale[0] for scale in work.scales()))
     return integers, OutputTensor(f"{tensor.name}{_SCALE}", (rows // block, columns), tensor.dtype, work.scales)
 
 
+def _fill_up(tensor: OutputTensor) -> OutputTensor:
+    rows, columns = tensor.shape
+    stored = _padded(columns)
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for piece in tensor.pieces():
+            yield torch.nn.functional.pad(piece.mT, (0, 0, 0, stored - columns)).mT  # in the layout of a transposed view
+
+    return OutputTensor(tensor.name, (rows, stored), tensor.dtype, pieces)
+
+
 class _Quantizer:
-    """Integers and scales come from the same values. The scales wait in memory: they are less than a thirtieth of the values."""
+    """Integers and scales come from the same values. The scales wait in memory: they are less than a thirtieth of the values.
+
+    `block` is the number of rows that share a scale: part of a piece, or all of them.
+    """
 
     def __init__(self, tensor: OutputTensor, block: int, kind: MatrixType) -> None:
         self._tensor, self._block, self._largest = tensor, block, kind.largest
@@ -146,18 +193,34 @@ class _Quantizer:
 
     def integers(self) -> Iterator[torch.Tensor]:
         self._scales = []
+        common = self._of_columns() if self._block == self._tensor.shape[0] else None
         for piece in self._tensor.pieces():
-            if len(piece) % self._block:
-                raise ValueError(f"{self._tensor.name}: a piece of {len(piece)} rows is not whole blocks of {self._block}")
+            block = self._block if common is None else len(piece)
+            if len(piece) % block:
+                raise ValueError(f"{self._tensor.name}: a piece of {len(piece)} rows is not whole blocks of {block}")
             # A wide piece in strips of columns: memory of this size is used again and again.
-            strips = [self._rounded(strip) for strip in torch.split(piece.mT, max(1, PIECE // len(piece)))]
-            self._scales.append(torch.cat([scale for _, scale in strips]).mT)
+            width = max(1, PIECE // len(piece))
+            given = [None] * -(-piece.shape[1] // width) if common is None else torch.split(common, width)
+            strips = [self._rounded(strip, block, scale) for strip, scale in zip(torch.split(piece.mT, width), given, strict=True)]
+            if common is None:
+                self._scales.append(torch.cat([scale for _, scale in strips]).mT)
             yield torch.cat([integers for integers, _ in strips]).mT
+        if common is not None:
+            self._scales = [common.mT]
 
-    def _rounded(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Some columns of a piece, [out, rows], as integers of this shape, and their scales [out, rows / block]."""
-        blocks = columns.float().reshape(len(columns), -1, self._block)
-        scale = self._scale(torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_()))
+    def _of_columns(self) -> torch.Tensor:
+        """The scales [out, 1] of whole columns."""
+        found = torch.zeros(self._tensor.shape[1])
+        for piece in self._tensor.pieces():
+            for strip, magnitude in zip(*(torch.split(part, max(1, PIECE // len(piece))) for part in (piece.mT, found)), strict=True):
+                torch.maximum(magnitude, torch.maximum(strip.amax(-1), -strip.amin(-1)).float(), out=magnitude)
+        return self._scale(found[:, None])
+
+    def _rounded(self, columns: torch.Tensor, block: int, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some columns of a piece, [out, rows], as integers of this shape, and their scales [out, rows / block], which may be known."""
+        blocks = columns.float().reshape(len(columns), -1, block)
+        if scale is None:
+            scale = self._scale(torch.maximum(blocks.amax(-1), blocks.amin(-1).neg_()))
         integers = (blocks / scale.float()[..., None]).round_().clamp_(-self._largest, self._largest)
         return integers.to(torch.int8).flatten(1), scale
 

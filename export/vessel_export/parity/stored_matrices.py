@@ -49,13 +49,14 @@ class Matrix:
         return integers(slice(0, len(scales) * self.block)).float() * scales.float().repeat_interleave(self.block, 0)
 
     def open(self, folder: Path) -> tuple[Callable[[slice], torch.Tensor], torch.Tensor]:
-        """A function that reads rows of the integers, int8 [rows, out], and the scales [in / block, out]. A slice has whole blocks."""
+        """A function that reads rows of the integers, int8 [rows, out], and the scales [in / block, out]. A slice starts at an even row."""
         integers, scales = _read(folder, self.integers), _read(folder, self.scales)
         if integers.ndim == 3:  # the fused form: [out, in / block, bytes of a block]
             columns, blocks, size = integers.shape
             bits = size * 8 // self.block
             flat = integers.reshape(columns, -1)
             return (lambda rows: _signed(flat, rows, bits)), scales.reshape(columns, blocks).mT
+        scales = scales.reshape(-1, scales.shape[-1])
         if integers.ndim == 1:
             return (lambda rows: _unpacked(integers, scales.shape[1], rows)), scales
         return integers.__getitem__, scales
@@ -85,16 +86,18 @@ def stored_matrices(bundle: Bundle, stage: str) -> Iterator[Matrix]:
         integers, scales = (*operands, None, None)[:2]
         if len(operands) != 2 or integers is None or scales is None or integers.shape is None or scales.shape is None:
             raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
-        block = node.attributes.get_int("block_size", 0)
+        block = node.attributes.get_int("block_size", 0) or _shape(integers)[0]  # without blocks, a column has one scale
         (_check_fused if node.op_type == "MatMulNBits" else _check_standard)(bundle, path, node, block)
         yield Matrix(str(integers.name), block, integers, scales)
 
 
 def _check_standard(bundle: Bundle, path: Path, node: ir.Node, block: int) -> None:
     integers, scales = (_shape(value) for value in node.inputs)
-    if getattr(node.inputs[0], "dtype", None) != _DTYPES.get(bundle.weights) or node.attributes.get_int("axis", 1) != 0:
+    by_column = bundle.weights == "int8"
+    axis, blocks = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    if getattr(node.inputs[0], "dtype", None) != _DTYPES.get(bundle.weights) or axis != int(by_column):
         raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
-    if scales != [integers[0] / max(1, block), *integers[1:]]:
+    if scales != (integers[1:] if by_column else [integers[0] / block, *integers[1:]]) or bool(blocks) == by_column:
         raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
 
 
@@ -123,16 +126,15 @@ def rounding_errors(bundle: Bundle, reference: Reference) -> Iterator[tuple[str,
 
 
 def _error(folder: Path, stored: Matrix, modules: list[Any]) -> float:
-    """Whole blocks of rows at a time: the matrix is [in, out], the reference's modules hold [out, in]."""
+    """Some rows at a time: the matrix is [in, out], the reference's modules hold [out, in]."""
     integers, scales = stored.open(folder)
-    (blocks, columns), block = scales.shape, stored.block
-    rows, worst = max(1, _AT_ONCE // columns // block), 0.0
-    for start in range(0, blocks, rows):
-        scale = scales[start : start + rows].float()[:, None]  # [blocks, 1, out]
-        inside = slice(start * block, (start + len(scale)) * block)
-        values = integers(inside)
+    (blocks, columns), worst = scales.shape, 0.0
+    for start in range(0, blocks * stored.block, at_once := max(1, _AT_ONCE // columns // 2) * 2):  # an even number
+        inside = slice(start, min(start + at_once, blocks * stored.block))
+        scale = scales[torch.arange(inside.start, inside.stop) // stored.block].float()
         expected = torch.cat([_weight(module, inside) for module in modules]).mT  # [rows, out]
-        difference = (values.float().reshape(-1, block, columns) * scale - expected.reshape(-1, block, columns)).abs_()
+        expected = torch.nn.functional.pad(expected, (0, columns - expected.shape[1]))  # a matrix may be filled up with zeros
+        difference = (integers(inside).float() * scale - expected).abs_()
         worst = max(worst, float((difference / scale.abs()).nan_to_num(math.inf).max()))  # 0 / 0: a scale of zero
     return worst
 

@@ -5,6 +5,7 @@ Nothing here runs an engine. The tiny model's take some seconds; the widths of t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -118,12 +119,17 @@ def test_every_stage_compiles_whole(built: Path, recipe: Recipe) -> None:
     assert Bundle.load(built).files.keys() == bundle.files.keys()
 
 
+def _quantized(weights: str) -> Recipe:
+    return msgspec.structs.replace(load_recipe("rtx3090-int8"), weights=weights)
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_quantized_stages_compile_whole(tiny: Tiny, recipe: Recipe, weights: str, tmp_path: Path) -> None:
-    quantized = msgspec.structs.replace(recipe, weights=weights)
-    export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), tmp_path / "bundle", quantized))
-    build_engines(_request(tmp_path / "bundle", quantized))
-    _check_whole(tmp_path / "bundle", EngineSet.open(Bundle.load(tmp_path / "bundle"), _target()))
+def test_quantized_stages_compile_whole(tiny: Tiny, weights: str, tmp_path: Path) -> None:
+    recipe = _quantized(weights)
+    bundle = export_bundle(ExportRequest(tiny.checkpoint, str(tiny.base), str(tiny.sam2), tmp_path / "bundle", recipe)).bundle
+    build_engines(_request(bundle.folder, recipe))
+    engines = EngineSet.open(bundle, _target())
+    _check_whole(bundle.folder, engines)
 
 
 def test_what_a_sidecar_says(built: Path, recipe: Recipe) -> None:
@@ -447,3 +453,20 @@ def test_every_stage_compiles_whole_at_full_width(full_width: ExportRequest, rec
         for tensor in onnx.load(full_width_bundle / f"{stage}.onnx", load_external_data=False).graph.initializer
     )
     assert 0.9 < sum(record.bytes for record in engines.files.values()) / weights < 1.2
+
+
+@pytest.mark.full_width
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_stages_compile_whole_at_full_width(full_width: ExportRequest, weights: str) -> None:
+    recipe = _quantized(weights)
+    bundle = export_bundle(dataclasses.replace(full_width, out=full_width.out.with_name(weights), recipe=recipe)).bundle
+    assert recipe.engines is not None
+    for most in (recipe.engines.max_batch, 1):  # other forms of int8 become FP16 if all batches have one image
+        engine_recipe = msgspec.structs.replace(recipe.engines, max_batch=most)
+        build_engines(_request(bundle.folder, msgspec.structs.replace(recipe, engines=engine_recipe), rebuild=True))
+        engines = EngineSet.open(bundle, _target())
+        _check_whole(bundle.folder, engines)
+        for stage in ("vision_encoder", "language_model"):
+            size = sum(record.bytes for record in engines.engines[stage].files.values())
+            assert 0 <= size - bundle.weight_bytes(stage) < 32 << 20, f"{stage}: the engine does not have the integers"
+    shutil.rmtree(bundle.folder)

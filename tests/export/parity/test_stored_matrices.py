@@ -41,13 +41,19 @@ def standard(int8_fp16_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(int8_fp16_bundle, tmp_path / "standard"))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int8_fp16", "int4"])
+@pytest.fixture
+def standard_int4(int4_fp16_bundle: Path, tmp_path: Path) -> Path:
+    """In the standard form, with blocks."""
+    return Path(shutil.copytree(int4_fp16_bundle, tmp_path / "standard"))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int8_fp16", "int4", "int4_fp16"])
 def test_every_stored_value_is_within_half_a_step(reference: Reference, weights: str, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.load(request.getfixturevalue(f"{weights}_bundle"))
     errors = {(stage, name): error for stage, name, error in rounding_errors(bundle, reference)}
     assert bundle.quantization
     assert errors.keys() == {(stage, name) for stage, matrices in bundle.quantization.matrices.items() for name in matrices}
-    of_layer = 7 if weights == "int4" else 6  # the recipes for int8 keep k_proj
+    of_layer = 7 if "int4" in weights else 6  # the recipes for int8 keep k_proj
     vision_layers = sum(name.endswith("attn.qkv.weight") for _, name in errors)
     assert len(errors) == 3 * of_layer + 1 + 4 * vision_layers + 2  # the head, and the projector's two
     assert 0.45 < min(errors.values()) <= max(errors.values()) < 0.501
@@ -118,9 +124,13 @@ def block_size(node: onnx.NodeProto) -> None:
     attributes["block_size"].i //= 2
 
 
+def blocks(node: onnx.NodeProto) -> None:
+    node.attribute.append(onnx.helper.make_attribute("block_size", 16))
+
+
 def axis(node: onnx.NodeProto) -> None:
     attributes = {attribute.name: attribute for attribute in node.attribute}
-    attributes["axis"].i = 1
+    attributes["axis"].i = 1 - attributes["axis"].i
 
 
 def zero_point(node: onnx.NodeProto) -> None:
@@ -140,14 +150,15 @@ def accuracy(node: onnx.NodeProto) -> None:
 @pytest.mark.parametrize(
     ("form", "change"),
     [
-        *(("standard", change) for change in (block_size, axis, zero_point)),
+        *(("standard", change) for change in (blocks, axis, zero_point)),
+        *(("standard_int4", change) for change in (block_size, axis, zero_point)),
         *(("copy", change) for change in (block_size, bits, accuracy, zero_point)),
     ],
 )
 def test_a_graph_that_dequantizes_otherwise(form: str, change: Callable[[onnx.NodeProto], None], request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(form)
     graph = onnx.load(folder / "language_model.onnx", load_external_data=False)
-    operator = "DequantizeLinear" if form == "standard" else "MatMulNBits"
+    operator = "MatMulNBits" if form == "copy" else "DequantizeLinear"
     change(next(node for node in graph.graph.node if node.op_type == operator))
     onnx.save(graph, folder / "language_model.onnx")
     rehash(folder, "language_model.onnx")
