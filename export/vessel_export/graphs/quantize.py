@@ -1,9 +1,11 @@
 """Quantizes a graph's matrices to int8 or int4: every block of rows of a column shares a scale, and there is no zero point.
 
-There are two forms. In the standard one, a matrix [in, out] becomes integers [in, out] and scales [in / block, out] of the graph's type F,
-and `DequantizeLinear` comes before `MatMul`: TensorRT compiles the two. The fused one is ONNX Runtime's own operator, `MatMulNBits`, for
-CPUs: ONNX Runtime would fuse the standard form while it loads, and hold every matrix twice. Values are computed piece by piece from those
-that an unquantized bundle would round to F. Does not know what the graphs compute.
+There are three forms, named by their operators. In `DequantizeLinear`, the standard one, a matrix [in, out] becomes integers [in, out] and
+scales [in / block, out] of the graph's type F, before `MatMul`: TensorRT compiles the two. The other two are ONNX Runtime's own operators
+for CPUs, which also round the activations to 8 bits. `MatMulNBits` is what ONNX Runtime makes of the standard form while it loads, holding
+every matrix twice; it is the fastest for a few rows. `MatMulIntegerToFloat` is the fastest for thousands of rows: int8 only, with one scale
+for a whole column. Values are computed piece by piece from those that an unquantized bundle would round to F. Does not know what the graphs
+compute.
 """
 
 from __future__ import annotations
@@ -11,16 +13,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tape import Tape
 
 from vessel_export.graphs.assemble import Graph
 from vessel_export.io.safetensors_writer import PIECE, OutputTensor
 
-__all__ = ["BLOCKS", "MatrixType", "quantize_graph", "quantized"]
+__all__ = ["BLOCKS", "Form", "MatrixType", "quantize_graph", "quantized", "with_quantized"]
+
+Form: TypeAlias = Literal["DequantizeLinear", "MatMulNBits", "MatMulIntegerToFloat"]
 
 BLOCKS = (128, 64, 32, 16)  # the first that divides a matrix's rows; smaller ones are not fused
 _SCALE = "_scale"  # after a matrix's name
@@ -48,11 +56,16 @@ class MatrixType:
 
 
 def quantize_graph(
-    graph: Graph, kind: MatrixType, keep: Sequence[str] = (), *, fused: bool = False
+    graph: Graph,
+    kind: MatrixType,
+    keep: Sequence[str] = (),
+    form: Form = "DequantizeLinear",
+    *,
+    exempt: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Make every weight that is the right operand of MatMul quantized, in place, in the standard or the fused form.
+    """Make every weight that is the right operand of MatMul quantized, in place.
 
-    Names that match a pattern of `keep` are left as they are.
+    Names that match a pattern of `keep`, and those in `exempt`, which has the reasons, are left as they are.
 
     Returns the number of rows that share a scale for each such matrix, and for matrices that stay as they are the reason.
     """
@@ -63,7 +76,11 @@ def quantize_graph(
         if not uses or any((node.op_type, index) != ("MatMul", 1) for node, index in uses):
             continue
         shape = [int(size) for size in weight.shape or () if isinstance(size, int)]
-        name, block = str(weight.name), next((block for block in BLOCKS if shape[0] % block == 0), None)
+        blocks_of_form = shape[:1] if form == "MatMulIntegerToFloat" else BLOCKS
+        name, block = str(weight.name), next((block for block in blocks_of_form if shape[0] % block == 0), None)
+        if name in exempt:
+            kept[name] = exempt[name]
+            continue
         if pattern := next((pattern for pattern in keep if fnmatchcase(name, pattern)), None):
             kept[name] = f"the recipe keeps {pattern}"
             continue
@@ -71,7 +88,7 @@ def quantize_graph(
             kept[name] = f"its {shape[0]} rows are not a multiple of {BLOCKS[-1]}"
             continue
         blocks[name] = block
-        (_fuse if fused else _dequantize)(graph.model.graph, weight, shape, block, kind)
+        _REWRITES[form](graph.model.graph, weight, shape, block, kind)
     return blocks, kept
 
 
@@ -104,19 +121,63 @@ def _dequantize(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], block: 
         user.replace_input_with(index, wide)
 
 
-def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool = False) -> tuple[OutputTensor, OutputTensor]:
+def _multiply_integers(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], _block: int, _kind: MatrixType) -> None:
+    """Each row of the activations x gets its own scale, the least with which it fits into 8 bits, and is rounded to integers around a zero
+    point. Results of Gelu are above -0.17: a low zero point leaves most integers to the positive ones.
+    """
+    scale = _scale_of(graph, weight, shape[1:])
+    weight.type = ir.TensorType(ir.DataType.INT8)
+    last, one, least = (_constant(graph, name, value) for name, value in _CONSTANTS.items())
+    zero = _constant(graph, f"{weight.name}/zero", np.int8(0))  # one for each matrix: ONNX Runtime converts them together
+    for user, _ in list(weight.uses()):
+        tape, x = Tape(), user.inputs[0]
+        producer = x.producer() if x else None
+        middle = _GELU_ZERO if producer and producer.op_type == "Gelu" else _ZERO
+        above, below = (_constant(graph, f"quantized/{size}", np.float32(1 / size)) for size in (255 - middle, -middle))
+        point = _constant(graph, f"quantized/zero{middle}", np.uint8(middle))
+        highest = tape.op("Mul", [tape.op("ReduceMax", [x, last], {"keepdims": 1}), above])
+        lowest = tape.op("Mul", [tape.op("ReduceMin", [x, last], {"keepdims": 1}), below])
+        of_row = tape.op("Max", [highest, lowest, least])  # above zero also for a row of zeros
+        points = tape.op("Expand", [point, tape.op("Shape", [of_row])])
+        rounded = tape.op("QuantizeLinear", [x, of_row, points], {"axis": -1, "block_size": shape[0]})
+        product = tape.op("MatMulIntegerToFloat", [rounded, weight, one, scale, point, zero], domain=_DOMAIN, name=user.name)
+        product.dtype, product.shape = user.outputs[0].dtype, user.outputs[0].shape
+        result = tape.op("Mul", [product, of_row])
+        ir.convenience.replace_nodes_and_values(graph, user, [user], tape.nodes, user.outputs, [result])
+    graph.opset_imports[_DOMAIN] = 1
+
+
+def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    """An initializer of the graph, made when it is first needed."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.asarray(value), name=name)
+        graph.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return graph.initializers[name]
+
+
+_ZERO, _GELU_ZERO = 128, 32  # of activations in 8 bits
+_CONSTANTS = {"quantized/last": np.array([-1]), "quantized/one": np.float32(1), "quantized/least": np.float32(1e-30)}
+_REWRITES = {"DequantizeLinear": _dequantize, "MatMulNBits": _fuse, "MatMulIntegerToFloat": _multiply_integers}
+
+
+def quantized(tensor: OutputTensor, block: int, kind: MatrixType, form: Form = "DequantizeLinear") -> tuple[OutputTensor, OutputTensor]:
     """The integers and the scales of `tensor` [in, out], as tensors of the names that the graph has.
 
     A scale is the block's largest magnitude / `kind.largest`, rounded to the tensor's dtype. A value is divided by its rounded scale, and
     rounded to the nearest integer, half to even: it is at most half a scale away from what is stored. Int4 values are stored two in a
     byte, the first in the lower half, as ONNX packs them.
 
-    The fused form has [out, in / block, block] unsigned integers around 128 (8 for int4), and scales [out * in / block]. Its rows are the
-    matrix's columns, so the integers of one matrix are in memory: 0.54 GB for the head of the 8B model.
+    `MatMulNBits` has [out, in / block, block] unsigned integers around 128 (8 for int4), and scales [out * in / block]. Its rows are the
+    matrix's columns, so the integers of one matrix are in memory: 0.54 GB for the head of the 8B model. `MatMulIntegerToFloat` has scales
+    [out], and the whole matrix in memory.
     """
     rows, columns = tensor.shape
+    if form == "MatMulIntegerToFloat":
+        whole = dataclasses.replace(tensor, pieces=lambda: [torch.cat(list(tensor.pieces()))])
+        integers, scales = quantized(whole, rows, kind)
+        return integers, dataclasses.replace(scales, shape=(columns,), pieces=lambda: (piece.flatten() for piece in scales.pieces()))
     work = _Quantizer(tensor, block, kind)
-    if fused:
+    if form == "MatMulNBits":
         stored = columns, rows // block, block * kind.bits // 8
 
         def by_columns() -> Iterator[torch.Tensor]:
@@ -135,6 +196,13 @@ def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool
     else:
         integers = OutputTensor(tensor.name, tensor.shape, torch.int8, work.integers)
     return integers, OutputTensor(f"{tensor.name}{_SCALE}", (rows // block, columns), tensor.dtype, work.scales)
+
+
+def with_quantized(
+    tensors: Sequence[OutputTensor], blocks: Mapping[str, int], kind: MatrixType, form: Form = "DequantizeLinear"
+) -> list[OutputTensor]:
+    """The tensors of a file, with integers and scales in place of those in `blocks`, as `quantize_graph` returns them."""
+    return [made for one in tensors for made in (quantized(one, blocks[one.name], kind, form) if one.name in blocks else (one,))]
 
 
 class _Quantizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from vessel_export.graphs.activations import sam2_encoder_bytes
@@ -11,7 +12,7 @@ from vessel_export.graphs.assemble import Graph
 from vessel_export.graphs.torch_export import trace
 from vessel_export.io.safetensors_writer import OutputTensor
 
-__all__ = ["Sam2ImageEncoder", "trace_sam2_image_encoder"]
+__all__ = ["Sam2ImageEncoder", "trace_sam2_image_encoder", "weights_of_fine_features"]
 
 
 class Sam2ImageEncoder(torch.nn.Module):
@@ -40,3 +41,16 @@ def trace_sam2_image_encoder(sam2_model: Any, image_size: int, dtype: torch.dtyp
     size = sam2_encoder_bytes(image_size, trunk_channels, sam2_model.sam_prompt_embed_dim, dtype.itemsize)
     dynamic = {"pixel_values": "images"}
     return trace("sam2_image_encoder", module, {"pixel_values": pixel_values}, names, dynamic, opset=opset, activation_bytes=size)
+
+
+def weights_of_fine_features(graph: Graph) -> set[str]:
+    """The names of the weights on which fpn_0 and fpn_1 depend: those of Hiera's first two stages and of their convolutions."""
+    pending = [value for value in graph.model.graph.outputs if value.name in ("fpn_0", "fpn_1")]
+    seen: set[ir.Value] = set()
+    while pending:
+        value = pending.pop()
+        producer = value.producer()
+        if value not in seen and producer:
+            pending += [operand for operand in producer.inputs if operand]
+        seen.add(value)
+    return {str(value.name) for value in seen if value.is_initializer()}

@@ -34,13 +34,15 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfl
 # Operators that are too slow on the CPU while a GPU waits. ONNX Runtime places shape arithmetic there by design, these without a kernel.
 _HEAVY = frozenset(
     (
-        "Attention", "Conv", "ConvTranspose", "DequantizeLinear", "Gemm", "LayerNormalization", "MatMul", "MatMulNBits",
-        "RotaryEmbedding", "TensorScatter",
+        "Attention", "Conv", "ConvTranspose", "DequantizeLinear", "Gemm", "LayerNormalization", "MatMul", "MatMulIntegerToFloat",
+        "MatMulNBits", "RotaryEmbedding", "TensorScatter",
     )
 )  # fmt: skip
 
 # What ONNX Runtime's arenas, CUDA and TensorRT say when memory runs out.
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 # What a plain RuntimeError of ONNX Runtime's bindings says if the device caused it; other ones are bugs.
 _OF_THE_DEVICE = re.compile(r"CUDA|CUDNN|CUBLAS|TensorRT", re.IGNORECASE)
@@ -73,6 +75,7 @@ class Session:
             # A pattern is one allocation for all activations of a shape, which comes on top of what earlier runs have allocated.
             options.enable_mem_pattern = False
             options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+            options.add_session_config_entry("session.x64quantprecision", str(int(_products_overflow())))
         options.log_severity_level = 3  # errors only; its warnings are for authors of graphs
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX
@@ -168,6 +171,15 @@ class Session:
             if isinstance(e, _run_faults()) or (isinstance(e, RuntimeError) and _OF_THE_DEVICE.search(str(e))):
                 raise GraphError(text) from e
             raise
+
+
+def _products_overflow() -> bool:
+    """Whether this processor lacks the VNNI instructions: ONNX Runtime then adds products of 8 bits in 16, which overflow, unless it is
+    told to take slower instructions."""
+    try:
+        return "_vnni" not in _CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return True
 
 
 def _operators_on_the_cpu(session: Any) -> set[str]:
