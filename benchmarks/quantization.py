@@ -27,8 +27,9 @@ from benchmarks.measure import publish
 from benchmarks.static_int8 import calibrate, stored_tensors, with_static_activations
 from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.graphs.assemble import Graph, save_graph
-from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
-from vessel_export.io.safetensors_writer import write_safetensors
+from vessel_export.graphs.quantize import Form, MatrixType, quantize_graph, with_quantized
+from vessel_export.graphs.sam2_image_encoder import weights_of_fine_features
+from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
 from vessel_export.parity.emulate import emulate
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
@@ -62,6 +63,7 @@ _STATIC = (
     ("the whole language model", ("layers.*", "lm_head.weight")),
 )
 _SHOWN = 8  # single matrices
+_ENCODER = "sam2_image_encoder"
 
 _Masks = list[npt.NDArray[np.bool_]]
 
@@ -128,8 +130,10 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
         graphs = {stage: _quantized_graph(base, stage, MatrixType.named(weights)) for stage in STAGES}
         for stages in (*((stage,) for stage in STAGES), ("vision_encoder", "language_model"), STAGES):
             name = f"{weights.upper()}: {'all stages' if len(stages) == len(STAGES) else ' and '.join(stages)}"
-            chosen = {stage: graphs[stage] if stage in stages else base.folder / base.stages[stage].file for stage in STAGES}
-            add(name, Deployment(base, Device("cpu"), chosen), None, sets[:1])
+            add(name, _with_graphs(base, {stage: graphs[stage] for stage in stages}), None, sets[:1])
+        if weights == "int8":
+            coarse = {_ENCODER: _quantized_graph(base, _ENCODER, MatrixType.named(weights), coarse=True)}
+            add(f"INT8: {_ENCODER}, without what fpn_0 and fpn_1 depend on", _with_graphs(base, coarse), None, sets[:1])
     stages = rows
     rows = []
     peaks = calibrate(base, sets[0].paths, sets[0].questions)
@@ -139,18 +143,22 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
     rows = []
     for stage, names in _matrices(base).items():
         for matrix in names:
-            others = [name for name in names if name != matrix]
-            graph = _quantized_graph(base, stage, MatrixType.named("int8"), others)
-            graphs = {name: base.folder / spec.file for name, spec in base.stages.items()} | {stage: graph}
-            add(f"{stage}: {matrix}", Deployment(base, Device("cpu"), graphs), None, sets[:1])
+            keep = [name for name in names if name != matrix]
+            graph = _quantized_graph(base, stage, MatrixType.named("int8"), keep)
+            add(f"{stage}: {matrix}", _with_graphs(base, {stage: graph}), None, sets[:1])
     rows.sort(key=lambda row: row["sets"][sets[0].name]["mean_iou"])
     return {"bundles": whole, "stages": stages, "static": static, "matrices": rows[:_SHOWN]}
 
 
+def _with_graphs(base: Bundle, graphs: Mapping[str, Path]) -> Deployment:
+    """The bundle with other graphs of some stages."""
+    return Deployment(base, Device("cpu"), {name: base.folder / spec.file for name, spec in base.stages.items()} | dict(graphs))
+
+
 def _matrices(base: Bundle) -> dict[str, list[str]]:
-    """What an export quantizes, by stage."""
+    """What an export may quantize, by stage."""
     found: dict[str, list[str]] = {}
-    for stage in ("vision_encoder", "language_model"):
+    for stage in ("vision_encoder", "language_model", _ENCODER):
         graph = ir.load(base.folder / base.stages[stage].file).graph
         found[stage] = [str(node.inputs[1].name) for node in graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
     return found
@@ -163,20 +171,17 @@ def _export(out: Path, precision: str, weights: str | None, keep: bool) -> Bundl
     return export_bundle(ExportRequest(checkpoint, str(_TINY / "base"), str(_TINY / "sam2_tiny.pt"), out, recipe)).bundle
 
 
-def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequence[str] = ()) -> Path:
-    """A stage's graph with its matrices quantized, in the bundle's folder: SAM2's too, which an export leaves as they are."""
+def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequence[str] = (), *, coarse: bool = False) -> Path:
+    """A stage's graph with its matrices quantized, in the bundle's folder: also those that an export leaves as they are."""
+    form: Form = "MatMulIntegerToFloat" if (stage, kind.name) == (_ENCODER, "int8") else "MatMulNBits"
     model = ir.load(bundle.folder / bundle.stages[stage].file)
     tensors = stored_tensors(bundle, model)
     graph = Graph(stage, model, 0)
-    blocks, _ = quantize_graph(graph, kind, keep, fused=True)
-    stored = [
-        made
-        for tensor in tensors
-        for made in (quantized(tensor, blocks[tensor.name], kind, fused=True) if tensor.name in blocks else (tensor,))
-    ]
+    exempt = dict.fromkeys(weights_of_fine_features(graph), "") if coarse else {}
+    blocks, _ = quantize_graph(graph, kind, keep, form, exempt=exempt)
     folder = bundle.folder / kind.name
     folder.mkdir(exist_ok=True)
-    written = write_safetensors(folder, f"{stage}.safetensors", stored)
+    written = write_safetensors(folder, f"{stage}.safetensors", with_quantized(tensors, blocks, kind, form))
     return folder / save_graph(graph, folder, written.locations).file
 
 

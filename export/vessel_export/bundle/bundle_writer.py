@@ -22,7 +22,7 @@ from vessel_export.bundle.sam2_stages import Written, write_sam2_stages
 from vessel_export.errors import BaseModelError, CheckpointError
 from vessel_export.graphs.assemble import DTYPES, TO_IR, Graph, save_graph
 from vessel_export.graphs.language_model import build_language_model
-from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
+from vessel_export.graphs.quantize import Form, MatrixType, quantize_graph, with_quantized
 from vessel_export.graphs.vision_encoder import build_vision_encoder
 from vessel_export.io.files import staging
 from vessel_export.io.safetensors_writer import OutputTensor, WrittenFile, file_size, write_safetensors
@@ -61,9 +61,6 @@ _IMAGE_START, _IMAGE_TOKEN, _IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
 _STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _QUESTION = "Please segment vessel in this image."
 _ANSWERS = ("It is [SEG].", "Sure, [SEG].", "Sure, it is [SEG].", "Sure, the segmentation result is [SEG].", "[SEG].")
-
-# Stages of a quantized bundle that keep the recipe's precision, and why.
-_KEPT_STAGES = dict.fromkeys(("sam2_image_encoder", "sam2_mask_decoder"), "it is small, and masks change the most with it")
 
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "sam2")
 
@@ -206,7 +203,7 @@ def _write_stages(
     _check_space(folder, fresh + sum(tensor.numel() * dtype.itemsize for tensor in sam2.state_dict.values()))
     (folder / "weights").mkdir()
     trained = _as_arrays(plan.sam2_updates), _as_arrays(plan.prompt_head)
-    sam2_stages.start(folder, sam2.path, *trained, recipe.precision, neighbours)
+    sam2_stages.start(folder, sam2.path, *trained, recipe, neighbours)
     written: dict[str, WrittenFile] = {}
     total = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
@@ -214,27 +211,27 @@ def _write_stages(
             written[file] = write_safetensors(folder, file, tensors, older=older[file], progress=bar.update)
     locations = {name: location for file in written.values() for name, location in file.locations.items()}
     stages = {graph.name: save_graph(graph, folder, locations) for graph in graphs}
-    traced, traced_weights = sam2_stages.result()
-    return stages | traced, written | traced_weights, quantization
+    traced = sam2_stages.result()
+    if quantization:
+        matrices, kept = quantization.matrices | traced.matrices, traced.kept | quantization.kept
+        quantization = Quantization(quantization.weights, matrices, kept)
+    return stages | traced.stages, written | traced.files, quantization
 
 
 def _quantize(
     graphs: Sequence[Graph], files: Mapping[str, Sequence[OutputTensor]], recipe: Recipe, weights: str
 ) -> tuple[dict[str, list[OutputTensor]], Quantization]:
-    """Quantize the matrices of `graphs`, and of `files`, which are planned for them: in the fused form for FP32, which is for CPUs."""
-    kind, fused = MatrixType.named(weights), recipe.precision == "fp32"
+    """Quantize the matrices of `graphs`, and of `files`, which are planned for them: in the form for CPUs if the activations are FP32."""
+    kind = MatrixType.named(weights)
+    form: Form = "MatMulNBits" if recipe.precision == "fp32" else "DequantizeLinear"
     matrices: dict[str, dict[str, int]] = {}
-    kept = dict(_KEPT_STAGES)
+    kept: dict[str, str] = {}
     blocks: dict[str, int] = {}
     for graph in graphs:
-        matrices[graph.name], reasons = quantize_graph(graph, kind, recipe.keep, fused=fused)
+        matrices[graph.name], reasons = quantize_graph(graph, kind, recipe.keep, form)
         kept |= reasons
         blocks |= matrices[graph.name]
-
-    def stored(tensor: OutputTensor) -> tuple[OutputTensor, ...]:
-        return quantized(tensor, blocks[tensor.name], kind, fused=fused) if tensor.name in blocks else (tensor,)
-
-    planned = {file: [made for tensor in tensors for made in stored(tensor)] for file, tensors in files.items()}
+    planned = {file: with_quantized(tensors, blocks, kind, form) for file, tensors in files.items()}
     return planned, Quantization(weights, matrices, kept)
 
 

@@ -1,10 +1,11 @@
 """Quantizes a graph's matrices to int8 or int4: some rows of a column share a scale, and there is no zero point.
 
-There are two forms. In the standard one, for GPUs, a matrix [in, out] becomes integers [in, out], and `DequantizeLinear` comes before
-`MatMul`. Int8 has a scale for each column, [out], and int4 one for each block of rows of it, [in / block, out]. These are what
-TensorRT-RTX 1.7.1 multiplies by as they are; others it widens to FP16 before each product (docs/engines.md). The fused form is ONNX
-Runtime's own operator, `MatMulNBits`, for CPUs, always with blocks. Scales have the graph's type F. Values are computed piece by piece
-from those that an unquantized bundle would round to F. Does not know what the graphs compute.
+There are three forms, named by their operators. In `DequantizeLinear`, the standard one, for GPUs, a matrix [in, out] becomes integers
+[in, out] before `MatMul`. Int8 has a scale for each column, [out], and int4 one for each block of rows of it, [in / block, out]. These are
+what TensorRT-RTX 1.7.1 multiplies by as they are; others it widens to FP16 before each product (docs/engines.md). The other two are ONNX
+Runtime's own operators for CPUs, which also round the activations to 8 bits. `MatMulNBits` always has blocks, and is the fastest for a few
+rows. `MatMulIntegerToFloat` is the fastest for thousands of rows: int8 only, with one scale for a whole column. Scales have the graph's type
+F. Values are computed piece by piece from those that an unquantized bundle would round to F. Does not know what the graphs compute.
 """
 
 from __future__ import annotations
@@ -12,16 +13,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tape import Tape
 
 from vessel_export.graphs.assemble import Graph
 from vessel_export.io.safetensors_writer import PIECE, OutputTensor
 
-__all__ = ["BLOCKS", "MatrixType", "quantize_graph", "quantized"]
+__all__ = ["BLOCKS", "Form", "MatrixType", "quantize_graph", "quantized", "with_quantized"]
+
+Form: TypeAlias = Literal["DequantizeLinear", "MatMulNBits", "MatMulIntegerToFloat"]
 
 BLOCKS = (128, 64, 32, 16)  # the first that divides a matrix's rows; smaller ones are not fused
 _COLUMNS = 16  # TensorRT-RTX widens matrices whose columns are not a multiple of this
@@ -50,12 +57,17 @@ class MatrixType:
 
 
 def quantize_graph(
-    graph: Graph, kind: MatrixType, keep: Sequence[str] = (), *, fused: bool = False
+    graph: Graph,
+    kind: MatrixType,
+    keep: Sequence[str] = (),
+    form: Form = "DequantizeLinear",
+    *,
+    exempt: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Make every weight that is the right operand of MatMul quantized, in place, in the standard or the fused form.
+    """Make every weight that is the right operand of MatMul quantized, in place.
 
-    Names that match a pattern of `keep` are left as they are. In the standard form a matrix gets columns of zeros up to a multiple of 16,
-    and the product is cut to those that it had.
+    Names that match a pattern of `keep`, and those in `exempt`, which has the reasons, are left as they are. In the standard form a matrix
+    gets columns of zeros up to a multiple of 16, and the product is cut to those that it had.
 
     Returns the number of rows that share a scale for each such matrix, and for matrices that stay as they are the reason.
     """
@@ -66,8 +78,11 @@ def quantize_graph(
         if not uses or any((node.op_type, index) != ("MatMul", 1) for node, index in uses):
             continue
         shape = [int(size) for size in weight.shape or () if isinstance(size, int)]
-        blocks_of = BLOCKS if fused or kind.bits == 4 else shape[:1]
-        name, block = str(weight.name), next((block for block in blocks_of if shape[0] % block == 0), None)
+        in_blocks = form == "MatMulNBits" or (form == "DequantizeLinear" and kind.bits == 4)
+        name, block = str(weight.name), next((block for block in (BLOCKS if in_blocks else shape[:1]) if shape[0] % block == 0), None)
+        if name in exempt:
+            kept[name] = exempt[name]
+            continue
         if pattern := next((pattern for pattern in keep if fnmatchcase(name, pattern)), None):
             kept[name] = f"the recipe keeps {pattern}"
             continue
@@ -75,7 +90,7 @@ def quantize_graph(
             kept[name] = f"its {shape[0]} rows are not a multiple of {BLOCKS[-1]}"
             continue
         blocks[name] = block
-        (_fuse if fused else _dequantize)(graph.model.graph, weight, shape, block, kind)
+        _REWRITES[form](graph.model.graph, weight, shape, block, kind)
     return blocks, kept
 
 
@@ -132,7 +147,46 @@ def _cut(graph: ir.Graph, product: ir.Node, columns: int, stored: int) -> None:
     graph.insert_after(product, [*bounds, cut])
 
 
-def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool = False) -> tuple[OutputTensor, OutputTensor]:
+def _multiply_integers(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], _block: int, _kind: MatrixType) -> None:
+    """Each row of the activations x gets its own scale, the least with which it fits into 8 bits, and is rounded to integers around a zero
+    point. Results of Gelu are above -0.17: a low zero point leaves most integers to the positive ones.
+    """
+    scale = _scale_of(graph, weight, shape[1:])
+    weight.type = ir.TensorType(ir.DataType.INT8)
+    last, one, least = (_constant(graph, name, value) for name, value in _CONSTANTS.items())
+    zero = _constant(graph, f"{weight.name}/zero", np.int8(0))  # one for each matrix: ONNX Runtime converts them together
+    for user, _ in list(weight.uses()):
+        tape, x = Tape(), user.inputs[0]
+        producer = x.producer() if x else None
+        middle = _GELU_ZERO if producer and producer.op_type == "Gelu" else _ZERO
+        above, below = (_constant(graph, f"quantized/{size}", np.float32(1 / size)) for size in (255 - middle, -middle))
+        point = _constant(graph, f"quantized/zero{middle}", np.uint8(middle))
+        highest = tape.op("Mul", [tape.op("ReduceMax", [x, last], {"keepdims": 1}), above])
+        lowest = tape.op("Mul", [tape.op("ReduceMin", [x, last], {"keepdims": 1}), below])
+        of_row = tape.op("Max", [highest, lowest, least])  # above zero also for a row of zeros
+        points = tape.op("Expand", [point, tape.op("Shape", [of_row])])
+        rounded = tape.op("QuantizeLinear", [x, of_row, points], {"axis": -1, "block_size": shape[0]})
+        product = tape.op("MatMulIntegerToFloat", [rounded, weight, one, scale, point, zero], domain=_DOMAIN, name=user.name)
+        product.dtype, product.shape = user.outputs[0].dtype, user.outputs[0].shape
+        result = tape.op("Mul", [product, of_row])
+        ir.convenience.replace_nodes_and_values(graph, user, [user], tape.nodes, user.outputs, [result])
+    graph.opset_imports[_DOMAIN] = 1
+
+
+def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
+    """An initializer of the graph, made when it is first needed."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.asarray(value), name=name)
+        graph.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return graph.initializers[name]
+
+
+_ZERO, _GELU_ZERO = 128, 32  # of activations in 8 bits
+_CONSTANTS = {"quantized/last": np.array([-1]), "quantized/one": np.float32(1), "quantized/least": np.float32(1e-30)}
+_REWRITES = {"DequantizeLinear": _dequantize, "MatMulNBits": _fuse, "MatMulIntegerToFloat": _multiply_integers}
+
+
+def quantized(tensor: OutputTensor, block: int, kind: MatrixType, form: Form = "DequantizeLinear") -> tuple[OutputTensor, OutputTensor]:
     """The integers and the scales of `tensor` [in, out], as tensors of the names that the graph has.
 
     A scale is the block's largest magnitude / `kind.largest`, rounded to the tensor's dtype. A value is divided by its rounded scale, and
@@ -140,14 +194,14 @@ def quantized(tensor: OutputTensor, block: int, kind: MatrixType, *, fused: bool
     byte, the first in the lower half, as ONNX packs them. Columns that fill up a matrix are zeros with a scale of 1. A block of all rows
     takes the tensor's values twice: all of a column's decide its scale.
 
-    The fused form has [out, in / block, block] unsigned integers around 128 (8 for int4), and scales [out * in / block]. Its rows are the
+    `MatMulNBits` has [out, in / block, block] unsigned integers around 128 (8 for int4), and scales [out * in / block]. Its rows are the
     matrix's columns, so the integers of one matrix are in memory: 0.54 GB for the head of the 8B model.
     """
     rows, columns = tensor.shape
-    if not fused and _padded(columns) > columns:
+    if form == "DequantizeLinear" and _padded(columns) > columns:
         tensor, columns = _fill_up(tensor), _padded(columns)
     work = _Quantizer(tensor, block, kind)
-    if fused:
+    if form == "MatMulNBits":
         stored = columns, rows // block, block * kind.bits // 8
 
         def by_columns() -> Iterator[torch.Tensor]:
@@ -179,6 +233,13 @@ def _fill_up(tensor: OutputTensor) -> OutputTensor:
             yield torch.nn.functional.pad(piece.mT, (0, 0, 0, stored - columns)).mT  # in the layout of a transposed view
 
     return OutputTensor(tensor.name, (rows, stored), tensor.dtype, pieces)
+
+
+def with_quantized(
+    tensors: Sequence[OutputTensor], blocks: Mapping[str, int], kind: MatrixType, form: Form = "DequantizeLinear"
+) -> list[OutputTensor]:
+    """The tensors of a file, with integers and scales in place of those in `blocks`, as `quantize_graph` returns them."""
+    return [made for one in tensors for made in (quantized(one, blocks[one.name], kind, form) if one.name in blocks else (one,))]
 
 
 class _Quantizer:

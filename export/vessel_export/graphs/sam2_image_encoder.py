@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from vessel_export.graphs.activations import sam2_encoder_bytes
@@ -12,7 +13,7 @@ from vessel_export.graphs.assemble import Graph
 from vessel_export.graphs.torch_export import trace
 from vessel_export.io.safetensors_writer import OutputTensor
 
-__all__ = ["Sam2ImageEncoder", "trace_sam2_image_encoder"]
+__all__ = ["Sam2ImageEncoder", "trace_sam2_image_encoder", "weights_of_fine_features"]
 
 
 class Sam2ImageEncoder(torch.nn.Module):
@@ -74,3 +75,16 @@ def _interpolate_in_fp32(trunk: Any, positions: Mapping[str, torch.Tensor], dtyp
         getattr(trunk, name).data = values
     interpolated = trunk._get_pos_embed
     trunk._get_pos_embed = lambda size: interpolated(size).to(dtype)
+
+
+def weights_of_fine_features(graph: Graph) -> set[str]:
+    """The names of the weights on which fpn_0 and fpn_1 depend: those of Hiera's first two stages and of their convolutions."""
+    pending = [value for value in graph.model.graph.outputs if value.name in ("fpn_0", "fpn_1")]
+    seen: set[ir.Value] = set()
+    while pending:
+        value = pending.pop()
+        producer = value.producer()
+        if value not in seen and producer:
+            pending += [operand for operand in producer.inputs if operand]
+        seen.add(value)
+    return {str(value.name) for value in seen if value.is_initializer()}

@@ -56,10 +56,10 @@ def trace(
     if program is None:
         raise RuntimeError(f"{name}: the exporter returned no program")
     model = program.model
-    _simplify(model)
+    parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
+    _simplify(model, parameters)
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     model.metadata_props.clear()
-    parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
     return Graph(name, model, activation_bytes), _move_weights_out(name, model, parameters)
 
 
@@ -85,12 +85,13 @@ def _pieces(tensor: ir.TensorProtocol) -> Iterator[torch.Tensor]:
     return in_pieces(torch.from_numpy(tensor.numpy()))
 
 
-def _simplify(model: ir.Model) -> None:
+def _simplify(model: ir.Model, parameters: Collection[str]) -> None:
     """torch's `optimize=True` without its pattern rules, which take the most time and which inference engines do better.
 
     Also removes the exporter's stack traces from every node: they contain local paths and make up most of the file.
     """
     passes.InlinePass()(model)
+    _name_matrices(model.graph, parameters)
     fold_constants(model, onnx_shape_inference=True)
     for simplify in (
         passes.RemoveUnusedNodesPass(),
@@ -102,6 +103,17 @@ def _simplify(model: ir.Model) -> None:
         passes.NameFixPass(),
     ):
         simplify(model)
+
+
+def _name_matrices(graph: ir.Graph, parameters: Collection[str]) -> None:
+    """A parameter that the graph only transposes gives its name to the result, which is what is stored: [in, out] of a linear layer."""
+    for name, value in list(graph.initializers.items()):
+        uses = [node for node, _ in value.uses()]
+        if name in parameters and len(uses) == 1 and uses[0].op_type == "Transpose":
+            graph.initializers.pop(name)
+            value.name = f"{name}/transposed"
+            graph.initializers[value.name] = value
+            uses[0].outputs[0].name = name
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(bundle: Bundle, reference: Reference, samples: Sequence[Sample], questions: Sequence[str]) -> Sensitivity:
-    """Measure every quantized matrix but the head. Each takes one pass over prompt and answer, for every sample and question.
+    """Measure every quantized matrix but the head. Each takes one run of its stage and what follows, for every sample and question.
 
     Raises:
         BundleError: the graphs are not quantized as the bundle says.
@@ -75,8 +75,12 @@ def measure_sensitivity(bundle: Bundle, reference: Reference, samples: Sequence[
 
 
 def _overlaps(reference: Reference, result: ReferenceResult, stage: str) -> Iterator[float]:
-    embeds = reference.encode_tiles(result.pixel_values) if stage == "vision_encoder" else result.image_embeds
-    masks = masks_with(reference, result, "vision_encoder", {"image_embeds": embeds.cpu().numpy()})
+    if stage == "sam2_image_encoder":
+        features = dataclasses.asdict(reference.encode_sam2(result.sam2_pixel_values))
+        masks = masks_with(reference, result, stage, {name: values.cpu().numpy() for name, values in features.items()})
+    else:
+        embeds = reference.encode_tiles(result.pixel_values) if stage == "vision_encoder" else result.image_embeds
+        masks = masks_with(reference, result, "vision_encoder", {"image_embeds": embeds.cpu().numpy()})
     for ours, theirs in zip(masks, result.masks.cpu().numpy(), strict=False):
         yield iou(ours, theirs)
 

@@ -27,6 +27,9 @@ __all__ = ["Matrix", "check_graphs", "rounding_errors", "stored_matrices"]
 _AT_ONCE = 1 << 24  # values compared at a time
 _DTYPES = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4}
 _BITS = {"int8": 8, "int4": 4}
+# Of an operator: the number of its inputs, and the places of integers and scales.
+_OPERANDS = {"DequantizeLinear": (2, 0, 1), "MatMulNBits": (3, 1, 2), "MatMulIntegerToFloat": (6, 1, 3)}
+_SAM2 = "sam2_image_encoder."  # before a parameter's name
 _VISION = {"attn.qkv": ("q_proj", "k_proj", "v_proj"), "attn.proj": ("projection_layer",)}
 
 
@@ -51,7 +54,9 @@ class Matrix:
     def open(self, folder: Path) -> tuple[Callable[[slice], torch.Tensor], torch.Tensor]:
         """A function that reads rows of the integers, int8 [rows, out], and the scales [in / block, out]. A slice starts at an even row."""
         integers, scales = _read(folder, self.integers), _read(folder, self.scales)
-        if integers.ndim == 3:  # the fused form: [out, in / block, bytes of a block]
+        if scales.ndim == 1 and integers.ndim == 2:  # MatMulIntegerToFloat: a scale for a column
+            return integers.__getitem__, scales[None]
+        if integers.ndim == 3:  # MatMulNBits: [out, in / block, bytes of a block]
             columns, blocks, size = integers.shape
             bits = size * 8 // self.block
             flat = integers.reshape(columns, -1)
@@ -80,14 +85,14 @@ def stored_matrices(bundle: Bundle, stage: str) -> Iterator[Matrix]:
     """The quantized matrices of a stage's graph. Raises BundleError if they are not integers and scales as `check_graphs` expects."""
     path = bundle.folder / bundle.stages[stage].file
     for node in ir.load(path).graph:
-        if node.op_type not in ("DequantizeLinear", "MatMulNBits"):
+        if node.op_type not in _OPERANDS:
             continue
-        operands = node.inputs if node.op_type == "DequantizeLinear" else node.inputs[1:]
-        integers, scales = (*operands, None, None)[:2]
-        if len(operands) != 2 or integers is None or scales is None or integers.shape is None or scales.shape is None:
+        inputs, first, second = _OPERANDS[node.op_type]
+        integers, scales = (node.inputs[first], node.inputs[second]) if len(node.inputs) == inputs else (None, None)
+        if integers is None or scales is None or integers.shape is None or scales.shape is None:
             raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
         block = node.attributes.get_int("block_size", 0) or _shape(integers)[0]  # without blocks, a column has one scale
-        (_check_fused if node.op_type == "MatMulNBits" else _check_standard)(bundle, path, node, block)
+        _CHECKS[node.op_type](bundle, path, node, block)
         yield Matrix(str(integers.name), block, integers, scales)
 
 
@@ -101,6 +106,17 @@ def _check_standard(bundle: Bundle, path: Path, node: ir.Node, block: int) -> No
         raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
 
 
+def _check_columns(bundle: Bundle, path: Path, node: ir.Node, _block: int) -> None:
+    """Of MatMulIntegerToFloat: also the scale of the activations, which is applied to each row later, and the zero points."""
+    _, integers, scale, scales, *zero_points = node.inputs
+    constants = [value.const_value.numpy().tolist() if value and value.const_value else None for value in (scale, *zero_points)]
+    one, middle, zero = constants
+    if (bundle.weights, getattr(integers, "dtype", None), one, zero) != ("int8", ir.DataType.INT8, 1, 0) or middle not in (32, 128):
+        raise BundleError(f"{path}: {node.name} is not of {bundle.weights} in blocks of rows; export the bundle again")
+    if _shape(integers)[1:] != _shape(scales):
+        raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
+
+
 def _check_fused(bundle: Bundle, path: Path, node: ir.Node, block: int) -> None:
     rows, columns, bits, accuracy = (node.attributes.get_int(name, 0) for name in ("K", "N", "bits", "accuracy_level"))
     if (bits, accuracy) != (_BITS.get(bundle.weights), 4) or getattr(node.inputs[1], "dtype", None) != ir.DataType.UINT8:
@@ -108,6 +124,9 @@ def _check_fused(bundle: Bundle, path: Path, node: ir.Node, block: int) -> None:
     blocks = rows // max(1, block)
     if blocks * block != rows or [_shape(value) for value in node.inputs[1:]] != [[columns, blocks, block * bits // 8], [columns * blocks]]:
         raise BundleError(f"{path}: {node.name} has scales for blocks of another size; export the bundle again")
+
+
+_CHECKS = {"DequantizeLinear": _check_standard, "MatMulNBits": _check_fused, "MatMulIntegerToFloat": _check_columns}
 
 
 def _shape(value: ir.Value | None) -> list[int]:
@@ -157,7 +176,7 @@ def _unpacked(integers: torch.Tensor, columns: int, rows: slice) -> torch.Tensor
 
 
 def _signed(integers: torch.Tensor, rows: slice, bits: int) -> torch.Tensor:
-    """Rows of a matrix in the fused form, whose bytes [out, ...] are those of unsigned integers."""
+    """Rows of a matrix of MatMulNBits, whose bytes [out, ...] are those of unsigned integers."""
     if bits == 8:
         return (integers[:, rows] ^ 128).view(torch.int8).mT
     packed = integers[:, rows.start // 2 : rows.stop // 2]
@@ -167,6 +186,8 @@ def _signed(integers: torch.Tensor, rows: slice, bits: int) -> torch.Tensor:
 def _modules(reference: Reference, name: str) -> list[Any]:
     """The reference's linear modules whose outputs, one after the other, are those of the bundle's matrix `name`."""
     language_model = reference.language_model.get_base_model()
+    if name.startswith(_SAM2):
+        return [reference.sam2.get_submodule(name.removeprefix(_SAM2).removesuffix(".weight"))]
     if found := re.fullmatch(r"projector\.linear_([12])\.weight", name):
         return [reference.projector[2 * int(found[1]) - 1]]  # type: ignore[index]
     if found := re.fullmatch(r"vision_model\.layers\.(\d+)\.(.+)\.weight", name):

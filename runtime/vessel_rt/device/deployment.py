@@ -29,6 +29,7 @@ from vessel_rt.io.checked_files import CheckedFiles, changes, leases
 
 __all__ = ["AUTO", "Deployment", "check_bundle", "choose_device", "choose_devices", "deploy", "deploy_on", "deployment_fault"]
 
+_CPU_ONLY = "its matrices are quantized in a form for CPUs: take --device cpu, or export it with --recipe rtx3090-int8"
 _NO_BF16 = "ONNX Runtime cannot compute bf16 on the CPU: run the bundle on a GPU (--device cuda or rtx), or export it with --precision fp32"
 
 MOST_IMAGES = 8  # in a batch, unless more are requested
@@ -197,8 +198,8 @@ def check_bundle(
 
 def _engines_for(bundle: Bundle, device: Device, batch: int | None) -> EngineSet | None:
     """The engines that `device` runs; None if it runs the graphs. Raises what deploy raises before it reads a file."""
-    if _lacks_kernels(bundle, device):
-        raise BundleError(f"{bundle.folder}: {_NO_BF16}")
+    if fault := _lacking_kernels(bundle, device):
+        raise BundleError(f"{bundle.folder}: {fault}")
     engines = _engines(bundle, device) if device.kind == "rtx" else None
     if engines and batch and batch > engines.max_batch:
         build = "raise engines.max_batch in the recipe and vessel-export build again"
@@ -240,11 +241,14 @@ def deployment_fault(bundle: Bundle, device: Device) -> str | None:
             _engines(bundle, device)
         except EngineError as e:
             return str(e)
-    return fault or (_NO_BF16 if _lacks_kernels(bundle, device) else None)
+    return fault or _lacking_kernels(bundle, device)
 
 
-def _lacks_kernels(bundle: Bundle, device: Device) -> bool:
-    return bundle.precision == "bf16" and device.kind == "cpu"
+def _lacking_kernels(bundle: Bundle, device: Device) -> str | None:
+    """Why `device` cannot compute what `bundle` needs; None if it can."""
+    if device.kind == "cpu":
+        return _NO_BF16 if bundle.precision == "bf16" else None
+    return _CPU_ONLY if bundle.quantization and bundle.precision == "fp32" else None
 
 
 def choose_device(bundle: Bundle, wanted: Device) -> Device:

@@ -44,6 +44,8 @@ _OF_SHAPES = frozenset(
 # What ONNX Runtime's arenas, CUDA and TensorRT say when memory runs out.
 _OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|ALLOC_FAILED|BFCArena", re.IGNORECASE)
 
+_CPUINFO = Path("/proc/cpuinfo")
+
 # What a plain RuntimeError of ONNX Runtime's bindings says if the device caused it; other ones are bugs.
 _OF_THE_DEVICE = re.compile(r"CUDA|CUDNN|CUBLAS|TensorRT", re.IGNORECASE)
 
@@ -77,6 +79,7 @@ class Session:
             _share_arena()
             options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
+            options.add_session_config_entry("session.x64quantprecision", str(int(_products_overflow())))
         options.log_severity_level = 4  # nothing: its warnings are for authors of graphs, and its errors are raised, too
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file is called: it was checked as ONNX
@@ -185,6 +188,15 @@ def _share_arena() -> None:
     ort = onnxruntime()
     cpu = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(cpu, ort.OrtArenaCfg({}))
+
+
+def _products_overflow() -> bool:
+    """Whether this processor lacks the VNNI instructions: ONNX Runtime then adds products of 8 bits in 16, which overflow, unless it is
+    told to take slower instructions."""
+    try:
+        return "_vnni" not in _CPUINFO.read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return True
 
 
 def _operators_on_the_cpu(session: Any) -> set[str]:

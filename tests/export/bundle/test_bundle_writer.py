@@ -127,7 +127,7 @@ def test_quantized_bundles_share_what_training_freezes(small: ExportRequest, sma
     shutil.copytree(small_fp32, tmp_path / "whole")
     request = dataclasses.replace(small, recipe=msgspec.structs.replace(small.recipe, weights=weights), out=tmp_path / "first")
     first = export_bundle(request)
-    assert first.reused_files == ("weights/embed_tokens.safetensors", *SAM2)
+    assert first.reused_files == ("weights/embed_tokens.safetensors", *(SAM2 if weights == "int4" else SAM2[1:]))
     state = {name: tensor * 1.5 for name, tensor in fine_tuned_state().items()}
     later = write_checkpoint(tmp_path / "iter_10000.pth", state)
     second = export_bundle(dataclasses.replace(request, checkpoint=later, out=tmp_path / "second"))
@@ -145,15 +145,29 @@ def test_a_quantized_bundle_lists_every_matrix(small_int8: Path) -> None:
     assert (bundle.precision, bundle.weights) == ("fp32", "int8")
     assert bundle.quantization
     matrices = bundle.quantization.matrices
-    assert matrices.keys() == {"vision_encoder", "language_model"}
+    assert matrices.keys() == {"vision_encoder", "language_model", "sam2_image_encoder"}
     assert matrices["language_model"]["layers.1.mlp.down_proj.weight"] == 16  # 80 rows
     assert matrices["language_model"]["lm_head.weight"] == 16  # 48 rows
     assert matrices["vision_encoder"]["vision_model.layers.0.mlp.fc2.weight"] == 64
-    assert set(bundle.quantization.kept) == {"sam2_image_encoder", "sam2_mask_decoder"}
+    blocks = "sam2_image_encoder.image_encoder.trunk.blocks."
+    assert matrices["sam2_image_encoder"][f"{blocks}3.attn.qkv.weight"] == 64  # all rows
+    assert {name.removeprefix(blocks)[0] for name in matrices["sam2_image_encoder"]} == {"2", "3", "4"}
+    kept = bundle.quantization.kept.keys() - {"sam2_mask_decoder"}
+    assert {name.removeprefix(blocks)[0] for name in kept} == {"0", "1"}
     for stage in bundle.stages.values():
         graph = onnx.load(small_int8 / stage.file, load_external_data=False).graph
-        stored = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+        integers = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+        stored = {tensor.name for tensor in graph.initializer if tensor.data_type in integers and tensor.external_data}
         assert stored == set(matrices.get(stage.file.removesuffix(".onnx"), {}))
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_gpus_and_int4_keep_sam2_as_it_is(small: ExportRequest, tmp_path: Path) -> None:
+    for precision, weights in (("fp16", "int8"), ("fp32", "int4")):
+        recipe = msgspec.structs.replace(small.recipe, precision=precision, weights=weights)
+        quantization = export_bundle(dataclasses.replace(small, recipe=recipe, out=tmp_path / precision)).bundle.quantization
+        assert quantization
+        assert set(quantization.kept) == {"sam2_image_encoder", "sam2_mask_decoder"}
 
 
 def test_bf16_has_too_few_digits_for_scales(small: ExportRequest, tmp_path: Path) -> None:

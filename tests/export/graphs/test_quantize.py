@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from vessel_export.graphs.assemble import Graph, assemble, save_graph
 from vessel_export.graphs.layers import FLOAT, Linear
-from vessel_export.graphs.quantize import MatrixType, quantize_graph, quantized
+from vessel_export.graphs.quantize import Form, MatrixType, quantize_graph, quantized, with_quantized
 from vessel_export.io.safetensors_writer import OutputTensor, file_size, in_pieces, write_safetensors
 from vessel_rt.device.providers import Device, open_device
 from vessel_rt.device.session import Session
@@ -27,21 +28,21 @@ def output(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> OutputTe
 
 
 def values(
-    matrix: torch.Tensor, block: int, weights: str, dtype: torch.dtype = torch.float32, *, fused: bool = False
+    matrix: torch.Tensor, block: int, weights: str, dtype: torch.dtype = torch.float32, form: Form = "DequantizeLinear"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers [in, out] and scales [in / block, out] as they are stored, without columns that fill up the matrix."""
     rows, columns = matrix.shape
-    integers, scales = (torch.cat(list(tensor.pieces())) for tensor in quantized(output(matrix, dtype), block, KINDS[weights], fused=fused))
+    integers, scales = (torch.cat(list(tensor.pieces())) for tensor in quantized(output(matrix, dtype), block, KINDS[weights], form))
     if weights == "int4":
         integers = torch.stack([integers & 15, integers >> 4], dim=-1).to(torch.int8)
-    if fused:
+    if form == "MatMulNBits":
         return integers.reshape(columns, rows).T.to(torch.int16) - KINDS[weights].largest - 1, scales.reshape(columns, -1).T
     integers = integers if weights == "int8" else ((integers << 4) >> 4).reshape(rows, -1)
     return integers[:, :columns], scales.reshape(rows // block, -1)[:, :columns]
 
 
-def block_of(rows: int, weights: str, *, fused: bool = False) -> int:
-    return rows if weights == "int8" and not fused else next(size for size in (128, 64, 32, 16) if rows % size == 0)
+def block_of(rows: int, weights: str) -> int:
+    return rows if weights == "int8" else next(size for size in (128, 64, 32, 16) if rows % size == 0)
 
 
 def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -53,11 +54,18 @@ def random(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("columns", [96, 33])
 @pytest.mark.parametrize(
-    ("weights", "block", "fused"), [("int8", 256, False), ("int4", 16, False), ("int8", 128, True), ("int4", 128, True)]
+    ("weights", "block", "form"),
+    [
+        ("int8", 256, "DequantizeLinear"),
+        ("int4", 16, "DequantizeLinear"),
+        ("int8", 128, "MatMulNBits"),
+        ("int4", 128, "MatMulNBits"),
+        ("int8", 256, "MatMulIntegerToFloat"),
+    ],
 )
-def test_no_value_is_more_than_half_a_step_away(weights: str, block: int, fused: bool, columns: int, dtype: torch.dtype) -> None:
+def test_no_value_is_more_than_half_a_step_away(weights: str, block: int, form: Form, columns: int, dtype: torch.dtype) -> None:
     matrix = random(256, columns)
-    integers, scales = values(matrix, block, weights, dtype, fused=fused)
+    integers, scales = values(matrix, block, weights, dtype, form)
     assert (scales.dtype, scales.shape) == (dtype, (256 // block, columns))
     steps = scales.double().repeat_interleave(block, 0)
     errors = (integers * steps - matrix.double()).abs() / steps
@@ -116,12 +124,12 @@ def product(rows: int, columns: int, dtype: ir.DataType = FLOAT) -> Graph:
     return assemble("w", linear, [ir.val("x", dtype, ["batch", rows])], [ir.val("y", dtype, ["batch", columns])], activation_bytes=1)
 
 
-def written(folder: Path, matrix: torch.Tensor, weights: str, *, fused: bool = False) -> Path:
+def written(folder: Path, matrix: torch.Tensor, weights: str, form: Form = "DequantizeLinear") -> Path:
     """The graph of `product` with quantized `matrix`, in `folder`."""
     graph = product(*matrix.shape)
-    ((name, block),) = quantize_graph(graph, KINDS[weights], fused=fused)[0].items()
-    tensor = OutputTensor(name, tuple(matrix.shape), torch.float32, lambda: in_pieces(matrix))
-    file = write_safetensors(folder, "w.safetensors", quantized(tensor, block, KINDS[weights], fused=fused))
+    blocks, _ = quantize_graph(graph, KINDS[weights], form=form)
+    tensor = OutputTensor("weight", tuple(matrix.shape), torch.float32, lambda: in_pieces(matrix))
+    file = write_safetensors(folder, "w.safetensors", with_quantized([tensor], blocks, KINDS[weights], form))
     return folder / save_graph(graph, folder, file.locations).file
 
 
@@ -151,24 +159,84 @@ def test_both_forms_of_int4_give_the_same_bits_on_a_cpu(tmp_path: Path, shape: t
     matrix = random(*shape)
     x = np.random.default_rng(0).standard_normal((7, shape[0])).astype(np.float32)
     found = []
-    for fused in (False, True):
-        (tmp_path / str(fused)).mkdir()
-        with Session(written(tmp_path / str(fused), matrix, "int4", fused=fused), open_device(Device("cpu"))) as session:
+    for form in ("DequantizeLinear", "MatMulNBits"):
+        (tmp_path / form).mkdir()
+        with Session(written(tmp_path / form, matrix, "int4", form), open_device(Device("cpu"))) as session:
             found.append(session.run({"x": x})["y"])
     assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize("block", [16, 128])
-def test_the_fused_form_has_the_same_integers_and_scales(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matmulnbits_has_the_same_integers_and_scales(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = random(256, 48)
     integers, scales = values(matrix, block, "int4")
     monkeypatch.setattr("vessel_export.graphs.quantize.PIECE", 1024)  # several strips of columns
-    fused_integers, fused_scales = values(matrix, block, "int4", fused=True)
+    fused_integers, fused_scales = values(matrix, block, "int4", form="MatMulNBits")
     assert torch.equal(fused_integers, integers.to(torch.int16))
     assert torch.equal(fused_scales, scales)
-    for tensor in quantized(output(matrix), block, KINDS["int4"], fused=True):
+    for tensor in quantized(output(matrix), block, KINDS["int4"], "MatMulNBits"):
         stored = torch.cat(list(tensor.pieces()))
         assert (tensor.shape, tensor.dtype) == (stored.shape, stored.dtype)
+
+
+def products(path: Path, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    with Session(path, open_device(Device("cpu"))) as session:
+        found: npt.NDArray[np.float32] = session.run({"x": x})["y"]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(256, 96), (24, 33), (96, 1)])
+def test_columns_with_one_scale_are_multiplied_by_rows_with_one_scale(tmp_path: Path, shape: tuple[int, int]) -> None:
+    matrix = random(*shape)
+    integers, scales = values(matrix, shape[0], "int8")
+    x = np.random.default_rng(0).standard_normal((7, shape[0])).astype(np.float32) * np.logspace(-5, 3, 7, dtype=np.float32)[:, None]
+    x[3] = 0
+    path = written(tmp_path, matrix, "int8", "MatMulIntegerToFloat")
+    steps = np.maximum(np.maximum(x.max(1, keepdims=True) / 127, x.min(1, keepdims=True) / -128), 1e-30)
+    expected = (np.rint(x / steps) @ integers.numpy().astype(np.float64)) * steps * scales.numpy()
+    found = products(path, x)
+    assert np.abs(found - expected).max() <= 1e-2 * np.abs(expected).max()  # x / steps may be rounded to the other side
+    assert np.abs(found - expected).mean() <= 1e-5 * np.abs(expected).max()
+    assert not found[3].any()
+    for row in range(len(x)):
+        assert np.array_equal(products(path, x[row : row + 1])[0], found[row]), "a row does not depend on the others"
+
+
+@pytest.mark.parametrize(("operator", "zero_point"), [("Gelu", 32), ("Relu", 128)])
+def test_most_integers_are_left_to_the_positive_results_of_gelu(operator: str, zero_point: int) -> None:
+    graph = product(32, 4)
+    before = ir.node(operator, graph.model.graph.inputs[:1])
+    graph.model.graph.insert_before(graph.model.graph[0], before)
+    graph.model.graph[1].replace_input_with(0, before.outputs[0])
+    quantize_graph(graph, KINDS["int8"], (), "MatMulIntegerToFloat")
+    (node,) = (node for node in graph.model.graph if node.op_type == "MatMulIntegerToFloat")
+    constant = node.inputs[4]
+    assert constant
+    assert constant.const_value
+    assert constant.const_value.numpy() == zero_point
+
+
+def test_integers_and_scales_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = random(640, 33)
+    integers, scales = values(matrix, 640, "int8")
+    monkeypatch.setattr("vessel_export.io.safetensors_writer.PIECE", 1)
+    tensors = quantized(output(matrix), 640, KINDS["int8"], "MatMulIntegerToFloat")
+    assert [(tensor.shape, tensor.dtype) for tensor in tensors] == [((640, 33), torch.int8), ((33,), torch.float32)]
+    assert torch.equal(torch.cat(list(tensors[0].pieces())), integers)
+    assert torch.equal(torch.cat(list(tensors[1].pieces())), scales[0])
+
+
+def test_processors_without_vnni_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime takes other instructions there; the largest integers would overflow."""
+    path = written(tmp_path, torch.ones(256, 96), "int8", "MatMulIntegerToFloat")
+    x = np.ones((7, 256), np.float32)
+    found = []
+    for cpu in ("flags: avx2", "flags: avx2 avx512_vnni"):
+        (tmp_path / "cpuinfo").write_text(cpu, encoding="ascii")
+        monkeypatch.setattr("vessel_rt.device.session._CPUINFO", tmp_path / "cpuinfo")
+        found.append(products(path, x))
+    assert np.array_equal(*found)
+    assert np.allclose(found[0], 256)
 
 
 def test_the_cpu_fuses_dequantization_at_the_level_that_is_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +262,16 @@ def test_blocks_divide_the_rows_and_what_cannot_be_divided_is_kept() -> None:
     graph = product(24, 4)
     assert quantize_graph(graph, KINDS["int4"]) == ({}, {"weight": "its 24 rows are not a multiple of 16"})
     assert [node.op_type for node in graph.model.graph] == ["MatMul"]
+
+
+def test_exempt_matrices_are_kept_with_the_reason() -> None:
+    assert quantize_graph(product(32, 4), KINDS["int8"], exempt={"weight": "a reason"}) == ({}, {"weight": "a reason"})
+
+
+def test_columns_have_no_blocks() -> None:
+    graph = product(24, 4)
+    assert quantize_graph(graph, KINDS["int8"], (), "MatMulIntegerToFloat") == ({"weight": 24}, {})
+    assert "MatMul" not in [node.op_type for node in graph.model.graph]
 
 
 def test_what_the_recipe_keeps_is_kept() -> None:

@@ -48,6 +48,15 @@ def test_a_matrix_is_what_onnx_says(weights: str, reference: Reference, request:
     assert (values - expected.mT).abs().max() <= expected.abs().max() / (127 if weights == "int8" else 7)
 
 
+def test_sam2s_matrices_are_measured_through_its_encoder(tiny: Tiny, int8_bundle: Path, reference: Reference) -> None:
+    bundle = Bundle.load(int8_bundle)
+    assert bundle.quantization
+    found = measure_sensitivity(bundle, reference, read_samples(sorted(tiny.frames.glob("*.jpg"))[:1]), [QUESTION])
+    effects = {effect.name: effect.mean_iou for effect in found.effects if effect.stage == "sam2_image_encoder"}
+    assert effects.keys() == bundle.quantization.matrices["sam2_image_encoder"].keys()
+    assert 0.99 < min(effects.values()) < 1
+
+
 def test_the_fewest_matrices_whose_losses_are_too_much() -> None:
     found = Sensitivity(tuple(MatrixEffect("stage", name, mean) for name, mean in (("a", 0.99), ("b", 0.997), ("c", 0.999))))
     assert found.to_keep(0.98) == []

@@ -22,6 +22,7 @@ from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 
 WEIGHTS = "weights/language_model.safetensors"
 SCALE = "layers.1.mlp.down_proj.weight_scale"
+SAM2_MATRIX = "sam2_image_encoder.image_encoder.trunk.blocks.6.mlp.layers.0.weight"
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,10 @@ def test_every_stored_value_is_within_half_a_step(reference: Reference, weights:
     assert bundle.quantization
     assert errors.keys() == {(stage, name) for stage, matrices in bundle.quantization.matrices.items() for name in matrices}
     of_layer = 7 if "int4" in weights else 6  # the recipes for int8 keep k_proj
-    vision_layers = sum(name.endswith("attn.qkv.weight") for _, name in errors)
-    assert len(errors) == 3 * of_layer + 1 + 4 * vision_layers + 2  # the head, and the projector's two
+    vision_layers = sum(name.endswith("attn.qkv.weight") for stage, name in errors if stage == "vision_encoder")
+    of_sam2 = sum(stage == "sam2_image_encoder" for stage, _ in errors)
+    assert of_sam2 == (18 if weights == "int8" else 0)  # of blocks 5 to 8, two of which also change the width
+    assert len(errors) == 3 * of_layer + 1 + 4 * vision_layers + 2 + of_sam2  # the head, and the projector's two
     assert 0.45 < min(errors.values()) <= max(errors.values()) < 0.501
     check_graphs(bundle)
 
@@ -77,6 +80,13 @@ def next_integer(values: npt.NDArray[Any]) -> None:
 
 def zeroed(values: npt.NDArray[Any]) -> None:
     values.flat[3] = 0
+
+
+def test_one_changed_value_of_sam2_is_enough(copy: Path, reference: Reference) -> None:
+    for name, change in ((f"{SAM2_MATRIX}_scale", scaled), (SAM2_MATRIX, next_integer)):
+        change_tensor(copy, "weights/sam2_image_encoder.safetensors", name, change)
+        beyond = [matrix for _, matrix, error in rounding_errors(Bundle.load(copy), reference) if not error <= 0.51]
+        assert beyond == [SAM2_MATRIX]
 
 
 @pytest.mark.parametrize(("name", "change"), [(SCALE, scaled), (SCALE, zeroed), (SCALE.removesuffix("_scale"), next_integer)])
@@ -145,6 +155,28 @@ def bits(node: onnx.NodeProto) -> None:
 def accuracy(node: onnx.NodeProto) -> None:
     attributes = {attribute.name: attribute for attribute in node.attribute}
     attributes["accuracy_level"].i = 1
+
+
+def another_zero_point(node: onnx.NodeProto) -> None:
+    node.input[4] = node.input[5]
+
+
+def another_scale(node: onnx.NodeProto) -> None:
+    node.input[3] = node.input[2]
+
+
+def fewer_inputs(node: onnx.NodeProto) -> None:
+    del node.input[4:]
+
+
+@pytest.mark.parametrize("change", [another_zero_point, another_scale, fewer_inputs])
+def test_a_graph_that_multiplies_columns_otherwise(copy: Path, change: Callable[[onnx.NodeProto], None]) -> None:
+    graph = onnx.load(copy / "sam2_image_encoder.onnx", load_external_data=False)
+    change(next(node for node in graph.graph.node if node.op_type == "MatMulIntegerToFloat"))
+    onnx.save(graph, copy / "sam2_image_encoder.onnx")
+    rehash(copy, "sam2_image_encoder.onnx")
+    with pytest.raises(BundleError, match=r"sam2_image_encoder\.onnx: .*; export the bundle again"):
+        check_graphs(Bundle.load(copy))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.device.deployment import AUTO, Deployment, check_bundle, deploy, deploy_on, deployment_fault
 from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.errors import BundleError, EngineError, VesselError
-from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
+from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle, Quantization
 from vessel_rt.io import checked_files
 from vessel_rt.io.checked_files import sha256_of
 
@@ -44,6 +44,13 @@ def test_a_stage_is_loaded_from_its_graph(standin: Bundle) -> None:
     assert deployment.graphs == {name: standin.folder / stage.file for name, stage in standin.stages.items()}
     with deployment.session("sam2_image_encoder", threads=1) as session:
         assert session.run({"pixel_values": np.ones((1, 3, 64, 64), np.float32)})["fpn_0"].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "rtx", "tensorrt"])
+def test_matrices_in_a_form_for_cpus_are_not_for_gpus(standin: Bundle, kind: str) -> None:
+    quantized = msgspec.structs.replace(standin, quantization=Quantization("int8", {}, {}))
+    with pytest.raises(BundleError, match=r"form for CPUs: take --device cpu"):
+        deploy_on(quantized, Device(kind))
 
 
 def test_every_byte_is_read_once_and_told(standin: Bundle) -> None:
