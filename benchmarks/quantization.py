@@ -29,7 +29,7 @@ from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.graphs.assemble import Graph, save_graph
 from vessel_export.graphs.quantize import Form, MatrixType, quantize_graph, with_quantized
 from vessel_export.graphs.sam2_image_encoder import weights_of_fine_features
-from vessel_export.io.safetensors_writer import OutputTensor, in_pieces, write_safetensors
+from vessel_export.io.safetensors_writer import write_safetensors
 from vessel_export.parity.emulate import emulate
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device

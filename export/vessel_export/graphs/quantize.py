@@ -4,8 +4,8 @@ There are three forms, named by their operators. In `DequantizeLinear`, the stan
 [in, out] before `MatMul`. Int8 has a scale for each column, [out], and int4 one for each block of rows of it, [in / block, out]. These are
 what TensorRT-RTX 1.7.1 multiplies by as they are; others it widens to FP16 before each product (docs/engines.md). The other two are ONNX
 Runtime's own operators for CPUs, which also round the activations to 8 bits. `MatMulNBits` always has blocks, and is the fastest for a few
-rows. `MatMulIntegerToFloat` is the fastest for thousands of rows: int8 only, with one scale for a whole column. Scales have the graph's type
-F. Values are computed piece by piece from those that an unquantized bundle would round to F. Does not know what the graphs compute.
+rows. `MatMulIntegerToFloat` is the fastest for thousands of rows: int8 only, with one scale for a whole column. Scales have the graph's
+type F. Values are computed piece by piece from those that an unquantized bundle would round to F. Does not know what the graphs compute.
 """
 
 from __future__ import annotations

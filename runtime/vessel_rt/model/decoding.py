@@ -189,7 +189,7 @@ class LanguageModel:
             padded[: len(chunk)] = chunk
         first = np.array(starts, np.int64)
         written = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
-        live = min(-(-written // _LIVE_STEP) * _LIVE_STEP, self._sizes.capacity)  # the graph masks what lies beyond a row's positions
+        live = min(-(-written // _LIVE_STEP) * _LIVE_STEP, cache[0].shape()[2])  # the graph masks what lies beyond a row's positions
         past, present = self._cache_names("past"), self._cache_names("present")
         outputs = self._session.run(
             {

@@ -257,7 +257,7 @@ def _saving(options: ort.SessionOptions, path: Path) -> ort.SessionOptions:
 def test_blocks_divide_the_rows_and_what_cannot_be_divided_is_kept() -> None:
     for rows, block in ((3584, 128), (320, 64), (96, 32), (80, 16)):
         assert quantize_graph(product(rows, 4), KINDS["int4"]) == ({"weight": block}, {})
-        assert quantize_graph(product(rows, 4), KINDS["int8"], fused=True) == ({"weight": block}, {})
+        assert quantize_graph(product(rows, 4), KINDS["int8"], form="MatMulNBits") == ({"weight": block}, {})
         assert quantize_graph(product(rows, 4), KINDS["int8"]) == ({"weight": rows}, {})
     graph = product(24, 4)
     assert quantize_graph(graph, KINDS["int4"]) == ({}, {"weight": "its 24 rows are not a multiple of 16"})
