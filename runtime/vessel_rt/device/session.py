@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import mmap
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -160,10 +162,14 @@ class Session:
     def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
         """Zeros in this session's device memory, of a TensorSpec's `dtype`: uninitialized memory may hold NaN, and 0 times NaN is NaN.
 
-        ONNX Runtime fills device memory from host arrays only: one of this shape is allocated for the call.
+        On a CPU, the system provides each page when it is first written. ONNX Runtime fills other memory from host arrays only: one of this
+        shape is allocated for the call.
         """
         number, like = _ONNX_TYPES[dtype]
         with self._faults():
+            if self._device.kind == "cpu":  # not np.zeros, which asks for huge pages
+                pages = mmap.mmap(-1, math.prod(shape) * np.dtype(like).itemsize)
+                return onnxruntime().OrtValue.ortvalue_from_numpy_with_onnx_type(np.frombuffer(pages, like).reshape(shape), number)
             value = onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, number, self._memory, self._device.index)
             value.update_inplace(np.zeros(shape, like))  # accepts any type of the same size, and zero bytes are zero in all of them
         return value

@@ -289,6 +289,13 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The bytes of the files with the weights of `stage`; 0 if an older version exported the bundle."""
         return sum(self.files[file].bytes for file in self.stages[stage].weights)
 
+
+class Bundle(BundleFile, frozen=True, kw_only=True):
+    """`bundle.json`, read. `folder` is where it is, `sha256` the hash of its bytes; they are not part of the file."""
+
+    folder: Path
+    sha256: str = ""
+
     def sized_stages(self) -> dict[str, StageSpec]:
         """The stages, which all have the sizes that an estimate of memory needs.
 
@@ -301,13 +308,6 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     f"{self.folder / BUNDLE_FILE}: stages.{name} has no weights and activation_bytes; export the bundle again"
                 )
         return self.stages
-
-
-class Bundle(BundleFile, frozen=True, kw_only=True):
-    """`bundle.json`, read. `folder` is where it is, `sha256` the hash of its bytes; they are not part of the file."""
-
-    folder: Path
-    sha256: str = ""
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:

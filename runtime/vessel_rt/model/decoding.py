@@ -89,7 +89,7 @@ class LanguageModel:
         self._dtype = stage.input_dtype("inputs_embeds")  # the states' dtype too
         self._cache_dtype = stage.input("past_key.0").dtype
         self._precision = bundle.precision
-        self._unused: list[tuple[tuple[int, int], list[OrtValue]]] = []  # caches, each with its number of rows and its capacity
+        self._unused: list[tuple[int, list[OrtValue]]] = []  # caches, each with its number of rows
 
     def generate(self, prompts: Sequence[npt.NDArray[Any]], drafts: Sequence[Sequence[int]] | None = None) -> list[Generation]:
         """Answer each prompt, given as embeddings [tokens, hidden_size], until a stop token or `max_new_tokens`.
@@ -109,7 +109,7 @@ class LanguageModel:
         tried = min(MOST_KEPT - 1, self._sizes.max_new_tokens)
         rows = [_Row(len(prompt), tuple(draft[:tried])) for prompt, draft in zip(prompts, drafts or [()] * len(prompts), strict=True)]
         try:
-            with self._cache_of(len(rows), self._capacity_for(longest)) as cache:
+            with self._cache_of(len(rows)) as cache:
                 self._begin(rows, prompts, cache)
                 while any(map(self._unfinished, rows)):
                     self._step(rows, cache)
@@ -189,7 +189,7 @@ class LanguageModel:
             padded[: len(chunk)] = chunk
         first = np.array(starts, np.int64)
         written = max(start + len(chunk) for start, chunk in zip(starts, chunks, strict=True))
-        live = min(-(-written // _LIVE_STEP) * _LIVE_STEP, cache[0].shape()[2])  # the graph masks what lies beyond a row's positions
+        live = min(-(-written // _LIVE_STEP) * _LIVE_STEP, self._sizes.capacity)  # the graph masks what lies beyond a row's positions
         past, present = self._cache_names("past"), self._cache_names("present")
         outputs = self._session.run(
             {
@@ -214,22 +214,16 @@ class LanguageModel:
     def _cache_names(self, when: str) -> list[str]:
         return [f"{when}_{part}.{layer}" for layer in range(self._sizes.layers) for part in ("key", "value")]
 
-    def _capacity_for(self, longest: int) -> int:
-        """How many tokens the cache takes for prompts of up to `longest` tokens: engines are built for one capacity, a CPU takes any."""
-        if self._chunk is None:
-            return self._sizes.capacity
-        return min(-(-(longest + self._sizes.max_new_tokens) // self._chunk) * self._chunk, self._sizes.capacity)
-
     @contextmanager
-    def _cache_of(self, batch: int, capacity: int) -> Iterator[list[OrtValue]]:
+    def _cache_of(self, batch: int) -> Iterator[list[OrtValue]]:
         """A cache of `batch` rows, each tensor [batch, kv_heads, capacity, head_dim], for this block alone.
 
         A later block reuses it, unless this one fails: the cache may then hold numbers that are not finite.
         """
-        shape, cache = self._unused.pop() if self._unused else ((0, 0), [])
-        if shape != (batch, capacity):
-            sizes = batch, self._sizes.kv_heads, capacity, self._sizes.head_dim
+        rows, cache = self._unused.pop() if self._unused else (0, [])
+        if rows != batch:
+            shape = (batch, self._sizes.kv_heads, self._sizes.capacity, self._sizes.head_dim)
             cache = []  # freed before the new one is allocated
-            cache = [self._session.zeros(sizes, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
+            cache = [self._session.zeros(shape, self._cache_dtype) for _ in range(2 * self._sizes.layers)]
         yield cache
-        self._unused.append(((batch, capacity), cache))
+        self._unused.append((batch, cache))

@@ -72,9 +72,9 @@ def test_each_process_needs_its_own(system: Path, fp32_bundle: Path) -> None:
     limit(system, str(10**9), 10**9 - make_host_plan(bundle).total - 1)
     (system / "meminfo").write_text("MemAvailable: 999999999 kB\nSwapFree: 0 kB\n")
     require_memory(bundle)
-    with pytest.raises(BundleError, match="fewer processes"):
+    with pytest.raises(BundleError, match="fewer streams or processes"):
         require_memory(bundle, processes=2)
-    with pytest.raises(BundleError, match="fewer streams"):
+    with pytest.raises(BundleError, match="fewer streams or processes"):
         require_memory(bundle, streams=2)
 
 

@@ -37,7 +37,8 @@ def test_quantized_weights_say_so(int8_bundle: Path, fp32_bundle: Path) -> None:
     small, large = sizes(make_plan(Bundle.load(int8_bundle), 1, CARD)), sizes(make_plan(Bundle.load(fp32_bundle), 1, CARD))
     assert small["weights: vision_encoder, int8"] < large["weights: vision_encoder"]  # a scale for 16 rows, FP32 positions
     assert small["weights: language_model, int8"] < large["weights: language_model"] / 2  # the rotary tables stay FP32
-    for name in ("weights: sam2_image_encoder", "cache", "activations: language_model"):
+    assert small["weights: sam2_image_encoder, int8"] < large["weights: sam2_image_encoder"]
+    for name in ("weights: sam2_mask_decoder", "cache", "activations: language_model"):
         assert small[name] == large[name]
 
 

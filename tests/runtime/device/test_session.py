@@ -74,6 +74,17 @@ def test_zeros_are_zero_in_types_that_numpy_lacks_too(standin: Bundle, dtype: st
             del value
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what a process has")
+def test_zeros_that_are_not_written_take_no_memory(standin: Bundle) -> None:
+    def data_pages() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    with Session(standin.folder / "sam2_image_encoder.onnx", CPU, 1) as session:
+        before, value = data_pages(), session.zeros((1 << 28,), "float32")  # 1 GiB
+        assert value.shape() == [1 << 28]
+        assert data_pages() - before < 10_000
+
+
 def test_where_operators_run_is_known(standin: Bundle) -> None:
     with Session(standin.folder / "language_model.onnx", CPU, 1) as session:
         assert {"Attention", "MatMul", "TensorScatter", "Shape"} <= _operators_on_the_cpu(session._session)
@@ -92,7 +103,7 @@ def test_no_room_for_a_value_is_out_of_memory(standin: Bundle, monkeypatch: pyte
         raise error
 
     with Session(standin.folder / "language_model.onnx", Device("cpu"), 1) as session:
-        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_shape_and_type", full)
+        monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy_with_onnx_type", full)
         with pytest.raises(OutOfMemory, match="language_model fails on cpu"):
             session.zeros((1, 2), "float32")
 

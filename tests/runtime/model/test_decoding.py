@@ -105,21 +105,15 @@ def test_a_prompt_in_chunks_is_answered_as_one_in_a_run(standin: Bundle, draft: 
     ids = Tokenizer.from_file(str(standin.folder / "tokenizer.json")).encode(draft).ids
     with language_model(standin) as whole, language_model(standin, chunk) as chunked:
         [expected] = whole.generate([start], [ids])
-        run, lengths, capacities = chunked._session.run, [], set()
-
-        def watched(feeds: dict[str, Any], **more: Any) -> dict[str, Any]:
-            lengths.append(feeds["inputs_embeds"].shape[1])
-            capacities.add(feeds["past_key.0"].shape()[2])
-            return dict(run(feeds, **more))
-
-        monkeypatch.setattr(chunked._session, "run", watched)
+        run, lengths = chunked._session.run, []
+        monkeypatch.setattr(
+            chunked._session, "run", lambda feeds, **more: lengths.append(feeds["inputs_embeds"].shape[1]) or run(feeds, **more)
+        )
         [found] = chunked.generate([start], [ids])
     assert (found.token_ids, found.accepted, found.decode_steps) == (expected.token_ids, expected.accepted, expected.decode_steps)
     np.testing.assert_allclose(found.seg_states, expected.seg_states, rtol=0, atol=ROUNDING)
     assert max(lengths) <= chunk + 1 + len(ids)
     assert sum(lengths) == len(start) + len(ids) + found.decode_steps
-    [capacity] = capacities  # that of the prompt, in whole chunks
-    assert 0 <= capacity - len(start) - standin.language_model.max_new_tokens < chunk or capacity == standin.language_model.capacity
 
 
 def test_rows_that_finish_early_wait_for_the_others(tmp_path: Path) -> None:
