@@ -283,6 +283,18 @@ def _quantized_activations() -> str:
     return _table(["in FP32", "answers identical", "mean IoU", "least IoU", "angiograms: mean IoU", "least IoU"], rows)
 
 
+def _stage_errors() -> str:
+    rows = _result("stage_errors")["rows"]
+    quantities = [(stage, quantity) for stage, found in rows[0]["errors"].items() for quantity in found]
+    cells = [[f"{stage}: {quantity}", *(_error(row["errors"][stage], quantity) for row in rows)] for stage, quantity in quantities]
+    return _table(["", *(row["name"] for row in rows)], cells)
+
+
+def _error(found: dict[str, float], quantity: str) -> str:
+    value = found[quantity]
+    return f"{value:.0%}" if "identical" in quantity else f"{value:.1e}"
+
+
 def _scores(found: dict[str, Any]) -> list[str]:
     numbers = (f"{found[key]:.4f}" for key in ("mean_iou", "min_iou", "dice", "cldice"))
     return [f"{found['identical_answers']} of {found['answers']}", *numbers, f"{found['hd95']:.2f}"]
@@ -312,6 +324,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "quantization-stages": _quantized_stages,
     "quantization-activations": _quantized_activations,
     "quantization-matrices": _quantized_matrices,
+    "stage-errors": _stage_errors,
 }
 
 
