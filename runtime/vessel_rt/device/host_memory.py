@@ -10,9 +10,9 @@ from pathlib import Path
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 
-__all__ = ["available_memory", "needed_memory", "require_memory"]
+__all__ = ["anonymous_memory", "available_memory", "needed_memory", "require_memory", "stage_memory", "total_memory"]
 
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO, _STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")  # of a container: the root of its own hierarchy (cgroup v2)
 
 # Anonymous memory that ONNX Runtime takes, over the bytes of the weights. It copies the matrices to the layout of its kernels and has no
@@ -23,9 +23,31 @@ _GB = 1e9
 
 def needed_memory(bundle: Bundle) -> int:
     """The least memory, in bytes, that the weights of `bundle` take on a CPU. Activations and the KV cache come on top of it."""
+    return sum(stage_memory(bundle, name) for name in bundle.stages)
+
+
+def stage_memory(bundle: Bundle, stage: str) -> int:
+    """The part of `needed_memory` that the weights of `stage` take."""
     quantized = bundle.quantization.matrices if bundle.quantization else {}
-    types = {name: bundle.weights if name in quantized else bundle.precision for name in bundle.stages}
-    return int(sum(_FACTORS[types[name]] * bundle.weight_bytes(name) for name in bundle.stages))
+    return int(_FACTORS[bundle.weights if stage in quantized else bundle.precision] * bundle.weight_bytes(stage))
+
+
+def total_memory() -> int | None:
+    """The memory of the host in bytes, without swap; None if the system does not tell."""
+    return _kilobytes(_MEMINFO, "MemTotal")
+
+
+def anonymous_memory() -> int | None:
+    """The memory of this process in bytes, without files that are mapped: the system cannot take it back. None if it does not tell."""
+    return _kilobytes(_STATUS, "RssAnon")
+
+
+def _kilobytes(path: Path, field: str) -> int | None:
+    try:
+        line = next(line for line in path.read_text(encoding="ascii").splitlines() if line.startswith(f"{field}:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def available_memory() -> int | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, onnxruntime
-from vessel_rt.errors import GraphError, OutOfMemory, VesselError, first_line
+from vessel_rt.errors import GraphError, OutOfMemory, PlacementError, VesselError, first_line
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -57,8 +58,9 @@ class Session:
         prepack: on a CPU, copy the matrices to the layout of its kernels while the graph is loaded. It takes their size in memory.
 
     Raises:
-        VesselError: ONNX Runtime cannot load the graph, or it leaves all of the graph, or operators that are slow there, to the CPU. (It
-            places shape arithmetic on the CPU by design; `rtx` leaves nothing there.)
+        VesselError: ONNX Runtime cannot load the graph.
+        PlacementError: it leaves all of the graph, or operators that are slow there, to the CPU. (It places shape arithmetic on the CPU by
+            design; `rtx` leaves nothing there.)
     """
 
     def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None, prepack: bool = True) -> None:
@@ -81,12 +83,16 @@ class Session:
         except Exception as e:  # ONNX Runtime's errors share no base class
             raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {first_line(e)}") from e
         if session.get_providers()[0] != provider.name:
-            raise VesselError(
+            raise PlacementError(
                 f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
             )
-        left = sorted(_operators_on_the_cpu(session) & _HEAVY) if device.kind != "cpu" else []
+        self.placement = _placement(session)
+        """How many nodes of each operator run on which provider (ONNX Runtime's name), after its optimizations."""
+        left = sorted(self.placement.get(PROVIDERS["cpu"].name, {}).keys() & _HEAVY) if device.kind != "cpu" else []
         if left:
-            raise VesselError(f"{path}: onnxruntime {ort.__version__} has no kernel on {device} for {', '.join(left)}; take another device")
+            raise PlacementError(
+                f"{path}: onnxruntime {ort.__version__} has no kernel on {device} for {', '.join(left)}; take another device"
+            )
         self._path = path
         self._session: Any = session
         self._device, self._memory = device, provider.memory
@@ -170,9 +176,11 @@ class Session:
             raise
 
 
-def _operators_on_the_cpu(session: Any) -> set[str]:
-    cpu = PROVIDERS["cpu"].name
-    return {node.op_type for part in session.get_provider_graph_assignment_info() if part.ep_name == cpu for node in part.get_nodes()}
+def _placement(session: Any) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    return found
 
 
 def _run_faults() -> tuple[type[Exception], ...]:
