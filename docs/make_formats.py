@@ -14,6 +14,7 @@ from msgspec import inspect as types
 from vessel_rt.evaluation.check_data import CheckReport, DroppedItem
 from vessel_rt.formats.bundle import BundleFile
 from vessel_rt.formats.engine_sidecar import Engine
+from vessel_rt.formats.golden import GoldenFile
 from vessel_rt.formats.recipe import RecipeFile
 from vessel_rt.formats.schema import FileName, Sha256
 from vessel_rt.results.schema import EvaluationFile, JournalEntry, Planned, ResultLine, RunFile, TimingLine
@@ -29,6 +30,7 @@ Unknown keys are errors in `bundle.json`, sidecars and recipes. In the files of 
 """
 FILES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("bundle.json", (BundleFile,)),
+    ("golden.json", (GoldenFile,)),
     ("Recipes: recipes/*.toml", (RecipeFile,)),
     ("Engine sidecars: engines/&lt;builder&gt;-&lt;architecture&gt;/&lt;stage&gt;.json", (Engine,)),
     ("results.jsonl", (ResultLine,)),

@@ -33,6 +33,7 @@ __all__ = [
     "BundleFile",
     "EmbeddingTable",
     "FileRecord",
+    "GoldenFiles",
     "LanguageModelSpec",
     "MaskSpec",
     "PromptSpec",
@@ -251,6 +252,18 @@ class Quantization(Struct, frozen=True, forbid_unknown_fields=True):
     kept: Table[Text, Text]
 
 
+class GoldenFiles(Struct, frozen=True, forbid_unknown_fields=True):
+    """The reference's answers for a few generated frames (formats/golden.py). Only a check of the bundle reads them.
+
+    Attributes:
+        file: golden.json.
+        arrays: golden.npz.
+    """
+
+    file: FileRecord
+    arrays: FileRecord
+
+
 class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`bundle.json`.
 
@@ -264,8 +277,9 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         embed_tokens: the embedding table.
         stages: the four graphs; docs/architecture.md lists their names.
         provenance: what the bundle was made from.
-        files: size and hash of every file, by its path relative to the bundle.
+        files: size and hash of every file but the goldens', by its path relative to the bundle.
         quantization: which matrices are stored as integers; null if none are.
+        golden: the files with the reference's answers; null if there are none.
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)]
@@ -279,6 +293,7 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     provenance: Provenance
     files: Table[FileName, FileRecord]
     quantization: Quantization | None = None
+    golden: GoldenFiles | None = None
 
     @property
     def weights(self) -> str:
