@@ -1,4 +1,4 @@
-"""`vessel-rt check`: a bundle proves itself on this machine. All checks in order, as far as they can go. Needs no PyTorch and no checkpoint."""
+"""`vessel-rt check`: a bundle proves itself on this machine. All checks in order, as far as they can go, without PyTorch and checkpoint."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from tqdm import tqdm
 
 from vessel_rt.check.frames import frame_of
 from vessel_rt.check.loading import load
 from vessel_rt.check.machine import check_gpu, check_machine
-from vessel_rt.check.memory import MemoryWatch, check_memory
+from vessel_rt.check.memory import MemoryWatch, check_memory, size
 from vessel_rt.check.parity import check_parity, golden_images
 from vessel_rt.check.record import Record
 from vessel_rt.check.redact import redactor
@@ -23,7 +24,7 @@ from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.device.deployment import Deployment, check_bundle, choose_device, deploy_on, deployment_fault
 from vessel_rt.device.host_memory import available_memory, needed_memory, require_memory
 from vessel_rt.device.memory_plan import make_plan
-from vessel_rt.device.providers import Device
+from vessel_rt.device.providers import Device, open_device
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.golden import Golden
@@ -32,7 +33,6 @@ from vessel_rt.model.segmenter import Segmenter
 
 __all__ = ["CheckOptions", "check"]
 
-_GB = 1e9
 _NO_GOLDENS = "the bundle has no goldens: `vessel-export verify --record` writes them, where it was exported"
 
 
@@ -50,74 +50,91 @@ class CheckOptions:
     minutes: float = 0.0
 
 
-def check(
-    options: CheckOptions,
-    say: Callable[[CheckLine], object],
-    progress: Callable[[int, int], object] | None = None,
-) -> CheckFile:
+def check(options: CheckOptions, say: Callable[[CheckLine], object]) -> CheckFile:
     """Make all checks, tell each line, and write check.json and check.html to `options.output`.
-
-    `progress` gets the bytes hashed each time, and their total.
 
     Raises:
         VesselError: the results cannot be written.
     """
     record = Record(redactor(options.bundle), say, lambda found: write_check(options.output, found))
     check_machine(record)
-    _Check(options, record, progress).run()
+    _Check(options, record).run()
     found = record.file(finished=True)
     write_check(options.output, found)
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A device by name; the device itself if it works, and whether the bundle fits there."""
+
+    name: str
+    device: Device | None = None
+    fits: bool = False
+
+
 class _Check:
     """The checks of one call. A step that fails makes a line, and what depends on it is skipped."""
 
-    def __init__(self, options: CheckOptions, record: Record, progress: Callable[[int, int], object] | None) -> None:
-        self._options, self._record, self._progress = options, record, progress
+    def __init__(self, options: CheckOptions, record: Record) -> None:
+        self._options, self._record = options, record
         self._golden: Golden | None = None
 
     def run(self) -> None:
-        bundle = self._bundle()
-        if bundle is None:
-            self._record.complete()
-            return
-        files = self._files(bundle)
-        self._goldens(bundle)
-        for wanted in dict.fromkeys(self._options.devices):
-            self._record.device = str(wanted)
-            device = self._device(bundle, wanted)
-            if device:
-                self._on_device(bundle, device, files)
+        bundle, fault = self._read()
+        places = [self._place(bundle, wanted) for wanted in dict.fromkeys(self._options.devices)]
+        self._record.device = None
+        files = self._files(bundle, fault)
+        targets = [self._target(bundle, place) for place in places]
+        for place, engines in zip(places, targets, strict=True):
+            self._record.device = place.name
+            if bundle and place.device and place.fits and files is not None and engines is not None:
+                with MemoryWatch(place.device) as watch, self._record.attempt("loading", "bundle"):
+                    self._run(deploy_on(bundle, place.device, files=files | engines), watch)
             self._record.complete()
 
-    def _bundle(self) -> Bundle | None:
-        """bundle.json, read."""
-        with self._record.attempt("bundle", "bundle.json"):
+    def _read(self) -> tuple[Bundle | None, str]:
+        """bundle.json, or what is wrong with it. The devices come before it, and some of them depend on it."""
+        try:
             bundle = Bundle.load(self._options.bundle)
-            layers = bundle.language_model.layers
-            self._record.bundle = CheckedBundle(
-                bundle.sha256, bundle.precision, bundle.weights, bundle.provenance.checkpoint, layers, cases=0
-            )
-            weights = f" with {bundle.weights} weights" if bundle.quantization else ""
-            self._record.passed("bundle", "bundle.json", f"{bundle.precision}{weights}, {layers} layers")
-            return bundle
-        return None
+        except BundleError as e:
+            return None, str(e)
+        layers, origin = bundle.language_model.layers, bundle.provenance
+        self._record.bundle = CheckedBundle(bundle.sha256, bundle.precision, bundle.weights, origin.checkpoint, layers, cases=0)
+        return bundle, ""
 
-    def _files(self, bundle: Bundle) -> CheckedFiles | None:
+    def _place(self, bundle: Bundle | None, wanted: Device) -> _Place:
+        """The device that `wanted` stands for, and whether the bundle fits there."""
+        self._record.device = str(wanted)
+        if bundle is None and wanted.kind in ("auto", "gpu"):
+            self._record.skipped("machine", "device", "the first that runs the bundle, which cannot be read")
+            return _Place(str(wanted))
+        with self._record.attempt("machine", "device"):
+            device = choose_device(bundle, wanted) if bundle else open_device(wanted)
+            self._record.device = str(device)
+            self._record.passed("machine", "device", "works")
+            check_gpu(self._record, device)
+            return _Place(str(device), device, bundle is not None and self._fits(bundle, device))
+        return _Place(str(wanted))
+
+    def _files(self, bundle: Bundle | None, fault: str) -> CheckedFiles | None:
+        """bundle.json, the files that it names, and the goldens; returns the files that were hashed."""
+        if bundle is None:
+            self._record.failed("bundle", "bundle.json", fault)
+            return None
+        weights = f" with {bundle.weights} weights" if bundle.quantization else ""
+        self._record.passed("bundle", "bundle.json", f"{bundle.precision}{weights}, {bundle.language_model.layers} layers")
+        files = self._hashed(bundle)
+        self._goldens(bundle)
+        return files
+
+    def _hashed(self, bundle: Bundle) -> CheckedFiles | None:
         """The files of bundle.json, hashed."""
         with self._record.attempt("bundle", "files"):
             total = sum(record.bytes for record in bundle.used_files().values() if record)
-            read = 0
-
-            def advance(more: int) -> None:
-                nonlocal read
-                read += more
-                if self._progress:
-                    self._progress(more, total)
-
-            files = bundle.verify_files(advance)
-            self._record.passed("bundle", "files", f"{len(files)} files, {total / _GB:.2f} GB, as they were exported")
+            with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, disable=None, delay=2, leave=False) as bar:
+                files = bundle.verify_files(bar.update)
+            self._record.passed("bundle", "files", f"{len(files)} files, {size(total)}, as they were exported")
             return files
         return None
 
@@ -136,47 +153,34 @@ class _Check:
                     "bundle", "goldens", f"{len(golden.cases)} cases on {len(golden.frames)} frames, by {torch} in {made.precision}"
                 )
 
-    def _device(self, bundle: Bundle, wanted: Device) -> Device | None:
-        """The device that `wanted` stands for, if it works."""
-        with self._record.attempt("machine", "device"):
-            device = choose_device(bundle, wanted)
-            self._record.device = str(device)
-            self._record.passed("machine", "device", "works")
-            return device
-        return None
-
-    def _on_device(self, bundle: Bundle, device: Device, files: CheckedFiles | None) -> None:
-        check_gpu(self._record, device)
-        fits, engines = self._fits(bundle, device), self._engines(bundle, device)
-        if files is not None and engines is not None and fits:
-            with MemoryWatch(device) as watch, self._record.attempt("loading", "bundle"):
-                self._run(deploy_on(bundle, device, files=files | engines), watch)
-
     def _fits(self, bundle: Bundle, device: Device) -> bool:
         """Whether the bundle fits in the memory of the device, with one image at once."""
         with self._record.attempt("machine", "memory"):
             if device.kind == "cpu":
                 require_memory(bundle)
                 free = available_memory()
-                of = "" if free is None else f" of {free / _GB:.1f} GB available"
-                self._record.passed("machine", "memory", f"the weights take {needed_memory(bundle) / _GB:.2f} GB{of}")
+                of = "" if free is None else f" of {size(free)} available"
+                self._record.passed("machine", "memory", f"the weights take {size(needed_memory(bundle))}{of}")
                 return True
             plan = make_plan(bundle, 1, list_gpus()[device.index].memory)
             fault = None if plan.fits else "it does not fit, even with one image at once: `vessel-rt plan` says what to lower"
-            figure = f"{plan.total / _GB:.2f} GB planned for one image at once, of {plan.memory / _GB:.2f} GB"
+            figure = f"{size(plan.total)} planned for one image at once, of {size(plan.memory)}"
             self._record.judged("machine", "memory", figure, fault)
             return plan.fits
         return False
 
-    def _engines(self, bundle: Bundle, device: Device) -> CheckedFiles | None:
+    def _target(self, bundle: Bundle | None, place: _Place) -> CheckedFiles | None:
         """The files of the engines that the device runs, hashed; none if it runs the graphs."""
+        device, self._record.device = place.device, place.name
+        if bundle is None or device is None:
+            return None
         with self._record.attempt("bundle", "target"):
             if fault := deployment_fault(bundle, device):
                 raise BundleError(fault)
             if device.kind != "rtx":
                 self._record.passed("bundle", "target", f"{device.kind} runs the graphs themselves")
                 return {}
-            files = check_bundle(bundle, [device], None, lambda read, total: self._progress(read, total) if self._progress else None)
+            files = check_bundle(bundle, [device], None)
             self._record.passed("bundle", "target", f"engines for this GPU and this TensorRT-RTX, {len(files)} files, as they were built")
             return files
         return None

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vessel_rt.check.memory import MemoryWatch
+from vessel_rt.check.memory import MemoryWatch, size
 from vessel_rt.check.record import Record
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.host_memory import stage_memory
@@ -28,8 +28,6 @@ __all__ = ["LoadedDeployment", "Tap", "load"]
 
 Tap: TypeAlias = "Callable[[str, Mapping[str, Any]], object]"
 """Called with a stage and its outputs after each run: arrays, or OrtValues for those that stay on the device."""
-
-_GB = 1e9
 
 
 class _Shared(Session):
@@ -119,4 +117,4 @@ def _grown(deployment: Deployment, stage: str, before: int | None, after: int | 
     if before is None or after is None:
         return ""
     planned = stage_memory(deployment.bundle, stage) if deployment.device.kind == "cpu" else deployment.bundle.weight_bytes(stage)
-    return f", {max(after - before, 0) / _GB:.2f} GB (weights planned: {planned / _GB:.2f} GB)"
+    return f", {size(max(after - before, 0))} (planned for the weights: {size(planned)})"

@@ -78,7 +78,8 @@ def check_gpu(record: Record, device: Device) -> None:
 def _driver_fault(device: Device, cuda: tuple[int, int]) -> str | None:
     """Why the driver cannot run the CUDA that ONNX Runtime was built with; a driver runs every minor version of its CUDA."""
     built = str(getattr(onnxruntime(), "cuda_version", "") or "")
-    if device.kind == "rtx" or not re.match(r"\d+", built) or int(built.split(".")[0]) <= cuda[0]:
+    major = re.match(r"\d+", built)
+    if device.kind == "rtx" or major is None or int(major[0]) <= cuda[0]:
         return None
     return f"onnxruntime needs CUDA {built}, and the driver runs {cuda[0]}.{cuda[1]} at most: install a newer driver"
 
@@ -86,7 +87,9 @@ def _driver_fault(device: Device, cuda: tuple[int, int]) -> str | None:
 def _software_fault(versions: dict[str, str]) -> str | None:
     """What is wrong with the installed packages."""
     if all(name in versions for name in _RUNTIMES):
-        return "onnxruntime and onnxruntime-gpu overwrite each other: pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
+        return (
+            "onnxruntime and onnxruntime-gpu overwrite each other: pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
+        )
     needed, found = _needed_runtime(), onnxruntime().__version__
     if needed and _numbers(found) < _numbers(needed):
         return f"onnxruntime {found} is older than {needed}: pip install --upgrade onnxruntime, or onnxruntime-gpu if that is installed"
@@ -126,6 +129,6 @@ def _processor() -> tuple[str | None, tuple[str, ...]]:
         text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return platform.processor() or None, ()
-    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
+    fields: dict[str, str] = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text.split("\n\n")[0], re.MULTILINE))
     flags = fields.get("flags", fields.get("Features", "")).split()
-    return fields.get("model name"), tuple(sorted(flag for flag in flags if _FEATURES.fullmatch(flag)))
+    return fields.get("model name") or None, tuple(sorted(flag for flag in flags if _FEATURES.fullmatch(flag)))

@@ -9,23 +9,27 @@ from typing import Self
 
 from vessel_rt.check.record import Record
 from vessel_rt.device.deployment import Deployment
-from vessel_rt.device.host_memory import anonymous_memory, needed_memory
+from vessel_rt.device.host_memory import anonymous_memory, available_memory, needed_memory
 from vessel_rt.device.memory_plan import make_plan
 from vessel_rt.device.nvml import gpu_monitor
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import VesselError
 
-__all__ = ["MemoryWatch", "check_memory"]
+__all__ = ["MemoryWatch", "check_memory", "size"]
 
 _INTERVAL = 0.02  # seconds between readings
-_GB = 1e9
+
+
+def size(count: int) -> str:
+    """Bytes as text: GB (10^9 bytes) from a tenth of one on, else MB."""
+    return f"{count / 1e9:.2f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 class MemoryWatch:
     """Reads the memory in use until it is left, and keeps the peak.
 
     On a GPU it is the memory of the card, all processes together; on a CPU the anonymous memory of this process. `missing` says why there
-    are no readings.
+    are no readings. `available` is the host's memory that was free at the start.
     """
 
     def __init__(self, device: Device) -> None:
@@ -37,7 +41,7 @@ class MemoryWatch:
                 self._read = lambda: monitor().used
             except VesselError as e:
                 self._read, self.missing = lambda: None, str(e)
-        self.at_start = self.now()
+        self.at_start, self.available = self.now(), available_memory()
         if self.at_start is None and self.missing is None:
             self.missing = "the system does not tell"
         self.peak = self.at_start or 0
@@ -72,9 +76,10 @@ def check_memory(record: Record, deployment: Deployment, watch: MemoryWatch, bat
     taken = max(watch.peak - watch.at_start, 0)
     with record.attempt("memory", "peak"):
         if deployment.device.kind == "cpu":
-            planned = needed_memory(deployment.bundle)
-            record.passed("memory", "peak", f"{taken / _GB:.2f} GB, of which {planned / _GB:.2f} GB were planned for the weights")
+            figure = f"{size(taken)}, of which {size(needed_memory(deployment.bundle))} were planned for the weights"
+            short = watch.available is not None and taken > watch.available
+            record.judged("memory", "peak", figure, "more than was available: the machine swaps, and is slow" if short else None)
             return
         plan = make_plan(deployment.bundle, batch, 0)
-        fault = "more than planned: set engines.memory_gib or --batch with room to spare, and send check.json" if taken > plan.total else None
-        record.judged("memory", "peak", f"{taken / _GB:.2f} GB of {plan.total / _GB:.2f} GB planned for {batch} images at once", fault)
+        fault = "more than planned: use a smaller --batch, and send check.json to whoever made the bundle" if taken > plan.total else None
+        record.judged("memory", "peak", f"{size(taken)} of {size(plan.total)} planned for {batch} images at once", fault)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from tqdm import tqdm
 
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.record import Record
@@ -20,7 +21,7 @@ from vessel_rt.formats.golden import SKETCHED, Golden, GoldenCase
 from vessel_rt.model.result import Answer
 from vessel_rt.model.segmenter import Segmenter
 
-__all__ = ["check_parity", "golden_images"]
+__all__ = ["Outputs", "check_parity", "golden_images"]
 
 # Where each stage's inputs come from: an error that was there before says nothing about the stage.
 _SOURCES = {"language_model": ("vision_encoder",), "sam2_mask_decoder": ("language_model", "sam2_image_encoder")}
@@ -35,30 +36,29 @@ def golden_images(golden: Golden) -> list[Image.Image]:
 def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden, device: str) -> None:
     """A line for each stage, one for the answers and one for the masks."""
     limits = tolerances_of(deployment.bundle)
-    answers = _Answers(golden, limits)
-    outputs = _Outputs()
-    with Segmenter(deployment.tapped(outputs), draft=False) as segmenter:
-        pixels = [segmenter.prepare(image) for image in golden_images(golden)]
-        errors = _Errors(golden)
-        for case in golden.cases:
-            outputs.clear()
-            [[answer]] = segmenter.run([pixels[case.frame]], [case.question])
-            errors.add(case, outputs.of(answer))
-            answers.add("one image at a time, without drafts", case, answer)
+    answers, errors, outputs = _Answers(golden, limits), _Errors(golden), Outputs()
+    batches = list(_batches(golden, deployment))
+    with tqdm(total=2 * (len(golden.cases) + len(batches)), desc="parity", unit="run", disable=None, delay=2, leave=False) as bar:
+        for draft in (False, True):
+            drafts = "with drafts" if draft else "without drafts"
+            # With a draft, a stage's outputs have states of tokens that may be rejected.
+            with Segmenter(deployment if draft else deployment.tapped(outputs), draft=draft) as segmenter:
+                pixels = [segmenter.prepare(image) for image in golden_images(golden)]
+                for case in golden.cases:
+                    outputs.clear()
+                    [[answer]] = segmenter.run([pixels[case.frame]], [case.question])
+                    if not draft:
+                        errors.add(case, outputs.of(answer))
+                    answers.add(f"one image at a time, {drafts}", case, answer)
+                    bar.update()
+                for batch in batches:
+                    found = segmenter.run([pixels[case.frame] for case in batch], [batch[0].question])
+                    for case, [answer] in zip(batch, found, strict=True):
+                        answers.add(f"{len(batch)} images at once, {drafts}", case, answer)
+                    bar.update()
     stages = errors.worst(device, limits)
     record.stages += stages
     _judge_stages(record, stages)
-    for draft in (False, True):
-        with Segmenter(deployment, draft=draft) as segmenter:
-            drafts = "with drafts" if draft else "without drafts"
-            if draft:
-                for case in golden.cases:
-                    [[answer]] = segmenter.run([pixels[case.frame]], [case.question])
-                    answers.add(f"one image at a time, {drafts}", case, answer)
-            for batch in _batches(golden, deployment):
-                found = segmenter.run([pixels[case.frame] for case in batch], [batch[0].question])
-                for case, [answer] in zip(batch, found, strict=True):
-                    answers.add(f"{len(batch)} images at once, {drafts}", case, answer)
     record.judged("parity", "answers", answers.told_ids, answers.id_fault)
     record.judged("parity", "masks", answers.told_masks, answers.mask_fault)
 
@@ -79,7 +79,7 @@ def _batches(golden: Golden, deployment: LoadedDeployment) -> Iterator[list[Gold
             yield cases[start : start + size]
 
 
-class _Outputs:
+class Outputs:
     """The outputs of one image's run, as the stages give them."""
 
     def __init__(self) -> None:
@@ -159,14 +159,14 @@ def _judge_stages(record: Record, errors: Sequence[StageError]) -> None:
             fault = f"{which}: its inputs are off already ({', '.join(inherited)})"
         else:
             fault = (
-                f"{which}: the first stage that is off, as its inputs are right: its graph or weights are not those that were compared with "
-                "the reference, or a kernel of this device computes it wrongly (compare with --device cpu)"
+                f"{which}: the first stage that is off, since its inputs are right. Its graph or weights are not those that the goldens "
+                "were recorded for, or a kernel of this device computes it wrongly (compare with --device cpu)"
             )
         record.failed("parity", stage, fault, figure)
 
 
 def _told(error: float | None) -> str:
-    return "not a number" if error is None else f"{error:.1e}"
+    return "not a number" if error is None else f"{error:.1e}" if error else "0"
 
 
 @dataclasses.dataclass
@@ -231,4 +231,3 @@ def _iou(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32], undecid
     a, b = (ours > 0) & decided, (theirs > 0) & decided
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
-

@@ -9,7 +9,6 @@ import datetime
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,11 +38,9 @@ class Record:
         save: called with the whole after each line.
     """
 
-    def __init__(
-        self, redact: Callable[[str], str], say: Callable[[CheckLine], object], save: Callable[[CheckFile], object]
-    ) -> None:
+    def __init__(self, redact: Callable[[str], str], say: Callable[[CheckLine], object], save: Callable[[CheckFile], object]) -> None:
         self._redact, self._say, self._save = redact, say, save
-        self._started, self._began = datetime.datetime.now(datetime.timezone.utc), time.perf_counter()
+        self._started, self._began = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self._lines: list[CheckLine] = []
         self.device: str | None = None
         """The device that the next lines are about; None: the machine or the bundle."""
@@ -110,13 +107,16 @@ class Record:
         )
 
     def _verdict(self, finished: bool) -> str:
-        counts = Counter(line.outcome for line in self._lines)
+        skipped = [
+            f"{line.grade}: {line.name}" if line.grade != line.name else line.grade for line in self._lines if line.outcome == "skip"
+        ]
+        passed = sum(line.outcome == "pass" for line in self._lines)
         if not finished:
             last = self._lines[-1] if self._lines else None
             return f"NOT FINISHED: the last check was {last.grade}: {last.name}" if last else "NOT FINISHED"
-        told = ", ".join(f"{counts[outcome]} {word}" for outcome, word in (("pass", "passed"), ("skip", "skipped")) if counts[outcome])
+        told = f"{passed} passed" + (f", {len(skipped)} skipped ({', '.join(skipped)})" if skipped else "")
         if not self.failures:
-            return f"PASS: {told}" if counts["pass"] else "FAIL: nothing was checked"
+            return f"PASS: {told}" if passed else "FAIL: nothing was checked"
         first = self.failures[0]
         others = f"; {len(self.failures) - 1} more failed" if len(self.failures) > 1 else ""
         return f"FAIL: {first.grade}: {first.name}{f' on {first.device}' if first.device else ''}{others}; {told}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vessel_rt.check.memory import MemoryWatch
+from vessel_rt.check.memory import MemoryWatch, size
 from vessel_rt.check.record import Record
 from vessel_rt.device.nvml import GpuState, gpu_monitor
 from vessel_rt.device.providers import Device
@@ -19,7 +19,6 @@ from vessel_rt.model.segmenter import Segmenter
 __all__ = ["check_determinism", "check_endurance"]
 
 _GROWTH = 64 << 20  # bytes after every image was seen once: what an allocator may still round up
-_GB = 1e9
 
 
 def check_determinism(record: Record, segmenter: Segmenter, images: Sequence[Image.Image], question: str) -> None:
@@ -37,7 +36,7 @@ def check_determinism(record: Record, segmenter: Segmenter, images: Sequence[Ima
 def check_endurance(
     record: Record, segmenter: Segmenter, images: Sequence[Image.Image], question: str, minutes: float, device: Device, watch: MemoryWatch
 ) -> None:
-    """Run the images in turn for `minutes`: results must stay the same, memory must not grow, and heat must not slow a GPU."""
+    """Run the images in turn for `minutes`: results must stay the same, and memory must not grow."""
     if not minutes:
         record.skipped("endurance", "soak", "it takes time: give --minutes N")
         return
@@ -55,11 +54,10 @@ def check_endurance(
         if differing:
             faults.append(f"{differing} of {count} results differ from the first of the same image: the device makes errors")
         if before is not None and after is not None:
-            figures.append(f"memory {(after - before) / _GB:+.2f} GB")
+            figures.append(f"memory {size(after - before)} more than at first")
             if after - before > _GROWTH:
                 faults.append("the memory in use grows: send check.json")
         figures += states.figures
-        faults += states.faults
         record.judged("endurance", "soak", ", ".join(figures), "; ".join(faults) or None)
 
 
@@ -87,12 +85,8 @@ class _States:
         ):
             if known := [value for value in values if value is not None]:
                 found.append(f"{min(known):.0f} to {max(known):.0f} {unit}")
-        return found
-
-    @property
-    def faults(self) -> list[str]:
         slowed = sum(bool(state.slowed) for state in self._states)
-        return [f"heat or power lowered the clock in {slowed} of {len(self._states)} readings: look at the cooling"] if slowed else []
+        return [*found, f"slowed by heat or power in {slowed} of {len(self._states)} readings"] if self._states else found
 
 
 def _answer(segmenter: Segmenter, image: Image.Image, question: str) -> Answer:

@@ -16,7 +16,7 @@ from vessel_rt.io.files import replacing, writing
 __all__ = ["CHECK_PAGE", "page", "write_check"]
 
 CHECK_PAGE = "check.html"
-_SIGNS = {"pass": "✓ pass", "fail": "✗ fail", "skip": "– skip"}
+_SIGNS = {"pass": "✓ pass", "fail": "✗ fail", "skip": "· skip"}
 _FAINTEST = 1e-3  # of a tolerance: the left end of the bars of errors
 
 
@@ -118,7 +118,7 @@ def _errors(found: CheckFile) -> str:
         return ""
     rows = "".join(_error_row(error, len(_devices(found.lines)) > 1) for error in found.stages)
     note = (
-        '<p class="dim">|output − reference| / |reference|, the largest of all golden cases. Bars are logarithmic; '
+        '<p class="dim">|output - reference| / |reference|, the largest of all golden cases. Bars are logarithmic; '
         "a full one is the tolerance, and an empty one a thousandth of it.</p>"
     )
     return f'<section class="panel"><h2>Errors of the stages</h2><div class="bars">{rows}</div>{note}</section>'
@@ -127,10 +127,10 @@ def _errors(found: CheckFile) -> str:
 def _error_row(error: StageError, several: bool) -> str:
     off = error.error is None or error.error > error.limit
     share = 1.0 if error.error is None else 1 - math.log(max(error.error / error.limit, _FAINTEST)) / math.log(_FAINTEST)
-    told = "not a number" if error.error is None else f"{error.error:.1e}"
+    told = "not a number" if error.error is None else f"{error.error:.1e}" if error.error else "0"
     device = f", {escape(error.device)}" if several else ""
     return (
-        f"<span>{escape(error.stage.replace('_', ' '))}: {escape(error.output.replace('_', ' '))}{device}</span>"
+        f"<span>{escape(error.stage.replace('_', ' '))}: {escape(error.output)}{device}</span>"
         f'<span class="bar"><i{" class=fail" if off else ""} style="width:{_percent(share)}"></i></span>'
         f'<span class="number">{told} <span class="dim">of {error.limit:g}</span></span>'
     )

@@ -43,15 +43,14 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
     for tiles in MEASURED_TILES:
         image = frame_of(tiles, bundle.tiles)
         found = tiles_of(image, bundle.tiles)
-        with record.attempt("speed", f"{found} tiles"):
+        name = f"{found} tile{'s' * (found > 1)}"
+        with record.attempt("speed", name):
             times = _steps(segmenter, image, bundle.prompt.default_question)
             rows = _rows(times, device, found)
             record.times += rows
             total = next(row for row in rows if row.step == _TOTAL)
             first = f", the first after loading {first_ms:.0f} ms" if first_ms is not None and tiles == 1 else ""
-            record.passed(
-                "speed", f"{found} tiles", f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{first}"
-            )
+            record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{first}")
     if deployment.device.kind == "cpu":
         record.skipped("speed", "batches", "a CPU gains nothing from several images at once (docs/performance.md)")
         return largest
@@ -86,7 +85,8 @@ def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, d
     """Images per second at every batch size that the device has room for; returns the largest."""
     bundle, question = deployment.bundle, deployment.bundle.prompt.default_question
     image = frame_of(tiles, bundle.tiles)
-    found, ran = tiles_of(image, bundle.tiles), []
+    found = tiles_of(image, bundle.tiles)
+    ran: list[BatchSpeed] = []
     for batch in _BATCHES:
         if batch > (deployment.max_batch or deployment.batch):
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def add_check(commands: Any) -> None:
     devices = check.add_mutually_exclusive_group()
     devices.add_argument("--device", type=types.device, metavar="DEVICE", help="as for infer (default: auto)")
     devices.add_argument("--devices", type=types.several_devices, metavar="LIST", help="several, one after the other: 0,1 or cuda:0,cuda:1")
-    check.add_argument("-o", "--output", type=Path, metavar="DIR", help="the folder of check.json and check.html (default: out/check-BUNDLE)")
+    check.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder of check.json and check.html (default: out/check-BUNDLE)")
     check.add_argument("--minutes", type=types.minutes, default=0.0, metavar="N", help="at the end, run images for N minutes (default: 0)")
     check.add_argument("--threads", type=types.positive, default=0, metavar="N", help="CPU threads (default: all cores)")
     types.add_json(check)
@@ -52,7 +53,7 @@ def _check(arguments: argparse.Namespace) -> int:
     output = arguments.output or Path("out") / f"check-{Path(os.path.abspath(folder)).name}"
     devices = arguments.devices or (arguments.device or Device("auto"),)
     options = CheckOptions(folder, output, devices, arguments.threads, arguments.minutes)
-    found = check(options, (lambda line: None) if arguments.json else _say())
+    found = check(options, (lambda line: None) if arguments.json else _say(len(devices) > 1))
     if arguments.json:
         print(to_json(found), end="")
     else:
@@ -60,14 +61,14 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(not found.passed)
 
 
-def _say() -> Any:
-    """A function that prints a line, with the grade's name before the first of its lines."""
+def _say(several: bool) -> Callable[[CheckLine], None]:
+    """A function that prints a line, with the grade's name before the first of its lines; of several devices, with the device."""
     from vessel_rt.inputs.pseudonyms import printable
 
     last: list[str] = []
 
     def say(line: CheckLine) -> None:
-        grade = f"{line.grade}{f', {line.device}' if line.device else ''}"
+        grade = f"{line.grade}, {line.device}" if several and line.device else line.grade
         if last != [grade]:
             last[:] = [grade]
             print(grade)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.cuda_driver import driver_cuda, list_gpus, pci_bus
 from vessel_rt.errors import VesselError
 
 
@@ -18,3 +18,12 @@ def test_gpus_are_described() -> None:
         assert re.fullmatch(r"sm\d{2,3}", gpu.architecture)
         assert gpu.name
         assert gpu.memory > 1 << 30
+        assert re.fullmatch(r"[0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d", pci_bus(gpu.index))
+    assert driver_cuda() >= (11, 0)
+
+
+def test_without_a_driver_everything_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vessel_rt.device.cuda_driver._LIBRARY", "libnone.so.1")
+    for ask in (list_gpus, driver_cuda, lambda: pci_bus(0)):
+        with pytest.raises(VesselError, match=r"libnone\.so\.1 is missing"):
+            ask()
