@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vessel_rt.check import check, machine
+from vessel_rt.check import check, machine, speed
 from vessel_rt.device import cuda_driver, deployment, nvml, providers, session
 from vessel_rt.device.cuda_driver import Gpu
 from vessel_rt.device.providers import PROVIDERS
@@ -65,9 +65,8 @@ class FakeNvml:
 
 def install_gpu(patch: pytest.MonkeyPatch, *, on_the_cpu: bool = False) -> FakeNvml:
     """Let `cuda` be the CPU's kernels under the name of an RTX 3090. With `on_the_cpu`, ONNX Runtime says that they are the CPU's."""
-    for module in (cuda_driver, deployment, providers, check, machine):
-        if hasattr(module, "list_gpus"):
-            patch.setattr(module, "list_gpus", lambda: (RTX_3090,))
+    for module in (cuda_driver, deployment, providers, check, machine, speed):
+        patch.setattr(module, "list_gpus", lambda: (RTX_3090,))
     patch.setattr(machine, "driver_cuda", lambda: (13, 0))
     patch.setattr(nvml, "pci_bus", lambda index: "0000:01:00.0")
     cpu = PROVIDERS["cpu"]

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -13,8 +14,13 @@ from vessel_rt.check.frames import frame_of, tiles_of
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import BatchSpeed, StepTime
+from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.rates import Rates, known_rates
 from vessel_rt.errors import OutOfMemory
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.stage_cost import Cost, stage_cost
+from vessel_rt.model.prompt import PromptTokenizer
+from vessel_rt.model.result import Result
 from vessel_rt.model.segmenter import Segmenter
 
 __all__ = ["MEASURED_TILES", "check_speed", "first_run"]
@@ -45,12 +51,15 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
         found = tiles_of(image, bundle.tiles)
         name = f"{found} tile{'s' * (found > 1)}"
         with record.attempt("speed", name):
-            times = _steps(segmenter, image, bundle.prompt.default_question)
-            rows = _rows(times, device, found)
+            results = _results(segmenter, image, bundle.prompt.default_question)
+            rows = _rows([times for times, _ in results], device, found)
+            if rates := _rates(deployment):
+                rows = _with_floors(rows, rates, _costs(bundle, found, results[-1][1]))
             record.times += rows
             total = next(row for row in rows if row.step == _TOTAL)
+            of_floor = f", {total.floor_ms / total.p50_ms:.0%} of the floor's speed" if total.floor_ms else ""
             first = f", the first after loading {first_ms:.0f} ms" if first_ms is not None and tiles == 1 else ""
-            record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{first}")
+            record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{of_floor}{first}")
     if deployment.device.kind == "cpu":
         record.skipped("speed", "batches", "a CPU gains nothing from several images at once (docs/performance.md)")
         return largest
@@ -60,16 +69,16 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
     return largest
 
 
-def _steps(segmenter: Segmenter, image: Image.Image, question: str) -> list[Mapping[str, float]]:
-    """Milliseconds by step, of several runs after one to warm up."""
+def _results(segmenter: Segmenter, image: Image.Image, question: str) -> list[tuple[Mapping[str, float], Result]]:
+    """Several runs after one to warm up: milliseconds by step, and the result."""
     segmenter.segment(image, question)
-    times: list[Mapping[str, float]] = []
+    found: list[tuple[Mapping[str, float], Result]] = []
     end = time.perf_counter() + _SECONDS
-    while len(times) < _RUNS[0] or (len(times) < _RUNS[-1] and time.perf_counter() < end):
+    while len(found) < _RUNS[0] or (len(found) < _RUNS[-1] and time.perf_counter() < end):
         began = time.perf_counter()
         result = segmenter.segment(image, question)
-        times.append({**result.ms, _TOTAL: (time.perf_counter() - began) * 1e3})
-    return times
+        found.append(({**result.ms, _TOTAL: (time.perf_counter() - began) * 1e3}, result))
+    return found
 
 
 def _rows(times: Sequence[Mapping[str, float]], device: str, tiles: int) -> list[StepTime]:
@@ -79,6 +88,49 @@ def _rows(times: Sequence[Mapping[str, float]], device: str, tiles: int) -> list
         p50, p90 = statistics.median(values), float(np.percentile(values, 90))
         rows.append(StepTime(device, tiles, step, len(values), round(p50, 3), round(p90, 3)))
     return rows
+
+
+def _rates(deployment: LoadedDeployment) -> Rates | None:
+    """The card's rates, if they are known. They are those of FP16 and BF16."""
+    if deployment.device.kind == "cpu" or deployment.bundle.precision == "fp32":
+        return None
+    return known_rates(list_gpus()[deployment.device.index].name)
+
+
+def _costs(bundle: Bundle, tiles: int, result: Result) -> dict[str, Cost]:
+    """The work of each stage for one image with this result; empty if the bundle does not tell."""
+    before, after = PromptTokenizer(bundle).encode(result.question)
+    prompt = len(before) + tiles * bundle.tiles.tokens_per_tile + len(after)
+    drafted, masks = prompt + result.drafted, max(1, len(result.masks))
+    runs: list[tuple[str, dict[str, int]]] = [
+        ("vision_encoder", {"tiles": tiles}),
+        ("language_model", {"batch": 1, "sequence": drafted, "live": drafted, "kept": 1 + result.drafted}),
+        *(("language_model", {"batch": 1, "sequence": 1, "live": prompt + i, "kept": 1}) for i in range(1, 1 + result.decode_steps)),
+        ("sam2_image_encoder", {"images": 1}),
+        ("sam2_mask_decoder", {"images": 1, "masks": masks}),
+    ]
+    found: dict[str, Cost] = {}
+    for stage, sizes in runs:
+        cost = stage_cost(bundle, stage, sizes)
+        if cost is None:
+            return {}
+        found[stage] = found.get(stage, Cost(0, 0)) + cost
+    return found
+
+
+def _with_floors(rows: Sequence[StepTime], rates: Rates, costs: Mapping[str, Cost]) -> list[StepTime]:
+    """The rows with the floor of each stage, of which the total's is the sum, and the shares of the rates that the medians reach."""
+    if not costs:
+        return list(rows)
+    floors = {stage: rates.floor_ms(cost) for stage, cost in costs.items()}
+    floors[_TOTAL] = sum(floors.values())
+    found = []
+    for row in rows:
+        mfu, mbu = rates.used(costs[row.step], row.p50_ms) if row.step in costs and row.p50_ms else (None, None)
+        shares = {name: None if share is None else round(share, 4) for name, share in (("mfu", mfu), ("mbu", mbu))}
+        floor = floors.get(row.step)
+        found.append(msgspec.structs.replace(row, floor_ms=None if floor is None else round(floor, 3), **shares))
+    return found
 
 
 def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, device: str, tiles: int) -> int:

@@ -17,29 +17,29 @@ from vessel_rt.check.schema import CheckFile
 from vessel_rt.device.providers import Device
 from vessel_rt.formats.bundle import Bundle
 
-QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
+QUESTION, OF_TWO_MASKS = "Please segment vessel in this image.", "Please segment vessel and catheter in this image."
 
 Check = Callable[..., CheckFile]
 
 
-def with_goldens(folder: Path, source: Path, questions: tuple[str, ...]) -> None:
+def with_goldens(folder: Path, source: Path, question: str) -> None:
     """A copy of a bundle, with the goldens that it makes itself of two frames."""
     bundle = Bundle.load(Path(shutil.copytree(source, folder)))
-    make_goldens(bundle, [frame_of(tiles, bundle.tiles, seed=tiles) for tiles in (1, 5)], questions).save(bundle)
+    make_goldens(bundle, [frame_of(tiles, bundle.tiles, seed=tiles) for tiles in (1, 5)], [question]).save(bundle)
 
 
 @pytest.fixture(scope="session")
 def golden_tiny(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained bundle in FP32, with goldens of two frames and two questions. Not to be written to."""
+    """The trained bundle in FP32, with goldens of two frames, each with two masks. Not to be written to."""
     name = "golden-tiny"
-    return made_once(tmp_path_factory, name, lambda folder: with_goldens(folder / name, fp32_bundle, QUESTIONS)) / name
+    return made_once(tmp_path_factory, name, lambda folder: with_goldens(folder / name, fp32_bundle, OF_TWO_MASKS)) / name
 
 
 @pytest.fixture(scope="session")
 def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that answers `Mask [SEG].`, with goldens. Not to be written to."""
     folder = tmp_path_factory.mktemp("golden") / "standin"
-    with_goldens(folder, standin.folder, QUESTIONS[:1])
+    with_goldens(folder, standin.folder, QUESTION)
     return folder
 
 
@@ -47,6 +47,7 @@ def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """`check` on a bundle, with as few runs as it can do with."""
     monkeypatch.setattr(speed, "_RUNS", range(1, 2))
+    monkeypatch.setattr(speed, "_BATCHES", (1, 2))
 
     def run(folder: Path, device: str = "cpu", *, minutes: float = 0.0) -> CheckFile:
         options = CheckOptions(folder, tmp_path / "out", Device.parse_several(device), threads=1, minutes=minutes)
