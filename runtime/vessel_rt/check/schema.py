@@ -121,7 +121,7 @@ class StageError(Struct, frozen=True):
         device: the device.
         stage: the stage.
         output: the output.
-        error: the estimate of |output - reference| / |reference| (L2 norms); null if it is not a number.
+        error: an estimate of the L2 norm of the difference over that of the reference; null if it is not a number.
         limit: the tolerance.
         case: the golden case with that error, by its position.
     """

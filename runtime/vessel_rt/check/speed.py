@@ -57,7 +57,7 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
                 rows = _with_floors(rows, rates, _costs(bundle, found, results[-1][1]))
             record.times += rows
             total = next(row for row in rows if row.step == _TOTAL)
-            of_floor = f", {total.floor_ms / total.p50_ms:.0%} of the floor's speed" if total.floor_ms else ""
+            of_floor = f", floor {total.floor_ms:.1f} ms" if total.floor_ms else ""
             first = f", the first after loading {first_ms:.0f} ms" if first_ms is not None and tiles == 1 else ""
             record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{of_floor}{first}")
     if deployment.device.kind == "cpu":

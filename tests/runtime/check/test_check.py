@@ -303,7 +303,7 @@ def test_the_floor_is_shown_where_a_cards_rates_are_known(fp16_bundle: Path, run
         assert min(floors) > 0
         assert of_tiles["total"].floor_ms == pytest.approx(sum(floors), abs=1e-2)
         assert all(0 < (of_tiles[stage].mbu or 0) < 1 for stage in STAGES)
-    assert "of the floor's speed" in line(found, "speed", "10 tiles").figure
+    assert "runs, floor " in line(found, "speed", "10 tiles").figure
 
 
 def test_more_memory_than_planned(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
