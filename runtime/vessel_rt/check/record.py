@@ -108,8 +108,6 @@ class Record:
 
     def _verdict(self, finished: bool) -> str:
         skipped = dict.fromkeys(line.name for line in self._lines if line.outcome == "skip")
-            f"{line.grade}: {line.name}" if line.grade != line.name else line.grade for line in self._lines if line.outcome == "skip"
-        ]
         passed = sum(line.outcome == "pass" for line in self._lines)
         if not finished:
             last = self._lines[-1] if self._lines else None
