@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vessel_rt.check.frames import frame_of
 from vessel_rt.check.loading import load
 from vessel_rt.check.machine import check_gpu, check_machine
-from vessel_rt.check.memory import MemoryWatch, check_memory, size
+from vessel_rt.check.memory import MemoryWatch, check_memory, gpu_memory_in_use, size
 from vessel_rt.check.parity import check_parity, golden_images
 from vessel_rt.check.record import Record
 from vessel_rt.check.redact import redactor
@@ -66,11 +66,12 @@ def check(options: CheckOptions, say: Callable[[CheckLine], object]) -> CheckFil
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """A device by name; the device itself if it works, and whether the bundle fits there."""
+    """A device by name; the device itself if it works, whether the bundle fits there, and a GPU's memory in use before it was tried."""
 
     name: str
     device: Device | None = None
     fits: bool = False
+    in_use: int | None = None
 
 
 class _Check:
@@ -89,7 +90,7 @@ class _Check:
         for place, engines in zip(places, targets, strict=True):
             self._record.device = place.name
             if bundle and place.device and place.fits and files is not None and engines is not None:
-                with MemoryWatch(place.device) as watch, self._record.attempt("loading", "bundle"):
+                with MemoryWatch(place.device, place.in_use) as watch, self._record.attempt("loading", "bundle"):
                     self._run(deploy_on(bundle, place.device, files=files | engines), watch)
             self._record.complete()
 
@@ -109,12 +110,14 @@ class _Check:
         if bundle is None and wanted.kind in ("auto", "gpu"):
             self._record.skipped("machine", "device", "the first that runs the bundle, which cannot be read")
             return _Place(str(wanted))
+        in_use = gpu_memory_in_use(wanted.index) if wanted.kind != "cpu" else None
         with self._record.attempt("machine", "device"):
             device = choose_device(bundle, wanted) if bundle else open_device(wanted)
             self._record.device = str(device)
             self._record.passed("machine", "device", "works")
             check_gpu(self._record, device)
-            return _Place(str(device), device, bundle is not None and self._fits(bundle, device))
+            fits = bundle is not None and self._fits(bundle, device)
+            return _Place(str(device), device, fits, in_use if device.kind != "cpu" else None)
         return _Place(str(wanted))
 
     def _files(self, bundle: Bundle | None, fault: str) -> CheckedFiles | None:

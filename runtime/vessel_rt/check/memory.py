@@ -15,7 +15,7 @@ from vessel_rt.device.nvml import gpu_monitor
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import VesselError
 
-__all__ = ["MemoryWatch", "check_memory", "size"]
+__all__ = ["MemoryWatch", "check_memory", "gpu_memory_in_use", "size"]
 
 _INTERVAL = 0.02  # seconds between readings
 
@@ -25,14 +25,23 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if abs(count) >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
+def gpu_memory_in_use(index: int) -> int | None:
+    """Bytes in use on a GPU by all processes; None if it cannot be read. Takes no memory there."""
+    try:
+        return gpu_monitor(index)().used
+    except VesselError:
+        return None
+
+
 class MemoryWatch:
     """Reads the memory in use until it is left, and keeps the peak.
 
     On a GPU it is the memory of the card, all processes together; on a CPU the anonymous memory of this process. `missing` says why there
-    are no readings. `available` is the host's memory that was free at the start.
+    are no readings. `available` is the host's memory that was free at the start. On a GPU, `at_start` is what was in use before the device
+    was tried, which already takes memory; without it, what is in use now.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, at_start: int | None = None) -> None:
         self._read: Callable[[], int | None] = anonymous_memory
         self.missing: str | None = None
         if device.kind != "cpu":
@@ -41,7 +50,7 @@ class MemoryWatch:
                 self._read = lambda: monitor().used
             except VesselError as e:
                 self._read, self.missing = lambda: None, str(e)
-        self.at_start, self.available = self.now(), available_memory()
+        self.at_start, self.available = self.now() if at_start is None else at_start, available_memory()
         if self.at_start is None and self.missing is None:
             self.missing = "the system does not tell"
         self.peak = self.at_start or 0

@@ -52,6 +52,7 @@ def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden, d
                     answers.add(f"one image at a time, {drafts}", case, answer)
                     bar.update()
                 for batch in batches:
+                    outputs.clear()
                     found = segmenter.run([pixels[case.frame] for case in batch], [batch[0].question])
                     for case, [answer] in zip(batch, found, strict=True):
                         answers.add(f"{len(batch)} images at once, {drafts}", case, answer)

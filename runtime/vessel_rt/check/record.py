@@ -112,12 +112,11 @@ class Record:
         if not finished:
             last = self._lines[-1] if self._lines else None
             return f"NOT FINISHED: the last check was {last.grade}: {last.name}" if last else "NOT FINISHED"
-        told = f"{passed} passed" + (f", skipped: {', '.join(skipped)}" if skipped else "")
         if not self.failures:
-            return f"PASS: {told}"
+            return f"PASS: {passed} passed" + (f", skipped: {', '.join(skipped)}" if skipped else "")
         first = self.failures[0]
         others = f"; {len(self.failures) - 1} more failed" if len(self.failures) > 1 else ""
-        return f"FAIL: {first.grade}: {first.name}{f' on {first.device}' if first.device else ''}{others}; {told}"
+        return f"FAIL: {first.grade}: {first.name}{f' on {first.device}' if first.device else ''}{others}; {passed} passed"
 
     def _add(self, grade: GradeName, name: str, outcome: Outcome, figure: str, reason: str) -> None:
         figure, reason = (self._redact(" ".join(text.split())) for text in (figure, reason))
