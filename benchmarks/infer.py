@@ -33,7 +33,18 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.bundle or arguments.model.with_name(arguments.recipe)
     [checkpoint], [sam2] = arguments.model.glob("iter_*.pth"), arguments.model.glob("sam2_*.pt")
-    command = [_BIN / "vessel-export", "export", "--ckpt", checkpoint, "--base", arguments.model / "base", "--sam2", sam2, "--overwrite"]
+    command = [
+        _BIN / "vessel-export",
+        "export",
+        "--ckpt",
+        checkpoint,
+        "--base",
+        arguments.model / "base",
+        "--sam2",
+        sam2,
+        "--overwrite",
+        "--no-golden",
+    ]
     export = run([*command, "--recipe", arguments.recipe, "--out", folder])
     if export.exit_code:
         print(export.errors, file=sys.stderr)

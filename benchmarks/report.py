@@ -273,6 +273,18 @@ def _quantized_matrices() -> str:
     return _table(["quantized", "mean IoU", "least IoU"], [[name, f"{s['mean_iou']:.4f}", f"{s['min_iou']:.4f}"] for name, s in scores])
 
 
+def _stage_errors() -> str:
+    rows = _result("stage_errors")["rows"]
+    quantities = [(stage, quantity) for stage, found in rows[0]["errors"].items() for quantity in found]
+    cells = [[f"{stage}: {quantity}", *(_error(row["errors"][stage], quantity) for row in rows)] for stage, quantity in quantities]
+    return _table(["", *(row["name"] for row in rows)], cells)
+
+
+def _error(found: dict[str, float], quantity: str) -> str:
+    value = found[quantity]
+    return f"{value:.0%}" if "identical" in quantity else f"{value:.1e}"
+
+
 def _scores(found: dict[str, Any]) -> list[str]:
     numbers = (f"{found[key]:.4f}" for key in ("mean_iou", "min_iou", "dice", "cldice"))
     return [f"{found['identical_answers']} of {found['answers']}", *numbers, f"{found['hd95']:.2f}"]
@@ -300,6 +312,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "quantization-angiograms": functools.partial(_quantization, "angiograms"),
     "quantization-stages": _quantized_stages,
     "quantization-matrices": _quantized_matrices,
+    "stage-errors": _stage_errors,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def fp32_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _export(tiny, tmp_path_factory, "fp16", precision="fp16")
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tiny: Tiny, fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FP32 bundle with goldens."""
+    from vessel_export.parity.verify import VerifyRequest, record_after_export
+
+    def make(folder: Path) -> None:
+        shutil.copytree(fp32_bundle, folder / "golden")
+        assert record_after_export(VerifyRequest(folder / "golden", tiny.checkpoint, str(tiny.base), str(tiny.sam2)), stream=False)
+
+    return made_once(tmp_path_factory, "tiny-golden", make) / "golden"
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from vessel_rt.io.streams import standard_streams
 
 if TYPE_CHECKING:
     from vessel_export.engines.build import Build
+    from vessel_rt.formats.bundle import Bundle
     from vessel_rt.formats.recipe import Recipe
 
 __all__ = ["main"]
@@ -100,6 +101,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-alpha", type=_positive_number, metavar="A", help="LoRA's alpha (default: the checkpoint's)")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave out a tensor that nothing uses; may be repeated")
     parser.add_argument("--overwrite", action="store_true", help="replace the bundle at --out, once the new one is complete")
+    parser.add_argument(
+        "--golden",
+        action=argparse.BooleanOptionalAction,
+        help="write the PyTorch reference's answers for a few drawn frames into the bundle (default: if the reference fits in memory)",
+    )
     parser.set_defaults(run=_export)
 
 
@@ -145,7 +151,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by-matrix", action="store_true", help="of a quantized bundle: which matrices move the masks, each quantized alone (slow)"
     )
-    parser.set_defaults(run=_verify)
+    parser.add_argument(
+        "--record", action="store_true", help="use the golden frames and questions, and write the reference's answers into the bundle"
+    )
+    parser.set_defaults(run=_verify, usage_error=parser.error)
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +205,8 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{out}: {_types(recipe)} bundle of {arguments.ckpt.name}, {len(files)} files, {size / 1e6:.1f} MB"
         f" ({export.bytes_written / 1e6:.1f} MB written)"
     )
+    if arguments.golden is not False:
+        _record_after_export(arguments, export.bundle)
     if recipe.precision != "fp32":  # fp32 is for CPUs
         _build_after_export(out, recipe)
     return 0
@@ -203,6 +214,18 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _types(recipe: Recipe) -> str:
     return f"{recipe.precision} ({recipe.weights} weights)" if recipe.weights else recipe.precision
+
+
+def _record_after_export(arguments: argparse.Namespace, bundle: Bundle) -> None:
+    """Write goldens into the bundle; without --golden only if the reference fits in memory."""
+    from vessel_export.parity.verify import VerifyRequest, record_after_export
+
+    request = VerifyRequest(bundle.folder, arguments.ckpt, arguments.base, arguments.sam2)
+    if record_after_export(request, stream=arguments.golden is True):
+        print("goldens: recorded; checks of the bundle need neither PyTorch nor the checkpoint")
+    else:
+        command = f"vessel-export verify --record --bundle {bundle.folder} --ckpt {arguments.ckpt}"
+        print(f"goldens: none recorded, the PyTorch model does not fit in memory; `{command}` reads it layer by layer, which takes minutes")
 
 
 def _build_after_export(bundle: Path, recipe: Recipe) -> None:
@@ -291,12 +314,17 @@ def _verify(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         emulate=arguments.emulate,
         threads=arguments.threads,
+        record=arguments.record,
     )
+    if arguments.record and (arguments.images or arguments.prompt or arguments.by_matrix):
+        arguments.usage_error("--record has frames and questions of its own: leave out --images, --prompt and --by-matrix")
     if arguments.by_matrix:
         print(sensitivity_of(request))
         return 0
     report = verify_bundle(request)
     print(report.table())
+    if arguments.record:
+        print(f"{arguments.bundle}: goldens recorded")
     if not report.passed:
         print(f"vessel-export: {arguments.bundle}: beyond tolerance", file=sys.stderr)
     return 0 if report.passed else 1

@@ -18,6 +18,7 @@ from vessel_export.io.files import link_or_copy, staging
 from vessel_export.parity.ranges_report import LARGEST_EXPONENT, RANGES_FILE, Product, Ranges
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.file_record import FileRecord
+from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE
 from vessel_rt.io.checked_files import sha256_of
 
 __all__ = ["apply", "exponents_of", "set_exponents"]
@@ -54,7 +55,8 @@ def apply(bundle: Bundle, ranges: Ranges) -> tuple[str, ...]:
         (folder / RANGES_FILE).write_text(ranges.to_json(), encoding="utf-8")
         written = [RANGES_FILE, *(bundle.stages[name].file for name in changed)]
         records = {name: FileRecord((folder / name).stat().st_size, sha256_of(folder / name)) for name in written}
-        for name in bundle.files.keys() - records.keys():
+        goldens = (GOLDEN_FILE, GOLDEN_ARRAYS) if bundle.golden else ()
+        for name in [*(bundle.files.keys() - records.keys()), *goldens]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(bundle.folder / name, folder / name)
         files = dict(sorted((bundle.files | records).items()))

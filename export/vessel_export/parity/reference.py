@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from vessel_export.parity.reference_modules import (
     load_tokenizer,
     load_vision_model,
     open_internvl3,
+    widen_in_use,
 )
 from vessel_export.parity.reference_pixels import tile_image, to_pixel_values
 from vessel_export.sources.checkpoint import open_checkpoint
@@ -107,6 +108,7 @@ class Reference:
     downsample_ratio: float
     device: torch.device
     dtype: torch.dtype
+    streamed: bool
 
     @classmethod
     def load(
@@ -119,12 +121,14 @@ class Reference:
         skip: Collection[str] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        memory: float = math.inf,
     ) -> Reference:
         """Build the model from the same three sources that the exporter reads.
 
         `base` is a folder in InternVL3's original layout or in the transformers-native `-hf` one. `sam2` is SAM2's .pt, with a .yaml of the
         same stem next to it or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's. `skip` names
-        tensors of the checkpoint to leave out.
+        tensors of the checkpoint to leave out. If the parameters take more than `memory` bytes, the model is `streamed`: all but SAM2 stay
+        in their files, and each is converted to `dtype` while it is used. The numbers are the same; each pass reads the files again.
 
         Raises:
             CheckpointError: the checkpoint is unreadable, a tensor is missing or misshapen, or LoRA's alpha is unknown.
@@ -132,35 +136,49 @@ class Reference:
         """
         trained, internvl3 = open_checkpoint(checkpoint, skip), open_internvl3(base)
         tokenizer = load_tokenizer(internvl3)
-        language_model = load_language_model(internvl3, trained, lora_alpha=lora_alpha, vocabulary=len(tokenizer), dtype=dtype)
+        language_model = load_language_model(internvl3, trained, lora_alpha=lora_alpha, vocabulary=len(tokenizer))
         sam2_model = load_sam2(sam2, trained)
         text_hidden_fcs = load_text_hidden_fcs(internvl3.text_config.hidden_size, sam2_model.hidden_dim, trained)
-
-        def ready(module: nn.Module) -> nn.Module:
-            return module.eval().requires_grad_(False).to(device=device, dtype=dtype)
-
-        ready(sam2_model).sam_prompt_encoder.float()  # it computes with FP32 coordinates in every dtype
+        vision_model, projector = load_vision_model(internvl3), load_projector(internvl3, trained)
+        modules = (vision_model, projector, language_model, text_hidden_fcs)
+        for module in (*modules, sam2_model):
+            module.eval().requires_grad_(False)
+        values = sum(parameter.numel() for module in (*modules, sam2_model) for parameter in module.parameters())
+        streamed = values * dtype.itemsize > memory
+        if streamed:
+            vision_model.embeddings.to(dtype=dtype)  # it is small, and looks at a parameter of a module that it contains
+            for module in modules:
+                widen_in_use(module, dtype)
+        for module in (sam2_model,) if streamed else (*modules, sam2_model):
+            module.to(device=device, dtype=dtype)
+        sam2_model.sam_prompt_encoder.float()  # it computes with FP32 coordinates in every dtype
         return cls(
             tokenizer=tokenizer,
-            vision_model=ready(load_vision_model(internvl3)),
-            projector=ready(load_projector(internvl3, trained)),
-            language_model=ready(language_model),
-            text_hidden_fcs=ready(text_hidden_fcs),
+            vision_model=vision_model,
+            projector=projector,
+            language_model=language_model,
+            text_hidden_fcs=text_hidden_fcs,
             sam2=sam2_model,
             tile_size=internvl3.vision_config.image_size[0],
             downsample_ratio=internvl3.downsample_ratio,
             device=torch.device(device),
             dtype=dtype,
+            streamed=streamed,
         )
 
     @torch.inference_mode()
-    def segment(self, image: Image.Image, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> ReferenceResult:
-        """Answer `question` about `image` (any mode; converted to RGB), and predict a mask for each [SEG] of the answer."""
+    def segment(
+        self, image: Image.Image, question: str, *, max_new_tokens: int = MAX_NEW_TOKENS, draft: Sequence[int] = ()
+    ) -> ReferenceResult:
+        """Answer `question` about `image` (any mode; converted to RGB), and predict a mask for each [SEG] of the answer.
+
+        `draft` has the ids of an expected answer. The answer is the same without it, but takes a pass for each of its tokens.
+        """
         image = image.convert("RGB")
         pixel_values = to_pixel_values(tile_image(image, self.tile_size)).to(self.device, self.dtype)
         image_embeds = self.encode_tiles(pixel_values)
         prompt_ids = self.prompt_ids(question, image_embeds.shape[0] * image_embeds.shape[1])
-        answer_ids, hidden_states, seg_states = self.generate(self.embed(prompt_ids, image_embeds), max_new_tokens)
+        answer_ids, hidden_states, seg_states = self.generate(self.embed(prompt_ids, image_embeds), max_new_tokens, draft)
         size = self.sam2.image_size
         sam2_pixel_values = to_pixel_values([image.resize((size, size))]).to(self.device, self.dtype)
         features = self.encode_sam2(sam2_pixel_values)
@@ -197,18 +215,23 @@ class Reference:
         return self.projector(_pixel_shuffle(patches, round(1 / self.downsample_ratio)))  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def run_language_model(self, inputs_embeds: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
+    def run_language_model(self, inputs_embeds: Tensor, cache: Any = None, kept: int | None = None) -> tuple[Tensor, Tensor]:
         """inputs_embeds [batch, sequence, hidden] -> final-norm hidden states of that shape, next ids [batch, sequence].
 
-        `cache` (transformers' DynamicCache), if given, holds the positions before these and is updated.
+        `cache` (transformers' DynamicCache), if given, holds the positions before these and is updated. With `kept`, only that many of the
+        last positions are returned.
         """
         model = self.language_model.get_base_model()
         output = model.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=cache is not None)
-        return output.last_hidden_state, model.lm_head(output.last_hidden_state).argmax(-1)
+        states = output.last_hidden_state if kept is None else output.last_hidden_state[:, -kept:]
+        return states, model.lm_head(states).argmax(-1)
 
     @torch.inference_mode()
-    def generate(self, inputs_embeds: Tensor, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def generate(self, inputs_embeds: Tensor, max_new_tokens: int, draft: Sequence[int] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy decoding after a prompt [1, prompt, hidden], up to a stop token or `max_new_tokens`.
+
+        The tokens of `draft` run together with the prompt. Those before the first that differs from the arg-max at the position before it
+        are accepted, and decoding goes on token by token.
 
         Returns answer ids [answer], the hidden states that gave them [answer, hidden], and the [SEG] states [masks, hidden].
         """
@@ -216,20 +239,36 @@ class Reference:
 
         stops = {self.tokenizer.convert_tokens_to_ids(token) for token in STOP_TOKENS}
         seg_id = self.tokenizer.convert_tokens_to_ids("[SEG]")
-        cache = DynamicCache()
+        cache, prompt = DynamicCache(), inputs_embeds.shape[1]
         ids: list[int] = []
-        states: list[Tensor] = []
-        while True:
-            hidden_states, next_ids = self.run_language_model(inputs_embeds, cache)
-            states.append(hidden_states[0, -1])
-            if len(ids) == max_new_tokens or (ids and ids[-1] in stops):
-                break
-            ids.append(int(next_ids[0, -1]))
-            inputs_embeds = self.language_model.get_input_embeddings()(next_ids[:, -1:])
-        # One more run consumed every emitted token: states[k] emitted ids[k], states[k + 1] consumed it.
-        table = torch.stack(states)
-        answer_ids = torch.tensor(ids, device=self.device)
-        return answer_ids, table[:-1], table[1:][answer_ids == seg_id]
+        states: list[Tensor] = []  # states[k] emitted ids[k], states[k + 1] consumed it
+
+        def finished() -> bool:
+            """The last token is consumed only if it is [SEG], whose state becomes a mask."""
+            ended = bool(ids) and (ids[-1] in stops or len(ids) == max_new_tokens)
+            return ended and (ids[-1] != seg_id or len(states) > len(ids))
+
+        pending = list(draft[:max_new_tokens])
+        if pending:
+            inputs_embeds = torch.cat([inputs_embeds, self._embed_ids(pending)], dim=1)
+        while not finished():
+            hidden_states, next_ids = self.run_language_model(inputs_embeds, cache, kept=len(pending) + 1)
+            for i, (state, said) in enumerate(zip(hidden_states[0], next_ids[0].tolist(), strict=True)):
+                states.append(state)
+                if len(ids) < max_new_tokens:
+                    ids.append(said)
+                if finished() or pending[i : i + 1] != ids[-1:]:
+                    break
+            if rejected := cache.get_seq_length() - (prompt + len(ids) - 1):
+                cache.crop(-rejected)
+            inputs_embeds, pending = self._embed_ids(ids[-1:]), []
+        table, answer_ids = torch.stack(states), torch.tensor(ids, device=self.device)
+        consumed = table[1:]
+        return answer_ids, table[: len(ids)], consumed[answer_ids[: len(consumed)] == seg_id]
+
+    def _embed_ids(self, ids: Sequence[int]) -> Tensor:
+        """[1, len(ids), hidden]."""
+        return self.language_model.get_input_embeddings()(torch.tensor([ids], device=self.device))  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def encode_sam2(self, pixel_values: Tensor) -> Sam2Features:

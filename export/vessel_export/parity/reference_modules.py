@@ -1,7 +1,8 @@
 """The reference's modules: each is built by the library it was trained with and loaded strictly, by name, from the original files.
 
-They are transformers' Qwen2ForCausalLM under peft, transformers' InternVLVisionModel and sam2's SAM2Base. Shares no code and no names with
-base_model and merge_lora, which it checks. Does not know the computation: that is reference.py.
+They are transformers' Qwen2ForCausalLM under peft, transformers' InternVLVisionModel and sam2's SAM2Base. Their parameters are the tensors
+of the files, memory-mapped and in the files' dtypes. Shares no code and no names with base_model and merge_lora, which it checks. Does not
+know the computation: that is reference.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "load_vision_model",
     "open_internvl3",
+    "widen_in_use",
 ]
 
 SPECIAL_TOKENS = ("[SEG]", "<p>", "</p>", "<vp>", "</vp>")  # in the order of Sa2VA's training configuration, which determines their ids
@@ -143,23 +145,27 @@ def load_vision_model(base: InternVL3) -> nn.Module:
     """transformers' InternVLVisionModel."""
     from transformers import InternVLVisionModel
 
-    return _load_strictly(InternVLVisionModel(base.vision_config), base.vision, f"{base.folder}: vision_model")
+    with torch.device("meta"):
+        module: nn.Module = InternVLVisionModel(base.vision_config)
+    return _load_strictly(module, base.vision, f"{base.folder}: vision_model")
 
 
 def load_projector(base: InternVL3, trained: Checkpoint) -> nn.Module:
     """Sa2VA's mlp1: [..., vision hidden * 4] -> [..., hidden]."""
     width, hidden = base.vision_config.hidden_size * round(1 / base.downsample_ratio) ** 2, base.text_config.hidden_size
-    module = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+    with torch.device("meta"):
+        module = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
     return _load_strictly(module, _under(trained.tensors, "mllm.model.mlp1."), f"{trained.path}: mlp1")
 
 
 def load_text_hidden_fcs(hidden: int, mask_hidden: int, trained: Checkpoint) -> nn.Module:
     """Sa2VA's text_hidden_fcs (whose Dropout(0.0) holds nothing): [..., hidden] -> [..., SAM2's hidden]."""
-    module = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, mask_hidden))
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, mask_hidden))
     return _load_strictly(module, _under(trained.tensors, "text_hidden_fcs."), f"{trained.path}: text_hidden_fcs")
 
 
-def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: float | None, vocabulary: int, dtype: torch.dtype) -> Any:
+def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: float | None, vocabulary: int) -> Any:
     """Qwen2ForCausalLM wrapped by peft: unmerged LoRA, with embed_tokens and lm_head replaced by the trained ones.
 
     `vocabulary` is the tokenizer's length, which both tables must have. `lora_alpha` overrides the checkpoint's.
@@ -184,10 +190,11 @@ def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: flo
     config = base.text_config
     config.vocab_size, config.tie_word_embeddings = vocabulary, False
     qwen2: Any = Qwen2ForCausalLM
-    model, report = qwen2.from_pretrained(
-        None, config=config, state_dict={**base.language, **tables}, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    _refuse_gaps(f"{base.folder}: language_model", report["missing_keys"], report["unexpected_keys"])
+    with torch.device("meta"):  # without values
+        model = qwen2._from_config(config, attn_implementation="sdpa")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table is computed, not loaded
+    layers = {name: tensor for name, tensor in base.language.items() if name not in tables}
+    _load_strictly(model, layers, f"{base.folder}: language_model", without=tables)
     lora: Any = peft.LoraConfig(
         r=trained.lora_rank,
         target_modules=sorted({match[1] for name in adapter if (match := re.search(r"\.(\w+)\.lora_A\.weight$", name))}),
@@ -196,10 +203,12 @@ def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: flo
         task_type="CAUSAL_LM",
     )
     lora.lora_alpha = alpha
-    wrapped = peft.get_peft_model(model, lora)
-    loaded: Any = peft.set_peft_model_state_dict(wrapped, adapter)
+    wrapped = peft.get_peft_model(model, lora, low_cpu_mem_usage=True)
+    loaded: Any = peft.set_peft_model_state_dict(wrapped, adapter, low_cpu_mem_usage=True)
     missing = [name for name in loaded.missing_keys if ".lora_" in name or ".modules_to_save." in name]
     _refuse_gaps(f"{trained.path}: language_model", missing, loaded.unexpected_keys)
+    for table in (model.model.embed_tokens, model.lm_head):  # peft's wrappers: each also holds the module that it replaces
+        table.original_module = table.modules_to_save["default"]
     return wrapped
 
 
@@ -218,6 +227,33 @@ def load_sam2(weights: Path, trained: Checkpoint) -> Any:
     mask_decoder = _under(trained.tensors, "grounding_encoder.sam2_model.sam_mask_decoder.")
     _load_strictly(model.sam_mask_decoder, mask_decoder, f"{trained.path}: sam_mask_decoder")
     return model
+
+
+def widen_in_use(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Leave the parameters of `module` as they are, in their files, and convert each to `dtype` only while its own module computes.
+
+    At most one matrix is in memory, and the numbers are those of the module converted as a whole. Rows of an embedding are converted after
+    they were looked up. Code that uses a parameter outside the `forward` of the module that holds it gets the parameter as it is.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            part.register_forward_hook(lambda _part, _inputs, rows: rows.to(dtype))
+        elif own := {name: parameter for name, parameter in part.named_parameters(recurse=False) if parameter.dtype != dtype}:
+            _widen_alone(part, own, dtype)
+    return module
+
+
+def _widen_alone(part: nn.Module, own: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+    def widen(*_: Any) -> None:
+        for name, parameter in own.items():
+            setattr(part, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+
+    def restore(*_: Any) -> None:
+        for name, parameter in own.items():
+            setattr(part, name, parameter)
+
+    part.register_forward_pre_hook(widen)
+    part.register_forward_hook(restore, always_call=True)
 
 
 def _original_configs(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -263,16 +299,16 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Module:
-    """`module` with `tensors`, cast to its dtype. Every name and every shape must match."""
-    expected = module.state_dict()
+def _load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], what: str, *, without: Collection[str] = ()) -> nn.Module:
+    """`module` with `tensors` themselves, in their dtypes. Every name, except those in `without`, and every shape must match."""
+    expected = {name: tensor for name, tensor in module.state_dict().items() if name not in without}
     _refuse_gaps(what, expected.keys() - tensors.keys(), tensors.keys() - expected.keys())
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise BaseModelError(
                 f"{what}: {name} is {list(tensor.shape)}, not {list(expected[name].shape)}; check --base, --sam2 and --ckpt"
             )
-    module.load_state_dict(dict(tensors))
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
     return module
 
 

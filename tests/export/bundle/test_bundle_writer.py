@@ -192,7 +192,15 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_killed_at_any_moment(following: ExportRequest) -> None:
     """Killed early, midway and late: the older bundle stays whole, no half-written one appears, the next run completes."""
     folder = following.out.parent
-    command = [Path(sys.executable).with_name("vessel-export"), "export", "--recipe", "engines/cpu.toml", "--out", str(following.out)]
+    command = [
+        Path(sys.executable).with_name("vessel-export"),
+        "export",
+        "--no-golden",
+        "--recipe",
+        "engines/cpu.toml",
+        "--out",
+        str(following.out),
+    ]
     command += ["--ckpt", str(following.checkpoint), "--base", following.base, "--sam2", following.sam2]
     for appearing in (
         ".iter_10000.partial/weights",
@@ -335,7 +343,18 @@ def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: P
 
 @pytest.mark.usefixtures("traced_once")
 def test_a_disk_that_is_full_leaves_nothing(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["export", "--ckpt", str(small.checkpoint), "--base", small.base, "--sam2", small.sam2, "--recipe", "engines/cpu.toml"]
+    arguments = [
+        "export",
+        "--no-golden",
+        "--ckpt",
+        str(small.checkpoint),
+        "--base",
+        small.base,
+        "--sam2",
+        small.sam2,
+        "--recipe",
+        "engines/cpu.toml",
+    ]
     with limited_files(tmp_path / "disk") as disk, disk.full(10_000):
         assert main([*arguments, "--out", str(disk.folder / "b")]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -419,7 +438,18 @@ def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("traced_once")
 def test_command_line(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = ["export", "--ckpt", str(small.checkpoint), "--base", small.base, "--sam2", small.sam2, "--recipe", "engines/cpu.toml"]
+    arguments = [
+        "export",
+        "--no-golden",
+        "--ckpt",
+        str(small.checkpoint),
+        "--base",
+        small.base,
+        "--sam2",
+        small.sam2,
+        "--recipe",
+        "engines/cpu.toml",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "b"), "--precision", "fp16"]) == 0
     assert Bundle.load(tmp_path / "b").precision == "fp16"
     assert main([*arguments, "--out", str(tmp_path / "b")]) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, InternVLConfig, InternVLForConditionalGe
 
 from tests.support.paths import Tiny
 from vessel_export.errors import BaseModelError, CheckpointError
-from vessel_export.parity.reference import Reference
+from vessel_export.parity.reference import Reference, ReferenceResult
 from vessel_export.parity.reference_pixels import tile_image, to_pixel_values
 from vessel_export.sources.checkpoint import open_checkpoint
 
@@ -297,3 +298,51 @@ def test_sam2_configuration_cannot_call_foreign_code(tiny: Tiny, tmp_path: Path)
     (tmp_path / "sam2.yaml").write_text("model:\n  _target_: os.system\n  command: exit\n")
     with pytest.raises(BaseModelError, match=r"os\.system"):
         Reference.load(tiny.checkpoint, tiny.base, Path(weights))
+
+
+def _tensors(result: ReferenceResult) -> tuple[torch.Tensor, ...]:
+    return result.image_embeds, result.answer_ids, result.hidden_states, result.seg_states, result.mask_logits
+
+
+def test_a_streamed_reference_gives_the_same_bits(tiny: Tiny, reference: Reference, frame: Image.Image) -> None:
+    streamed = Reference.load(tiny.checkpoint, tiny.base, tiny.sam2, memory=0)
+    assert streamed.streamed
+    assert not reference.streamed
+    kept = {parameter.dtype for parameter in streamed.language_model.parameters()}
+    assert kept == {torch.bfloat16}, "the files' type"
+    answer = reference.segment(frame, QUESTION).answer_ids.tolist()
+    for draft in ((), answer, [*answer[:2], 5, *answer[3:]]):
+        ours, theirs = (model.segment(frame, QUESTION, draft=draft) for model in (streamed, reference))
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(ours), _tensors(theirs), strict=True))
+    assert {parameter.dtype for parameter in streamed.language_model.parameters()} == kept
+
+
+@pytest.mark.parametrize("change", ["nothing", "no stop", "a token", "first", "more"])
+def test_a_draft_changes_no_answer(reference: Reference, frame: Image.Image, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = reference.segment(frame, QUESTION)
+    ids = plain.answer_ids.tolist()
+    wrong = reference.tokenizer.convert_tokens_to_ids("</img>")
+    passes, tokens = {
+        "nothing": (1, ids),
+        "no stop": (1, ids[:-1]),
+        "a token": (len(ids) - 2, [*ids[:2], wrong, *ids[3:]]),
+        "first": (len(ids), [wrong, *ids]),
+        "more": (1, [*ids, wrong, wrong]),
+    }[change]
+    counted = []
+    monkeypatch.setattr(Reference, "run_language_model", _counting(counted))
+    drafted = reference.segment(frame, QUESTION, draft=tokens)
+    assert drafted.answer_ids.tolist() == ids
+    assert len(counted) == passes
+    for ours, theirs in zip(_tensors(drafted), _tensors(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _counting(counted: list[int]) -> Callable[..., object]:
+    run = Reference.run_language_model
+
+    def counting(self: Reference, inputs_embeds: torch.Tensor, *arguments: object, **options: object) -> object:
+        counted.append(inputs_embeds.shape[1])
+        return run(self, inputs_embeds, *arguments, **options)  # type: ignore[arg-type]
+
+    return counting
