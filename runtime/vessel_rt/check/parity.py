@@ -25,6 +25,7 @@ __all__ = ["Outputs", "check_parity", "golden_images"]
 
 # Where each stage's inputs come from: an error that was there before says nothing about the stage.
 _SOURCES = {"language_model": ("vision_encoder",), "sam2_mask_decoder": ("language_model", "sam2_image_encoder")}
+_OR_A_KERNEL = ", or a kernel of this device computes it wrongly: compare with --device cpu"
 _LEAST_BATCH = 2  # images, where the device's own batch is one
 
 
@@ -161,7 +162,7 @@ def _judge_stages(record: Record, errors: Sequence[StageError]) -> None:
         else:
             fault = (
                 f"{which}: the first stage that is off, since its inputs are right. Its graph or weights are not those that the goldens "
-                "were recorded for, or a kernel of this device computes it wrongly (compare with --device cpu)"
+                f"were recorded for{_OR_A_KERNEL if record.device != 'cpu' else ''}"
             )
         record.failed("parity", stage, fault, figure)
 
