@@ -47,6 +47,11 @@ def fp16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bf16_bundle(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _export(tiny, tmp_path_factory, "bf16", precision="bf16")
+
+
+@pytest.fixture(scope="session")
 def golden_bundle(tiny: Tiny, fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FP32 bundle with goldens."""
     from vessel_export.parity.verify import VerifyRequest, record_after_export

@@ -81,7 +81,7 @@ def _times(found: CheckFile) -> str:
         longest = max(time.p90_ms for time in times) or 1.0
         rows = "".join(_time_row(time, longest) for time in times)
         which = f", {escape(device)}" if len(_devices(found.lines)) > 1 else ""
-        parts.append(f'<div><h3>{tiles} {"tile" if tiles == 1 else "tiles"}{which}</h3><div class="bars">{rows}</div></div>')
+        parts.append(f'<div><h3>{_tiles(tiles)}{which}</h3><div class="bars">{rows}</div></div>')
     floor = "; the mark is the floor that the card's data sheet sets" if any(time.floor_ms for time in found.times) else ""
     note = f'<p class="dim">Median in milliseconds, one image at a time; the lighter part ends at the 90th percentile{floor}.</p>'
     return f'<section class="panel"><h2>Time of an image</h2><div class="columns">{"".join(parts)}</div>{note}</section>'
@@ -104,7 +104,7 @@ def _batches(found: CheckFile) -> str:
         return ""
     most = max(batch.images_per_second for batch in found.batches) or 1.0
     rows = "".join(
-        f"<span>{batch.batch} at once, {batch.tiles} tiles{f', {escape(batch.device)}' if len(_devices(found.lines)) > 1 else ''}</span>"
+        f"<span>{batch.batch} at once, {_tiles(batch.tiles)}{f', {escape(batch.device)}' if len(_devices(found.lines)) > 1 else ''}</span>"
         f'<span class="bar"><i style="width:{_percent(batch.images_per_second / most)}"></i></span>'
         f'<span class="number">{batch.images_per_second:.2f}</span>'
         for batch in found.batches
@@ -161,6 +161,10 @@ def _pairs(facts: dict[str, str | None] | dict[str, str]) -> Iterator[str]:
     for name, value in facts.items():
         if value:
             yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+
+
+def _tiles(count: int) -> str:
+    return f"{count} tile{'s' * (count > 1)}"
 
 
 def _percent(share: float) -> str:

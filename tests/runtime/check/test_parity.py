@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from vessel_export.parity.emulate import emulate
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.parity import Outputs, _batches, _iou, _judge_stages, check_parity, golden_images
 from vessel_rt.check.record import Record
@@ -70,6 +71,26 @@ def test_batches_are_as_large_as_the_device_takes(golden_standin: Path, batch: i
     assert golden
     deployment = LoadedDeployment.of(Deployment(bundle, Device(device), {}, batch), {})
     assert [len(cases) for cases in _batches(golden, deployment)] == sizes
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "fp32",
+        "fp16",
+        "int8",
+        *(pytest.param(made, marks=pytest.mark.slow) for made in ("int4", "fp16 emulated", "bf16 emulated")),
+    ],
+)
+def test_every_type_of_the_trained_bundle_is_within_its_tolerances(request: pytest.FixtureRequest, golden_bundle: Path, made: str) -> None:
+    """Against what PyTorch computed: the measurements of docs/numerics.md."""
+    golden = Golden.load(Bundle.load(golden_bundle))
+    assert golden
+    bundle = Bundle.load(request.getfixturevalue(f"{made.split()[0]}_bundle"))
+    deployment = emulate(bundle) if "emulated" in made else deploy(bundle, Device("cpu"))
+    lines: list[CheckLine] = []
+    check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden, "cpu")
+    assert {line.name: line.outcome for line in lines} == dict.fromkeys((*SKETCHED, "answers", "masks"), "pass"), lines
 
 
 def test_a_long_prompt_in_chunks_has_the_same_states(golden_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
