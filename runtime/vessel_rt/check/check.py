@@ -191,7 +191,7 @@ class _Check:
     def _run(self, deployment: Deployment, watch: MemoryWatch) -> None:
         """Load it, and check all that needs it loaded."""
         record, options, bundle, device = self._record, self._options, deployment.bundle, deployment.device
-        question, name = bundle.prompt.default_question, str(device)
+        question = bundle.prompt.default_question
         with load(record, deployment, options.threads, watch) as shared:
             if shared is None:
                 return
@@ -203,10 +203,10 @@ class _Check:
                     record.skipped("parity", "goldens", _NO_GOLDENS if bundle.golden is None else "the goldens cannot be used")
                 else:
                     with record.attempt("parity", "run"):
-                        check_parity(record, shared, self._golden, name)
+                        check_parity(record, shared, self._golden)
                 images = [frame_of(tiles, bundle.tiles) for tiles in MEASURED_TILES]
                 check_determinism(record, segmenter, images, question)
-                batch = check_speed(record, segmenter, shared, name, first_ms)
+                batch = check_speed(record, segmenter, shared, first_ms)
                 check_memory(record, shared, watch, batch)
                 soaked = [*images, *(golden_images(self._golden) if self._golden else ())]
                 check_endurance(record, segmenter, soaked, question, options.minutes, device, watch)

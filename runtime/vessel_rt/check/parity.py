@@ -34,7 +34,7 @@ def golden_images(golden: Golden) -> list[Image.Image]:
     return [Image.fromarray(frame).convert("RGB") for frame in golden.frames]
 
 
-def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden, device: str) -> None:
+def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden) -> None:
     """A line for each stage, one for the answers and one for the masks."""
     limits = tolerances_of(deployment.bundle)
     answers, errors, outputs = _Answers(golden, limits), _Errors(golden), Outputs()
@@ -58,7 +58,7 @@ def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden, d
                     for case, [answer] in zip(batch, found, strict=True):
                         answers.add(f"{len(batch)} images at once, {drafts}", case, answer)
                     bar.update()
-    stages = errors.worst(device, limits)
+    stages = errors.worst(str(deployment.device), limits)
     record.stages += stages
     _judge_stages(record, stages)
     record.judged("parity", "answers", answers.told_ids, answers.id_fault)
@@ -123,7 +123,7 @@ class _Errors:
         self._found: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
     def add(self, case: GoldenCase, outputs: Mapping[str, npt.NDArray[Any]]) -> None:
-        number = next(i for i, each in enumerate(self._golden.cases) if each is case)
+        number = self._golden.cases.index(case)
         for name, array in outputs.items():
             per_mask = name in ("seg_states", "low_res_logits")
             error = self._golden.sketch(array).error(case.sketches[name]) if not per_mask or len(array) == len(case.iou) else math.nan
@@ -183,8 +183,7 @@ class _Answers:
 
     def add(self, way: str, case: GoldenCase, answer: Answer) -> None:
         """Compare one answer; `way` is how it was computed."""
-        number = next(i for i, each in enumerate(self.golden.cases) if each is case)
-        place = f"case {number}, {way}"
+        place = f"case {self.golden.cases.index(case)}, {way}"
         if answer.generation.token_ids == case.token_ids:
             self.identical += 1
         else:

@@ -43,9 +43,9 @@ def first_run(record: Record, segmenter: Segmenter, bundle: Bundle) -> float | N
     return None
 
 
-def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, device: str, first_ms: float | None) -> int:
+def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, first_ms: float) -> int:
     """The lines of `speed`; returns the largest batch that ran."""
-    bundle, largest = deployment.bundle, 1
+    bundle, device, largest = deployment.bundle, str(deployment.device), 1
     for tiles in MEASURED_TILES:
         image = frame_of(tiles, bundle.tiles)
         found = tiles_of(image, bundle.tiles)
@@ -58,14 +58,14 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
             record.times += rows
             total = next(row for row in rows if row.step == _TOTAL)
             of_floor = f", floor {total.floor_ms:.1f} ms" if total.floor_ms else ""
-            first = f", the first after loading {first_ms:.0f} ms" if first_ms is not None and tiles == 1 else ""
+            first = f", the first after loading {first_ms:.0f} ms" if tiles == 1 else ""
             record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{of_floor}{first}")
     if deployment.device.kind == "cpu":
         record.skipped("speed", "batches", "a CPU gains nothing from several images at once (docs/performance.md)")
         return largest
     for tiles in MEASURED_TILES:
         with record.attempt("speed", f"batches of {tiles} tiles"):
-            largest = max(largest, _sweep(record, segmenter, deployment, device, tiles))
+            largest = max(largest, _sweep(record, segmenter, deployment, tiles))
     return largest
 
 
@@ -133,7 +133,7 @@ def _with_floors(rows: Sequence[StepTime], rates: Rates, costs: Mapping[str, Cos
     return found
 
 
-def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, device: str, tiles: int) -> int:
+def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, tiles: int) -> int:
     """Images per second at every batch size that the device has room for; returns the largest."""
     bundle, question = deployment.bundle, deployment.bundle.prompt.default_question
     image = frame_of(tiles, bundle.tiles)
@@ -148,7 +148,7 @@ def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, d
             if not ran:
                 raise
             break
-        ran.append(BatchSpeed(device, found, batch, round(rate, 3)))
+        ran.append(BatchSpeed(str(deployment.device), found, batch, round(rate, 3)))
     record.batches += ran
     told = ", ".join(f"{each.batch}: {each.images_per_second:.2f}" for each in ran)
     record.passed("speed", f"batches of {found} tiles", f"images per second, by images at once: {told}")

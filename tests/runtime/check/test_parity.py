@@ -89,7 +89,7 @@ def test_every_type_of_the_trained_bundle_is_within_its_tolerances(request: pyte
     bundle = Bundle.load(request.getfixturevalue(f"{made.split()[0]}_bundle"))
     deployment = emulate(bundle) if "emulated" in made else deploy(bundle, Device("cpu"))
     lines: list[CheckLine] = []
-    check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden, "cpu")
+    check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden)
     assert {line.name: line.outcome for line in lines} == dict.fromkeys((*SKETCHED, "answers", "masks"), "pass"), lines
 
 
@@ -100,7 +100,7 @@ def test_a_long_prompt_in_chunks_has_the_same_states(golden_tiny: Path, monkeypa
     deployment = deploy(bundle, Device("cpu"))
     lines: list[CheckLine] = []
     monkeypatch.setattr("vessel_rt.model.segmenter._CPU_TOKENS", 30)
-    check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden, "cpu")
+    check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden)
     assert {line.name: line.outcome for line in lines} == dict.fromkeys((*SKETCHED, "answers", "masks"), "pass")
 
 
