@@ -206,7 +206,7 @@ class _Check:
                         check_parity(record, shared, self._golden)
                 images = [frame_of(tiles, bundle.tiles) for tiles in MEASURED_TILES]
                 check_determinism(record, segmenter, images, question)
-                batch = check_speed(record, segmenter, shared, first_ms)
-                check_memory(record, shared, watch, batch)
+                check_speed(record, segmenter, shared, first_ms)
+                check_memory(record, shared, watch)
                 soaked = [*images, *(golden_images(self._golden) if self._golden else ())]
                 check_endurance(record, segmenter, soaked, question, options.minutes, device, watch)

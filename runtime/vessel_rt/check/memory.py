@@ -77,8 +77,8 @@ class MemoryWatch:
             self.peak = max(self.peak, self.now() or 0)
 
 
-def check_memory(record: Record, deployment: Deployment, watch: MemoryWatch, batch: int) -> None:
-    """The line `memory`: the peak since `watch` began, against what was planned for `batch` images at once."""
+def check_memory(record: Record, deployment: Deployment, watch: MemoryWatch) -> None:
+    """The line `memory`: the peak since `watch` began, against what was planned for as many images at once as the deployment runs."""
     if watch.at_start is None:
         record.skipped("memory", "peak", str(watch.missing))
         return
@@ -89,6 +89,6 @@ def check_memory(record: Record, deployment: Deployment, watch: MemoryWatch, bat
             short = watch.available is not None and taken > watch.available
             record.judged("memory", "peak", figure, "more than was available: the machine swaps, and is slow" if short else None)
             return
-        plan = make_plan(deployment.bundle, batch, 0)
+        plan = make_plan(deployment.bundle, deployment.batch, 0)
         fault = "more than planned: use a smaller --batch, and send check.json to whoever made the bundle" if taken > plan.total else None
-        record.judged("memory", "peak", f"{size(taken)} of {size(plan.total)} planned for {batch} images at once", fault)
+        record.judged("memory", "peak", f"{size(taken)} of {size(plan.total)} planned for {deployment.batch} images at once", fault)

@@ -28,7 +28,7 @@ __all__ = ["MEASURED_TILES", "check_speed", "first_run"]
 MEASURED_TILES = (1, 10)
 _RUNS = range(3, 21)  # of one measurement: at least and at most
 _SECONDS = 2.0  # after which no run is started once there are enough
-_BATCHES = (1, 2, 4, 8, 16)
+_BATCHES = (1, 2, 4)
 _TOTAL = "total"
 
 
@@ -43,13 +43,13 @@ def first_run(record: Record, segmenter: Segmenter, bundle: Bundle) -> float | N
     return None
 
 
-def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, first_ms: float) -> int:
-    """The lines of `speed`; returns the largest batch that ran."""
-    bundle, device, largest = deployment.bundle, str(deployment.device), 1
+def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, first_ms: float) -> None:
+    """The lines of `speed`."""
+    bundle, device = deployment.bundle, str(deployment.device)
     for tiles in MEASURED_TILES:
         image = frame_of(tiles, bundle.tiles)
         found = tiles_of(image, bundle.tiles)
-        name = f"{found} tile{'s' * (found > 1)}"
+        name = _named(found)
         with record.attempt("speed", name):
             results = _results(segmenter, image, bundle.prompt.default_question)
             rows = _rows([times for times, _ in results], device, found)
@@ -62,11 +62,10 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
             record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{of_floor}{first}")
     if deployment.device.kind == "cpu":
         record.skipped("speed", "batches", "a CPU gains nothing from several images at once (docs/performance.md)")
-        return largest
+        return
     for tiles in MEASURED_TILES:
-        with record.attempt("speed", f"batches of {tiles} tiles"):
-            largest = max(largest, _sweep(record, segmenter, deployment, tiles))
-    return largest
+        with record.attempt("speed", f"batches, {_named(tiles)}"):
+            _sweep(record, segmenter, deployment, tiles)
 
 
 def _results(segmenter: Segmenter, image: Image.Image, question: str) -> list[tuple[Mapping[str, float], Result]]:
@@ -133,26 +132,27 @@ def _with_floors(rows: Sequence[StepTime], rates: Rates, costs: Mapping[str, Cos
     return found
 
 
-def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, tiles: int) -> int:
-    """Images per second at every batch size that the device has room for; returns the largest."""
+def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, tiles: int) -> None:
+    """Images per second at batch sizes up to the deployment's own, as far as there is memory."""
     bundle, question = deployment.bundle, deployment.bundle.prompt.default_question
     image = frame_of(tiles, bundle.tiles)
     found = tiles_of(image, bundle.tiles)
     ran: list[BatchSpeed] = []
-    for batch in _BATCHES:
-        if batch > (deployment.max_batch or deployment.batch):
-            break
+    short = ""
+    for batch in sorted({*(batch for batch in _BATCHES if batch < deployment.batch), deployment.batch}):
         try:
             rate = _rate(segmenter, image, question, batch)
-        except OutOfMemory:
-            if not ran:
-                raise
+        except OutOfMemory as e:
+            short = f"{batch} images at once: {e}"
             break
         ran.append(BatchSpeed(str(deployment.device), found, batch, round(rate, 3)))
     record.batches += ran
     told = ", ".join(f"{each.batch}: {each.images_per_second:.2f}" for each in ran)
-    record.passed("speed", f"batches of {found} tiles", f"images per second, by images at once: {told}")
-    return ran[-1].batch
+    record.judged("speed", f"batches, {_named(found)}", f"images per second, by images at once: {told}", short or None)
+
+
+def _named(tiles: int) -> str:
+    return f"{tiles} tile{'s' * (tiles > 1)}"
 
 
 def _rate(segmenter: Segmenter, image: Image.Image, question: str, batch: int) -> float:

@@ -47,7 +47,7 @@ def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """`check` on a bundle, with as few runs as it can do with."""
     monkeypatch.setattr(speed, "_RUNS", range(1, 2))
-    monkeypatch.setattr(speed, "_BATCHES", (1, 2))
+    monkeypatch.setattr("vessel_rt.device.deployment.MOST_IMAGES", 2)
 
     def run(folder: Path, device: str = "cpu", *, minutes: float = 0.0) -> CheckFile:
         options = CheckOptions(folder, tmp_path / "out", Device.parse_several(device), threads=1, minutes=minutes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.memory_plan import make_plan
 from vessel_rt.device.providers import PROVIDERS
 from vessel_rt.device.session import Session
-from vessel_rt.errors import GraphError, VesselError
+from vessel_rt.errors import GraphError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
 from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE
 from vessel_rt.formats.schema import decode
+from vessel_rt.model.result import Pixels
+from vessel_rt.model.segmenter import Segmenter
 
 
 def of(found: CheckFile, outcome: str) -> set[str]:
@@ -283,6 +285,22 @@ def test_a_gpu_that_works(golden_tiny: Path, run_check: Check, monkeypatch: pyte
     assert [(each.tiles, each.batch) for each in found.batches] == [(tiles, batch) for tiles in (1, 10) for batch in (1, 2)]
     assert "planned for 2 images at once" in line(found, "memory", "peak").figure
     assert "60 to 60 °C, 1700 to 1700 MHz, 300 to 300 W" in line(found, "endurance", "soak").figure
+
+
+def test_a_batch_that_does_not_fit(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpu(monkeypatch)
+    run = Segmenter.run
+
+    def full(self: Segmenter, batch: Sequence[Pixels], questions: Sequence[str]) -> Any:
+        if len(batch) > 1:
+            raise OutOfMemory("sam2_image_encoder fails on cuda:0: out of memory")
+        return run(self, batch, questions)
+
+    monkeypatch.setattr(Segmenter, "run", full)
+    found = run_check(golden_tiny, "cuda")
+    assert of(found, "fail") == {"parity: run", "speed: batches, 1 tile", "speed: batches, 10 tiles"}
+    assert line(found, "speed", "batches, 1 tile").reason == "2 images at once: sam2_image_encoder fails on cuda:0: out of memory"
+    assert [each.batch for each in found.batches] == [1, 1]
 
 
 def test_slow_operators_left_to_the_cpu(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def test_a_card_that_cannot_be_read_is_skipped_with_the_reason(standin: Bundle, 
     device = Device("cuda")
     with MemoryWatch(device) as watch:
         assert watch.now() is None
-    check_memory(Record(str, lines.append, lambda found: None), Deployment(standin, device, {}), watch, 1)
+    check_memory(Record(str, lines.append, lambda found: None), Deployment(standin, device, {}), watch)
     assert (lines[0].outcome, lines[0].reason) == ("skip", "nvidia-ml-py is not installed: pip install nvidia-ml-py")
 
 
@@ -37,8 +37,8 @@ def test_a_machine_that_swapped(standin: Bundle, monkeypatch: pytest.MonkeyPatch
     record = Record(str, lines.append, lambda found: None)
     with MemoryWatch(Device("cpu")) as watch:
         pass
-    check_memory(record, Deployment(standin, Device("cpu"), {}), watch, 1)
+    check_memory(record, Deployment(standin, Device("cpu"), {}), watch)
     watch.peak = 9_000_000
-    check_memory(record, Deployment(standin, Device("cpu"), {}), watch, 1)
+    check_memory(record, Deployment(standin, Device("cpu"), {}), watch)
     assert [line.outcome for line in lines] == ["pass", "fail"]
     assert "8.0 MB" in lines[1].figure
