@@ -6,7 +6,7 @@ TINY := examples/tiny
 FULL ?= out/full
 TINY_BASE := --base $(TINY)/base --sam2 $(TINY)/sam2_tiny.pt
 
-.PHONY: setup browser demo export which synth-8b export-8b infer-8b build-8b bench test test-all fuzz lint docs
+.PHONY: setup browser demo check export which synth-8b export-8b infer-8b build-8b bench test test-all fuzz lint docs
 
 setup: .venv/ready
 
@@ -28,6 +28,10 @@ demo: setup
 	$(BIN)/vessel-export export --ckpt $(TINY)/iter_*.pth $(TINY_BASE) --recipe cpu --out engines/tiny-fp32 --overwrite
 	$(BIN)/vessel-rt infer $(TINY)/frames --bundle engines/tiny-fp32 -o out/demo --overwrite
 	$(BIN)/vessel-rt evaluate out/demo --gt $(TINY)/annotations.json
+
+# Proves the demo's bundle on this machine. ARGS may name another one: make check ARGS='--bundle DIR --device cuda'.
+check: | setup engines/tiny-fp32
+	$(BIN)/vessel-rt check --bundle engines/tiny-fp32 -o out/check $(ARGS)
 
 export: $(if $(CKPT),setup,which)
 	$(BIN)/vessel-export export --ckpt '$(CKPT)' --recipe $(RECIPE) $(if $(BASE),--base '$(BASE)') $(if $(SAM2),--sam2 '$(SAM2)') $(if $(OUT),--out '$(OUT)') $(ARGS)

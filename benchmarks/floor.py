@@ -2,12 +2,12 @@
 
     python -m benchmarks.floor [--bundle DIR] [--tiles 1 10]
 
-A stage's floor is the larger of operations / rate and bytes / bandwidth (benchmarks/costs.py defines what is counted). An image's prompt
-has the tokens of its tiles and 64 more. The language model has three runs: `prefill` of the prompt, `decode` of its last token, and `draft`
-of the prompt and 16 tokens, whose states are returned. This machine's rates are measured: FP32 products with NumPy and copies with all
-threads, and, if there is a CUDA GPU and torch, FP16 products and copies on it. Data sheets' rates are those of FP16 (the same as BF16) with
-FP32 sums; for an FP32 bundle they are too high, and the floor too low. A bundle that fits in a processor's cache, such as the tiny ones,
-can be read faster than memory.
+A stage's floor is the larger of operations / rate and bytes / bandwidth (vessel_export.graphs.costs defines what is counted). An image's
+prompt has the tokens of its tiles and 64 more. The language model has three runs: `prefill` of the prompt, `decode` of its last token,
+and `draft` of the prompt and 16 tokens, whose states are returned. This machine's rates are measured: FP32 products with NumPy and copies
+with all threads, and, if there is a CUDA GPU and torch, FP16 products and copies on it. Data sheets' rates are those of FP16 (the same as
+BF16) with FP32 sums; for an FP32 bundle they are too high, and the floor too low. A bundle that fits in a processor's cache, such as the
+tiny ones, can be read faster than memory.
 
 The result is saved as floor-<layers>-layers.json. If results/latency.json has latencies of this bundle on this machine, MFU and MBU are the
 shares of rate and bandwidth that they reached. The last line is JSON.
@@ -16,7 +16,6 @@ shares of rate and bandwidth that they reached. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -29,39 +28,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.costs import Cost, stage_cost
 from benchmarks.measure import RESULTS, machine, publish
+from vessel_export.graphs.costs import counted_cost
+from vessel_rt.device.rates import DATA_SHEETS, Rates
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import MOST_KEPT, OPT_TEXT_TOKENS
+from vessel_rt.formats.stage_cost import Cost
 
 _RUNS = 30  # short ones; the fastest counts, since other load slows most of them
 _COPIED = 1 << 30  # bytes: more than any cache holds
 _SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """A machine's peak rates: floating-point operations per second, and bytes per second (reads and writes together)."""
-
-    flops: float
-    bytes: float
-
-    def floor_ms(self, cost: Cost, *, of_flops: float = 1, of_bytes: float = 1) -> float:
-        """The minimum milliseconds for `cost`, at these shares of the two rates."""
-        return 1e3 * max(cost.flops / (of_flops * self.flops), cost.bytes / (of_bytes * self.bytes))
-
-
-# FP16 tensor cores without sparsity, with FP32 sums (half the rate of FP16 sums on a GeForce), and memory bandwidth.
-_DATA_SHEETS = {
-    # appendix A: https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
-    "RTX 3090": Rates(71e12, 936e9),
-    # appendix A: https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf
-    "RTX 4090": Rates(165.2e12, 1008e9),
-    # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-nvidia-us-2188504-web.pdf
-    "A100 SXM 80GB": Rates(312e12, 2039e9),
-    # https://www.nvidia.com/en-us/data-center/h100/ gives 1979 with sparsity, which doubles it
-    "H100 SXM": Rates(1979e12 / 2, 3.35e12),
-}
 _PROJECTED = "RTX 3090"
 _IMAGE = ("vision_encoder", "draft", "sam2_image_encoder", "sam2_mask_decoder")  # the runs of one image whose draft is accepted
 _ASSUMED = {"of_flops": 0.5, "of_bytes": 0.8}
@@ -75,7 +53,7 @@ def main() -> int:
     bundle = Bundle.load(arguments.bundle)
     costs = _costs(bundle, arguments.tiles)
     here = _here()
-    rates = {**here, **_DATA_SHEETS}
+    rates = {**here, **DATA_SHEETS}
     name = bundle.folder.resolve().name
     result = {
         "bundle": name,
@@ -122,13 +100,13 @@ def _costs(bundle: Bundle, counts: list[int]) -> dict[int, dict[str, Cost]]:
     costs: dict[int, dict[str, Cost]] = {}
     wanted = [(tiles, name, stage, sizes) for tiles in counts for name, (stage, sizes) in _runs(bundle, tiles).items()]
     for tiles, name, stage, sizes in tqdm(wanted, desc="counting", file=sys.stderr):
-        costs.setdefault(tiles, {})[name] = stage_cost(bundle, stage, sizes)
+        costs.setdefault(tiles, {})[name] = counted_cost(bundle, stage, sizes)
     return costs
 
 
 def _projection(costs: Mapping[int, Mapping[str, Cost]]) -> dict[str, Any]:
     """Milliseconds of one image whose draft is accepted, by tiles: the sum of the floors of its runs."""
-    rates = _DATA_SHEETS[_PROJECTED]
+    rates = DATA_SHEETS[_PROJECTED]
 
     def total(**shares: float) -> dict[str, float]:
         return {str(tiles): _short(sum(rates.floor_ms(stages[run], **shares) for run in _IMAGE)) for tiles, stages in costs.items()}
@@ -162,8 +140,7 @@ def _used(bundle: str, costs: Mapping[int, Mapping[str, Cost]], here: Mapping[st
         str(tiles): {
             run: {  # drafts were on, so the language model ran `draft`
                 "ms": ms,
-                "mfu": _short(cost.flops / (ms / 1e3) / rates.flops),
-                "mbu": _short(cost.bytes / (ms / 1e3) / rates.bytes),
+                **dict(zip(("mfu", "mbu"), map(_short, rates.used(cost, ms)), strict=True)),
             }
             for run, cost in stages.items()
             if (ms := latency.get("stages", {}).get(str(tiles), {}).get(run.replace("draft", "language_model"), {}).get("ms"))

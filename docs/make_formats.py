@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import inspect as types
 
+from vessel_rt.check.schema import CheckFile
 from vessel_rt.evaluation.check_data import CheckReport, DroppedItem
 from vessel_rt.formats.bundle import BundleFile
 from vessel_rt.formats.engine_sidecar import Engine
@@ -39,6 +40,7 @@ FILES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("run.json", (RunFile,)),
     ("evaluation.json", (EvaluationFile,)),
     ("check-data", (CheckReport, DroppedItem)),
+    ("check.json", (CheckFile,)),
 )
 FILE_NAME, SHA256 = (types.type_info(kind).pattern for kind in (FileName, Sha256))  # type: ignore[attr-defined]
 LARGE = 2**53 - 1  # bounds from here on are those of JSON's numbers, and not shown

@@ -106,13 +106,14 @@ def test_runtime_commands(observe: Observe, fp32_bundle: Path, tiny: Tiny, devic
         ("check-data", tiny.annotations, "--images", tiny.frames),
         ("devices", "--bundle", fp32_bundle),
         ("plan", "--bundle", fp32_bundle, "--memory", "24"),
+        ("check", "--bundle", fp32_bundle, "--devices", devices, "-o", "checked"),
         (*infer, "-o", "shards/0", "--num-shards", "2", "--shard-id", "0"),
         (*infer, "-o", "shards/1", "--num-shards", "2", "--shard-id", "1"),
         ("merge-shards", "shards/0", "shards/1", "-o", "merged"),
     ):
         calls, files = observe("vessel_rt.cli", arguments)
         assert calls == [], arguments
-        assert outside(files, KEY, "work/out/", "work/shards/", "work/merged/") == [], arguments
+        assert outside(files, KEY, "work/out/", "work/shards/", "work/merged/", "work/checked/") == [], arguments
 
 
 def test_exporter_commands(observe: Observe, tiny: Tiny) -> None:

@@ -7,6 +7,7 @@ __all__ = [
     "GraphError",
     "ImageError",
     "OutOfMemory",
+    "PlacementError",
     "RecipeError",
     "VesselError",
     "first_line",
@@ -38,6 +39,10 @@ class ImageError(VesselError):
 
 class OutOfMemory(ImageError):
     """A device without enough memory: a smaller batch may fit."""
+
+
+class PlacementError(VesselError):
+    """A graph, or slow operators of it, that ONNX Runtime would run on the CPU instead of the requested device."""
 
 
 class GraphError(VesselError):

@@ -88,6 +88,27 @@ def test_failed_images_make_the_exit_code_1(engines: Path, frames: Path, capsys:
     assert f"vessel-rt: error: {frames / 'b_empty.jpg'}: an empty file" in capsys.readouterr().err
 
 
+def test_a_check_prints_a_line_for_each_and_the_verdict(
+    engines: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vessel_rt.check.speed._RUNS", range(1, 2))
+    assert main(["check", "--device", "cpu", "--threads", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "bundle engines/new" in err
+    lines = out.splitlines()
+    assert [line for line in lines[:-2] if not line.startswith(" ")] == [
+        "machine", "bundle", "providers", "loading", "parity", "determinism", "speed", "memory", "endurance"
+    ]  # fmt: skip
+    assert lines[-2].startswith("PASS: ")
+    assert lines[-1] == "report: out/check-new/check.html"
+    flipped = engines / "new" / "tokenizer.json"
+    flipped.write_text("{}")
+    assert main(["check", "--device", "cpu", "--bundle", str(engines / "new"), "-o", "here", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["passed"], found["verdict"]) == (False, "FAIL: bundle: files; 6 passed")
+    assert found == json.loads(Path("here/check.json").read_text())
+
+
 def test_user_errors_are_one_line(engines: Path, frames: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
@@ -170,6 +191,9 @@ def _lines_so_far(output: Path) -> list[Any]:
         ["infer", "x", "--prompt", "caf\udce9"],
         ["--print-completion", "cmd.exe"],
         ["plan", "--memory", "none"],
+        ["check", "--minutes", "-1"],
+        ["check", "--minutes", "soon"],
+        ["check", "--device", "cpu", "--devices", "cpu:2"],
         ["fly"],
     ],
 )
@@ -214,7 +238,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "examples:" in out
 
 
-@pytest.mark.parametrize("command", ["infer", "evaluate", "check-data", "report", "merge-shards", "devices", "plan"])
+@pytest.mark.parametrize("command", ["infer", "evaluate", "check-data", "report", "merge-shards", "devices", "plan", "check"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

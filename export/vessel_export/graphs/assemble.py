@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import GraphBuilder, nn
 
+from vessel_export.graphs.costs import unit_flops
 from vessel_export.io.safetensors_writer import TensorLocation
 from vessel_rt.formats.bundle import StageSpec, TensorSpec
 
@@ -41,12 +42,13 @@ TO_IR = {
 class Graph:
     """A stage's model. Initializers without a value are weights, which `save_graph` binds by name.
 
-    `activation_bytes` is the estimate of `activations.py`.
+    `activation_bytes` is the estimate of `activations.py`, `flops` the count of `costs.unit_flops`.
     """
 
     name: str
     model: ir.Model
     activation_bytes: int
+    flops: int
 
     @property
     def weights(self) -> list[ir.Value]:
@@ -61,7 +63,8 @@ def assemble(name: str, module: nn.Module, inputs: Sequence[ir.Value], outputs: 
     for result, declared in zip(results if isinstance(results, list) else [results], outputs, strict=True):
         result.name, result.type, result.shape = declared.name, declared.type, declared.shape
         graph.outputs.append(result)
-    return Graph(name, ir.Model(graph, ir_version=_IR_VERSION, producer_name="vessel-rt"), activation_bytes)
+    model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="vessel-rt")
+    return Graph(name, model, activation_bytes, unit_flops(model))
 
 
 def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocation]) -> StageSpec:
@@ -86,7 +89,7 @@ def save_graph(graph: Graph, folder: Path, locations: Mapping[str, TensorLocatio
     ir.save(graph.model, folder / file)
     _check(onnx.load(folder / file, load_external_data=False))
     inputs, outputs = (tuple(map(_describe, values)) for values in (graph.model.graph.inputs, graph.model.graph.outputs))
-    return StageSpec(file, inputs, outputs, tuple(sorted(files)), graph.activation_bytes)
+    return StageSpec(file, inputs, outputs, tuple(sorted(files)), graph.activation_bytes, graph.flops)
 
 
 def _holds(place: TensorLocation, dtype: ir.DataType, shape: ir.Shape) -> bool:

@@ -16,6 +16,7 @@ import torch
 from onnxscript.optimizer import fold_constants
 
 from vessel_export.graphs.assemble import TO_IR, Graph
+from vessel_export.graphs.costs import unit_flops
 from vessel_export.io.safetensors_writer import OutputTensor, in_pieces
 
 __all__ = ["trace"]
@@ -60,7 +61,7 @@ def trace(
     _simplify(model, parameters)
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     model.metadata_props.clear()
-    return Graph(name, model, activation_bytes), _move_weights_out(name, model, parameters)
+    return Graph(name, model, activation_bytes, unit_flops(model)), _move_weights_out(name, model, parameters)
 
 
 def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -> list[OutputTensor]:

@@ -177,7 +177,7 @@ def load_reference(request: VerifyRequest, bundle: Bundle) -> Reference:
 def memory_for_reference(bundle: Bundle) -> float:
     """The bytes of memory that the reference may take next to `bundle`, which may run on the CPU. A tenth of the memory stays free."""
     available = available_memory()
-    return math.inf if available is None else 0.9 * available - needed_memory(bundle)
+    return math.inf if available is None else 0.9 * available - (needed_memory(bundle) or 0)
 
 
 @dataclasses.dataclass(frozen=True)

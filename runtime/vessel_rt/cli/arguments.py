@@ -23,8 +23,10 @@ __all__ = [
     "add_naming",
     "device",
     "find_bundle",
+    "find_bundle_folder",
     "frames",
     "gibibytes",
+    "minutes",
     "naming_of",
     "natural",
     "positive",
@@ -62,15 +64,26 @@ def naming_of(arguments: argparse.Namespace, output: Path | None = None, pseudon
 
 
 def find_bundle(folder: Path | None, quiet: bool = False) -> Bundle:
-    """The bundle in `folder`, else in $VESSEL_BUNDLE, else the newest complete one under ./engines; printed unless it was asked for.
+    """The bundle in the folder that `find_bundle_folder` finds.
 
     Raises:
         VesselError: there is none, or it cannot be loaded.
     """
-    from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
+    from vessel_rt.formats.bundle import Bundle
+
+    return Bundle.load(find_bundle_folder(folder, quiet))
+
+
+def find_bundle_folder(folder: Path | None, quiet: bool = False) -> Path:
+    """`folder`, else $VESSEL_BUNDLE, else that of the newest complete bundle under ./engines; printed unless it was asked for.
+
+    Raises:
+        VesselError: there is none.
+    """
+    from vessel_rt.formats.bundle import BUNDLE_FILE
 
     if folder:
-        return Bundle.load(folder)
+        return folder
     if os.environ.get("VESSEL_BUNDLE"):
         found = Path(os.environ["VESSEL_BUNDLE"])
     else:
@@ -80,7 +93,7 @@ def find_bundle(folder: Path | None, quiet: bool = False) -> Bundle:
         found = max(complete, key=lambda path: path.stat().st_mtime).parent
     if not quiet:
         print(f"bundle {found}", file=sys.stderr)
-    return Bundle.load(found)
+    return found
 
 
 def positive(text: str) -> int:
@@ -113,6 +126,17 @@ def gibibytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of GiB")
     return size
+
+
+def minutes(text: str) -> float:
+    """A number of minutes from 0 on, at most a week."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 7 * 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes from 0 to 10080")
+    return value
 
 
 def unicode_text(text: str) -> str:

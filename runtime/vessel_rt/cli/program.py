@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import vessel_rt
+from vessel_rt.cli.check import add_check
 from vessel_rt.cli.devices import add_devices_commands
 from vessel_rt.cli.infer import add_infer, run_infer
 from vessel_rt.cli.results import add_results_commands
@@ -27,6 +28,7 @@ _EXAMPLES = """examples:
   vessel-rt evaluate results --gt frames/annotations.json
   vessel-rt report results
   vessel-rt devices --bundle engines/iter_12192-fp16      where that bundle can run, and what is missing elsewhere
+  vessel-rt check --bundle engines/iter_12192-fp16        prove that it works on this machine
   vessel-rt COMMAND --help                                every option, and more examples
 """
 
@@ -99,4 +101,5 @@ def _parser() -> argparse.ArgumentParser:
     add_infer(commands)
     add_results_commands(commands)
     add_devices_commands(commands)
+    add_check(commands)
     return parser

@@ -8,7 +8,7 @@ import sys
 
 from vessel_rt.errors import VesselError
 
-__all__ = ["MENDS", "Gpu", "list_gpus"]
+__all__ = ["MENDS", "Gpu", "driver_cuda", "list_gpus", "pci_bus"]
 
 # What mends errors of CUDA, by their numbers, which are the same in the driver and in the CUDA runtime.
 MENDS = {
@@ -41,10 +41,7 @@ def list_gpus() -> tuple[Gpu, ...]:
     Raises:
         VesselError: there is no driver or no GPU, or the driver fails.
     """
-    try:
-        cuda = ctypes.CDLL(_LIBRARY)
-    except OSError:
-        raise VesselError(f"there is no NVIDIA driver here ({_LIBRARY} is missing): install it if there is a GPU") from None
+    cuda = _driver()
     code = cuda.cuInit(0)
     count = ctypes.c_int()
     if code == 0:
@@ -54,6 +51,38 @@ def list_gpus() -> tuple[Gpu, ...]:
     if code:
         raise VesselError(f"NVIDIA's driver fails (CUDA error {code}): {MENDS.get(code, 'nvidia-smi may say why')}")
     return tuple(_gpu(cuda, index) for index in range(count.value))
+
+
+def driver_cuda() -> tuple[int, int]:
+    """The newest version of CUDA that the driver runs, such as (13, 0). Raises VesselError if there is no driver."""
+    version = ctypes.c_int()
+    if code := _driver().cuDriverGetVersion(ctypes.byref(version)):
+        raise VesselError(f"NVIDIA's driver does not tell its version (CUDA error {code}): nvidia-smi may say why")
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def pci_bus(index: int) -> str:
+    """Where GPU `index` of `list_gpus` is on the PCI bus, such as `0000:01:00.0`: CUDA and NVML number GPUs differently.
+
+    Raises:
+        VesselError: there is no driver, or no such GPU.
+    """
+    cuda, device, text = _driver(), ctypes.c_int(), ctypes.create_string_buffer(32)
+    codes = (
+        cuda.cuInit(0),
+        cuda.cuDeviceGet(ctypes.byref(device), index),
+        cuda.cuDeviceGetPCIBusId(text, len(text), device),
+    )
+    if any(codes):
+        raise VesselError(f"NVIDIA's driver does not describe GPU {index} (CUDA errors {codes}): nvidia-smi may say why")
+    return text.value.decode("ascii", "replace")
+
+
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(_LIBRARY)
+    except OSError:
+        raise VesselError(f"there is no NVIDIA driver here ({_LIBRARY} is missing): install it if there is a GPU") from None
 
 
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:

@@ -21,9 +21,18 @@ from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import CPU_TILES, CPU_TOKENS, MASKS_AN_IMAGE
 
-__all__ = ["available_memory", "make_host_plan", "require_host_fit", "require_memory"]
+__all__ = [
+    "anonymous_memory",
+    "available_memory",
+    "make_host_plan",
+    "needed_memory",
+    "require_host_fit",
+    "require_memory",
+    "stage_memory",
+    "total_memory",
+]
 
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO, _STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")  # of a container: the root of its own hierarchy (cgroup v2)
 
 _PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer, an image
@@ -45,11 +54,10 @@ def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory:
     """
     sizes, sized = bundle.language_model, bundle.sized_stages()
     quantized = bundle.quantization.matrices if bundle.quantization else {}
-    types = {name: bundle.weights if quantized.get(name) else bundle.precision for name in sized}
     items = [Item("process", processes * _PROCESS)]
-    for name, kind in types.items():
-        copied = 0 if kind == "fp32" and name in _MAPPED else _COPIES[kind] * bundle.weight_bytes(name)
-        items.append(Item(f"weights: {name}" + (f", {kind}" if name in quantized else ""), int(processes * copied)))
+    for name in sized:
+        kind = f", {bundle.weights}" if name in quantized else ""
+        items.append(Item(f"weights: {name}{kind}", processes * stage_memory(bundle, name)))
     images = processes * streams
     items.append(Item("cache", images * _FP32 * 2 * sizes.layers * sizes.kv_heads * sizes.capacity * sizes.head_dim))
     units = {"vision_encoder": CPU_TILES, "language_model": CPU_TOKENS, "sam2_image_encoder": 1, "sam2_mask_decoder": MASKS_AN_IMAGE}
@@ -57,6 +65,39 @@ def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory:
     items.append(Item("activations", int(images * _ACTIVATIONS * largest)))
     total = sum(item.bytes for item in items)
     return Plan(str(bundle.folder), images, sizes.capacity, memory or available_memory() or total, tuple(items))
+
+
+def needed_memory(bundle: Bundle) -> int | None:
+    """The bytes that one process takes with one image at a time; None for bundles of older versions, which do not tell."""
+    try:
+        return make_host_plan(bundle).total
+    except BundleError:
+        return None
+
+
+def stage_memory(bundle: Bundle, stage: str) -> int:
+    """The bytes that the weights of `stage` take in the memory of a process."""
+    quantized = bundle.quantization and bundle.quantization.matrices.get(stage)
+    kind = bundle.weights if quantized else bundle.precision
+    return 0 if kind == "fp32" and stage in _MAPPED else int(_COPIES[kind] * bundle.weight_bytes(stage))
+
+
+def total_memory() -> int | None:
+    """The memory of the host in bytes, without swap; None if the system does not tell."""
+    return _kilobytes(_MEMINFO, "MemTotal")
+
+
+def anonymous_memory() -> int | None:
+    """The memory of this process in bytes, without files that are mapped: the system cannot take it back. None if it does not tell."""
+    return _kilobytes(_STATUS, "RssAnon")
+
+
+def _kilobytes(path: Path, field: str) -> int | None:
+    try:
+        line = next(line for line in path.read_text(encoding="ascii").splitlines() if line.startswith(f"{field}:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def available_memory() -> int | None:
@@ -80,11 +121,8 @@ def require_memory(bundle: Bundle, streams: int = 1, processes: int = 1) -> None
 
     Nothing is refused if the estimate is unknown: on other systems than Linux, or for bundles of older versions.
     """
-    try:
-        bundle.sized_stages()
-    except BundleError:
-        return
-    require_host_fit(bundle, make_host_plan(bundle, streams, processes))
+    if needed_memory(bundle) is not None:
+        require_host_fit(bundle, make_host_plan(bundle, streams, processes))
 
 
 def require_host_fit(bundle: Bundle, plan: Plan) -> None:

@@ -10,6 +10,7 @@ import functools
 import math
 import mmap
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, failure, onnxruntime
-from vessel_rt.errors import GraphError, OutOfMemory, VesselError
+from vessel_rt.errors import GraphError, OutOfMemory, PlacementError, VesselError
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -63,8 +64,8 @@ class Session:
         prepack: on a CPU, copy the matrices to the layout of its kernels while the graph is loaded. It takes their size in memory.
 
     Raises:
-        VesselError: ONNX Runtime cannot load the graph, or it leaves all of the graph, or more than arithmetic of shapes, to the CPU.
-            (`rtx` leaves nothing there.)
+        VesselError: ONNX Runtime cannot load the graph.
+        PlacementError: it leaves all of the graph, or more than arithmetic of shapes, to the CPU. (`rtx` leaves nothing there.)
     """
 
     def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None, prepack: bool = True) -> None:
@@ -95,12 +96,16 @@ class Session:
                 ) from e
             raise VesselError(f"{path}: onnxruntime {ort.__version__} cannot load this graph on {device}: {failure(e)}") from e
         if session.get_providers()[0] != provider.name:
-            raise VesselError(
+            raise PlacementError(
                 f"{path}: onnxruntime {ort.__version__} would not run this graph on {device}, only on {session.get_providers()[0]}"
             )
-        left = sorted(_operators_on_the_cpu(session) - _OF_SHAPES) if device.kind != "cpu" else []
+        self.placement = _placement(session)
+        """How many nodes of each operator run on which provider (ONNX Runtime's name), after its optimizations."""
+        left = sorted(self.placement.get(PROVIDERS["cpu"].name, {}).keys() - _OF_SHAPES) if device.kind != "cpu" else []
         if left:
-            raise VesselError(f"{path}: onnxruntime {ort.__version__} has no kernel on {device} for {', '.join(left)}; take another device")
+            raise PlacementError(
+                f"{path}: onnxruntime {ort.__version__} has no kernel on {device} for {', '.join(left)}; take another device"
+            )
         self._path = path
         self._session: Any = session
         self._device, self._memory = device, provider.memory
@@ -205,9 +210,11 @@ def _products_overflow() -> bool:
         return True
 
 
-def _operators_on_the_cpu(session: Any) -> set[str]:
-    cpu = PROVIDERS["cpu"].name
-    return {node.op_type for part in session.get_provider_graph_assignment_info() if part.ep_name == cpu for node in part.get_nodes()}
+def _placement(session: Any) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        found.setdefault(part.ep_name, Counter()).update(node.op_type for node in part.get_nodes())
+    return found
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -82,6 +82,8 @@ class StageSpec(Struct, frozen=True, forbid_unknown_fields=True):
         weights: the weights files of the graph, relative to the bundle. Bundles from older versions do not list them.
         activation_bytes: the estimated memory of activations per tile (vision_encoder), token of the cache (language_model),
             image (sam2_image_encoder) or mask (sam2_mask_decoder). 0 in bundles from older versions.
+        flops: the floating-point operations of matrix products for one of these units; for a token, with one live slot and its next token.
+            0 in bundles from older versions.
     """
 
     file: FileName
@@ -89,6 +91,7 @@ class StageSpec(Struct, frozen=True, forbid_unknown_fields=True):
     outputs: Items[TensorSpec]
     weights: Items[FileName] = ()
     activation_bytes: Annotated[int, Meta(ge=0, le=2**40)] = 0
+    flops: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
     def input(self, name: str) -> TensorSpec:
         """The input of that name."""

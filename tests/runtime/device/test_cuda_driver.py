@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from vessel_rt.device import cuda_driver
-from vessel_rt.device.cuda_driver import list_gpus
+from vessel_rt.device.cuda_driver import driver_cuda, list_gpus, pci_bus
 from vessel_rt.errors import VesselError
 
 
@@ -20,6 +20,8 @@ def test_gpus_are_described() -> None:
         assert re.fullmatch(r"sm\d{2,3}", gpu.architecture)
         assert gpu.name
         assert gpu.memory > 1 << 30
+        assert re.fullmatch(r"[0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.\d", pci_bus(gpu.index))
+    assert driver_cuda() >= (11, 0)
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,10 @@ def test_without_a_driver_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_driver.ctypes, "CDLL", absent)
     with pytest.raises(VesselError, match=r"there is no NVIDIA driver here .* install it"):
         list_gpus()
+
+
+def test_without_a_driver_everything_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vessel_rt.device.cuda_driver._LIBRARY", "libnone.so.1")
+    for ask in (list_gpus, driver_cuda, lambda: pci_bus(0)):
+        with pytest.raises(VesselError, match=r"libnone\.so\.1 is missing"):
+            ask()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.standin_gpu import StandinGpu, cuda_failure, out_of_memory
 from vessel_rt.device.providers import Device
-from vessel_rt.device.session import Session, _operators_on_the_cpu
+from vessel_rt.device.session import Session
 from vessel_rt.errors import OutOfMemory, VesselError
 from vessel_rt.formats.bundle import Bundle
 
@@ -87,7 +87,10 @@ def test_zeros_that_are_not_written_take_no_memory(standin: Bundle) -> None:
 
 def test_where_operators_run_is_known(standin: Bundle) -> None:
     with Session(standin.folder / "language_model.onnx", CPU, 1) as session:
-        assert {"Attention", "MatMul", "TensorScatter", "Shape"} <= _operators_on_the_cpu(session._session)
+        assert session.placement.keys() == {"CPUExecutionProvider"}
+        operators = session.placement["CPUExecutionProvider"]
+        assert {"Attention", "MatMul", "TensorScatter", "Shape"} <= operators.keys()
+        assert operators["Attention"] == standin.language_model.layers
 
 
 def test_a_graph_that_does_not_load_names_its_file(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from benchmarks.costs import Cost, graph_cost
 from tests.support.paths import Tiny
+from vessel_export.graphs.costs import graph_cost, unit_flops
 from vessel_export.graphs.language_model import build_language_model
 from vessel_export.sources.base_model import open_base
+from vessel_rt.formats.stage_cost import Cost
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -85,3 +86,6 @@ def test_language_model_is_its_closed_formula(tiny: Tiny, sequence: int, live: i
     cost = graph_cost(graph.model, {"batch": batch, "sequence": sequence, "live": live, "kept": kept})
     assert cost.flops == flops
     assert 0 <= cost.bytes - moved < 1024  # the graph's own constants: axes, and the shapes of heads
+    assert unit_flops(build_language_model(config, vocabulary, capacity, _FLOAT).model) == config.layers * (2 * matrices + 4 * queries) + (
+        2 * hidden * vocabulary
+    )

@@ -13,7 +13,6 @@ of its capacity is not touched.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -21,24 +20,29 @@ import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.stage_cost import Cost
 
-__all__ = ["Cost", "graph_cost", "stage_cost"]
+__all__ = ["counted_cost", "graph_cost", "unit_flops"]
 
 _Shape = tuple[int, ...]
 # Other matrix products. No graph of this project has them, and they must not be ignored.
 _UNCOUNTED = ("Einsum", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv", "DeformConv", "GRU", "LSTM", "RNN")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """The floating-point operations of one run, and the minimum of bytes that it reads and writes."""
+def unit_flops(model: ir.Model) -> int:
+    """The operations of one run in which every dynamic axis is 1: of a tile, a token, an image or a mask. `model` is not changed.
 
-    flops: int
-    bytes: int
+    Raises:
+        ValueError: see `graph_cost`.
+    """
+    axes = [axis.value for value in model.graph.inputs for axis in value.shape or () if isinstance(axis, ir.SymbolicDim)]
+    return graph_cost(model.clone(), {axis: 1 for axis in axes if axis}).flops
 
 
-def stage_cost(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> Cost:
-    """The cost of one run of a stage of `bundle`; `sizes` has the sizes of its inputs' dynamic axes (docs/architecture.md).
+def counted_cost(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> Cost:
+    """The cost of one run of a stage of `bundle`, counted in its graph.
+
+    `sizes` has the sizes of its inputs' dynamic axes (docs/architecture.md).
 
     Raises:
         ValueError: see `graph_cost`.

@@ -1,0 +1,56 @@
+"""Bundles with goldens, and checks that measure for no longer than they must."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.goldens import make_goldens
+from tests.support.shared import made_once
+from vessel_rt.check import speed
+from vessel_rt.check.check import CheckOptions, check
+from vessel_rt.check.frames import frame_of
+from vessel_rt.check.schema import CheckFile
+from vessel_rt.device.providers import Device
+from vessel_rt.formats.bundle import Bundle
+
+QUESTION, OF_TWO_MASKS = "Please segment vessel in this image.", "Please segment vessel and catheter in this image."
+
+Check = Callable[..., CheckFile]
+
+
+def with_goldens(folder: Path, source: Path, question: str) -> None:
+    """A copy of a bundle, with the goldens that it makes itself of two frames."""
+    bundle = Bundle.load(Path(shutil.copytree(source, folder)))
+    make_goldens(bundle, [frame_of(tiles, bundle.tiles, seed=tiles) for tiles in (1, 5)], [question]).save(bundle)
+
+
+@pytest.fixture(scope="session")
+def golden_tiny(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained bundle in FP32, with goldens of two frames, each with two masks. Not to be written to."""
+    name = "golden-tiny"
+    return made_once(tmp_path_factory, name, lambda folder: with_goldens(folder / name, fp32_bundle, OF_TWO_MASKS)) / name
+
+
+@pytest.fixture(scope="session")
+def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that answers `Mask [SEG].`, with goldens. Not to be written to."""
+    folder = tmp_path_factory.mktemp("golden") / "standin"
+    with_goldens(folder, standin.folder, QUESTION)
+    return folder
+
+
+@pytest.fixture
+def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
+    """`check` on a bundle, with as few runs as it can do with."""
+    monkeypatch.setattr(speed, "_RUNS", range(1, 2))
+    monkeypatch.setattr("vessel_rt.device.deployment.MOST_IMAGES", 2)
+
+    def run(folder: Path, device: str = "cpu", *, minutes: float = 0.0) -> CheckFile:
+        options = CheckOptions(folder, tmp_path / "out", Device.parse_several(device), threads=1, minutes=minutes)
+        return check(options, lambda line: None)
+
+    return run

@@ -1,0 +1,58 @@
+"""Goldens that the runtime itself makes of a bundle, where the exporter's reference is not at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vessel_rt.check.loading import LoadedDeployment
+from vessel_rt.check.parity import Outputs
+from vessel_rt.device.deployment import deploy
+from vessel_rt.device.providers import Device
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.golden import (
+    SKETCHED,
+    Golden,
+    GoldenCase,
+    GoldenCaseRecord,
+    GoldenFile,
+    GoldenFrame,
+    GoldenReference,
+    SketchSpec,
+    make_sketch,
+)
+from vessel_rt.model.segmenter import Segmenter
+
+SPEC = SketchSpec()
+
+
+def make_goldens(bundle: Bundle, frames: Sequence[Image.Image], questions: Sequence[str]) -> Golden:
+    """What `bundle` makes of gray `frames` on the CPU: every question about every frame."""
+    deployment = deploy(bundle, Device("cpu"))
+    sessions = deployment.sessions(1)
+    outputs = Outputs()
+    cases, records = [], []
+    with Segmenter(LoadedDeployment.of(deployment, sessions).tapped(outputs), draft=False) as segmenter:
+        pixels = [segmenter.prepare(frame.convert("RGB")) for frame in frames]
+        for index, each in enumerate(pixels):
+            for question in questions:
+                outputs.clear()
+                [[answer]] = segmenter.run([each], [question])
+                arrays = outputs.of(answer)
+                ids, text = answer.generation.token_ids, segmenter.finish(each, answer).answer
+                sketches = {name: make_sketch(arrays[name], SPEC) for names in SKETCHED.values() for name in names}
+                logits = answer.low_res_logits.astype(np.float16).astype(np.float32)
+                cases.append(GoldenCase(index, question, text, ids, logits, answer.iou, answer.object_score, sketches))
+                records.append(GoldenCaseRecord(index, question, text, ids, len(logits)))
+    for session in sessions.values():
+        session.__exit__(None, None, None)
+    reference = GoldenReference("fp32", False, bundle.provenance.checkpoint_sha256, {"vessel-rt": "of the tests"})
+    file = GoldenFile(
+        reference=reference,
+        sketches=SPEC,
+        frames=tuple(GoldenFrame(frame.width, frame.height, len(each.tiles)) for frame, each in zip(frames, pixels, strict=True)),
+        cases=tuple(records),
+    )
+    return Golden(file, tuple(np.asarray(frame.convert("L")) for frame in frames), tuple(cases))
