@@ -1,28 +1,28 @@
 """The full-size model on a CPU beside llama.cpp, OpenVINO GenAI and PyTorch.
 
-    python -m benchmarks.cpu_peers --model DIR --peers DIR [--parts int8 int4 bf16 frame] [--rounds 2]
+    python -m benchmarks.cpu_peers --model DIR --peers DIR [--parts PART ...] [--rounds 2]
 
-benchmarks.synth writes the model, and the bundles cpu-int8 and cpu-int4 are exported next to it unless they exist. The peers have
-environments of their own, PEERS/llama-cpp and PEERS/openvino; one that is absent is left out, and the result says so. To make them:
+benchmarks.synth writes the model. The bundles cpu-int8 and cpu-int4 are exported next to it unless they are there. The peers have
+environments of their own, PEERS/llama-cpp and PEERS/openvino. The part of one that is absent is left out, and the result says why. To make
+them:
 
     python -m venv PEERS/llama-cpp
     CMAKE_ARGS=-DGGML_NATIVE=ON PEERS/llama-cpp/bin/pip install --no-binary llama-cpp-python llama-cpp-python gguf    # compiles for minutes
     python -m venv PEERS/openvino
     PEERS/openvino/bin/pip install openvino-genai 'transformers<5'    # transformers converts the tokenizer
 
-Their models have the same sizes and random weights: up to 16 GB for a part, in PEERS/models, until the part is measured. PyTorch (BF16,
-transformers' Qwen2 with sdpa, the base model's weights without LoRA) runs in this environment.
+Each part compares this project with one peer. They take turns, each in a process of its own with as many threads as the machine has cores:
 
-The contenders of a part take turns, each in a process of its own with as many threads as the machine has cores:
+- llama.cpp-int8, llama.cpp-int4, openvino-int8, openvino-int4: the language model as `vessel-rt infer` runs it, and a peer's model of the
+  same sizes with random weights of as many bits, which is in PEERS/models while the part is measured (8 GB). The prompts have 320 and 2,600
+  tokens. The longer one is run in the first round only. A process first runs one short prompt that does not count.
+- pytorch: the same with 8 bits and PyTorch in BF16, which runs in this environment: transformers' Qwen2 with sdpa, the base model's weights
+  without LoRA.
+- frame: a frame of 512x512 pixels from pixels to mask, by `vessel-rt infer` with 8 bits and by PyTorch in BF16, which generates as many
+  tokens. PyTorch's stages are loaded one after the other.
 
-- int8, int4: the language model, ours as `vessel-rt infer` runs it, llama.cpp's Q8_0 or Q4_0, and OpenVINO's 8 or 4 bits. The prompts have
-  320 and 2,600 tokens; the longer one is run in the first round only. A process first runs one short prompt that does not count.
-- bf16: the same with ours in INT8 and PyTorch.
-- frame: a frame of 512x512 pixels from its pixels to its mask, by `vessel-rt infer` and by PyTorch, with as many tokens. PyTorch's stages
-  are loaded one after the other.
-
-A part begins with the machine's rates: bytes read from memory, and operations of matrix products. Shares are of these. The result of a
-part replaces the part's earlier one in results/cpu_peers.json. The last line is JSON.
+A part of language models begins with the machine's rates: bytes read from memory, and operations of matrix products. Shares are of these.
+The result of a part replaces the part's earlier one in results/cpu_peers.json. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _CAPACITY = 4096
 _SIDE = 512
 _QUESTION = "Please segment vessel in this image."
 _RUNS = 5  # of a rate; the fastest counts
-_PARTS = ("int8", "int4", "bf16", "frame")
+_PARTS = ("llama.cpp-int8", "llama.cpp-int4", "openvino-int8", "openvino-int4", "pytorch", "frame")
 _RECIPE = Path("engines/cpu-int8.toml")
 
 
@@ -137,43 +137,39 @@ def main() -> int:
 
 
 def _language_part(arguments: argparse.Namespace, part: str) -> dict[str, Any]:
-    """Measure the language models of a part."""
-    bundle = Bundle.load(_bundle(arguments, "int4" if part == "int4" else "int8"))
-    sizes, rates = _sizes(bundle, arguments.model), _call(_ours(arguments, "rates"), {})
-    contenders, absent = [], {}
-    for contender in _contenders(arguments, part, bundle, sizes):
-        if Path(contender.command[0]).exists():
-            contenders.append(contender)
-        else:
-            absent[contender.name] = f"there is no {contender.command[0]}"
-    rounds: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
+    """Measure the language model of this project and of a peer in turn."""
+    bundle = Bundle.load(_bundle(arguments, "int4" if part.endswith("int4") else "int8"))
+    sizes = _sizes(bundle, arguments.model)
+    ours, theirs = _contenders(arguments, part, bundle, sizes)
+    if not Path(theirs.command[0]).exists():
+        return {"absent": f"there is no {Path(theirs.command[0]).relative_to(arguments.peers)} in the peers' folder"}
+    rates = _call(_ours(arguments, "rates"), {})
+    rounds: dict[str, list[dict[str, Any]]] = {ours.name: [], theirs.name: []}
     plan = {"do": "time", "threads": os.cpu_count(), "capacity": _CAPACITY, "vocabulary": sizes.vocabulary - 100, "steps": _STEPS}
     try:
-        for contender in contenders:
-            if contender.bits and not contender.model.exists():
-                _make(contender, sizes, arguments.model / "base")
+        if theirs.bits:
+            _make(theirs, sizes, arguments.model / "base")
         for number in range(arguments.rounds):
             prompts = [(_SHORT, 3), *([(_LONG, 1)] if number == 0 else [])]
-            for contender in contenders:
+            for contender in (ours, theirs):
                 found = _call(contender.command, {**plan, "prompts": prompts, "model": str(contender.model)})
                 found["prompts"][str(_SHORT)]["prefill"].pop(0)  # arenas grow, files are read
                 rounds[contender.name].append(found)
-                print(f"{part}, round {number + 1}, {contender.name}: {json.dumps(found)}", file=sys.stderr, flush=True)
+                print(f"round {number + 1}, {contender.name}: {json.dumps(found)}", file=sys.stderr, flush=True)
     finally:
-        for contender in contenders:
-            if contender.bits:
-                _remove(contender.model)
+        if theirs.bits:
+            _remove(theirs.model)
     return {
         "rates": rates,
-        "contenders": {contender.name: summary(contender, sizes, rates, rounds[contender.name]) for contender in contenders},
-        "ratios": {contender.name: ratios(rounds[contenders[0].name], rounds[contender.name]) for contender in contenders[1:]},
-        "absent": absent,
+        "contenders": {contender.name: summary(contender, sizes, rates, rounds[contender.name]) for contender in (ours, theirs)},
+        "ratios": ratios(rounds[ours.name], rounds[theirs.name]),
     }
 
 
 def _make(contender: Contender, sizes: Sizes, base: Path) -> None:
     """Write the peer's model, whole or not at all."""
     contender.model.parent.mkdir(exist_ok=True)
+    _remove(contender.model)
     partial = contender.model.with_name(f".{contender.model.name}.partial")
     _remove(partial)
     _call(
@@ -229,24 +225,20 @@ def _ours(arguments: argparse.Namespace, worker: str) -> Sequence[str]:
     )
 
 
-def _contenders(arguments: argparse.Namespace, part: str, bundle: Bundle, sizes: Sizes) -> list[Contender]:
-    """Those of a part; ours comes first."""
+def _contenders(arguments: argparse.Namespace, part: str, bundle: Bundle, sizes: Sizes) -> tuple[Contender, Contender]:
+    """Ours and the peer of a part."""
     stored = sum(record.bytes for name, record in bundle.files.items() if Path(name).name == "language_model.safetensors")
-    name = "vessel-rt INT4" if part == "int4" else "vessel-rt INT8"
-    ours = Contender(name, "int8", stored / (sizes.matrices + sizes.head), 4, _ours(arguments, "ours"), bundle.folder)
-    if part == "bf16":
-        return [ours, Contender("PyTorch BF16", "bf16", 2, 2, _ours(arguments, "torch"), arguments.model)]
-    bits, models = 4 if part == "int4" else 8, arguments.peers / "models"
-
-    def peer(name: str, environment: str, program: str, weight_bytes: float, cache_bytes: int, model: str) -> Contender:
-        command = str(arguments.peers / environment / "bin/python"), "-P", str(_PROGRAMS / program)
-        return Contender(name, "int8", weight_bytes, cache_bytes, command, models / model, bits)
-
-    return [
-        ours,
-        peer(f"llama.cpp Q{bits}_0", "llama-cpp", "llama_cpp_peer.py", bits / 8 + 2 / 32, 2, f"q{bits}_0.gguf"),
-        peer(f"OpenVINO INT{bits}", "openvino", "openvino_genai_peer.py", 1 if bits == 8 else 4 / 8 + 2 / 128, 1, f"openvino-int{bits}"),
-    ]
+    bits = 4 if part.endswith("int4") else 8
+    ours = Contender(f"vessel-rt INT{bits}", "int8", stored / (sizes.matrices + sizes.head), 4, _ours(arguments, "ours"), bundle.folder)
+    if part == "pytorch":
+        return ours, Contender("PyTorch BF16", "bf16", 2, 2, _ours(arguments, "torch"), arguments.model)
+    if part.startswith("llama.cpp"):
+        name, environment, program, of_scales, cache_bytes = f"llama.cpp Q{bits}_0", "llama-cpp", "llama_cpp_peer.py", 2 / 32, 2
+    else:
+        name, environment, program, cache_bytes = f"OpenVINO GenAI INT{bits}", "openvino", "openvino_genai_peer.py", 1
+        of_scales = 0 if bits == 8 else 2 / 128
+    command = str(arguments.peers / environment / "bin/python"), "-P", str(_PROGRAMS / program)
+    return ours, Contender(name, "int8", bits / 8 + of_scales, cache_bytes, command, arguments.peers / "models" / part, bits)
 
 
 def summary(contender: Contender, sizes: Sizes, rates: Mapping[str, float], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -303,7 +295,7 @@ def _sizes(bundle: Bundle, model: Path) -> Sizes:
 
 def _bundle(arguments: argparse.Namespace, weights: str) -> Path:
     """The bundle with `weights`, exported unless it is there."""
-    folder: Path = arguments.bundles / f"cpu-{weights}"
+    folder: Path = (arguments.bundles / f"cpu-{weights}").resolve()
     if folder.exists():
         return folder
     [checkpoint], [sam2] = arguments.model.glob("iter_*.pth"), arguments.model.glob("sam2_*.pt")

@@ -185,6 +185,54 @@ def _infer() -> str:
     return _table(["seconds", *(f"frames of {name}" for name in found)], rows)
 
 
+def _peer_parts() -> dict[str, Any]:
+    """The parts of benchmarks.cpu_peers that compare language models."""
+    return {name: part for name, part in _result("cpu_peers")["parts"].items() if "contenders" in part}
+
+
+def _peers() -> str:
+    rows = []
+    for part in _peer_parts().values():
+        for name, found in part["contenders"].items():
+            short, long = found["prompts"]["320"], found["prompts"]["2600"]
+            prefill = f"{short['prefill_seconds']['median']} ({short['prefill_of_rate']:.0%})"
+            decode = f"{short['decode_ms']['median']:.0f} ({short['decode_of_bandwidth']:.0%})"
+            rows.append([name, f"{found['weight_bytes'] / 1e9:.1f}", prefill, decode])
+            rows[-1] += [f"{long['prefill_seconds']['median']} ({long['prefill_of_rate']:.0%})"]
+            rows[-1] += [f"{long['decode_ms']['median']:.0f} ({long['decode_of_bandwidth']:.0%})"]
+    head = ["prefill of 320, s (of rate)", "decode after 320, ms (of bandwidth)", "prefill of 2,600, s", "decode after 2,600, ms"]
+    return _table(["language model", "matrices, GB", *head], rows)
+
+
+def _peer_ratios() -> str:
+    rows = []
+    for part in _peer_parts().values():
+        ours, theirs = part["contenders"]
+        cells = (part["ratios"][tokens][what] for what in ("prefill", "decode") for tokens in ("320", "2600"))
+        rows.append([f"{ours} over {theirs}", *(" and ".join(f"{ratio:.2f}" for ratio in found) for found in cells)])
+    return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600"], rows)
+
+
+def _peer_rates() -> str:
+    names = {
+        "bytes": "GB/s read",
+        "int8": "int8, torch",
+        "MatMulNBits": "MatMulNBits, ONNX Runtime",
+        "bf16": "BF16, torch",
+        "fp32": "FP32, torch",
+    }
+    rows = [[name, *(f"{part['rates'][rate] / 1e9:,.0f}" for rate in names)] for name, part in _peer_parts().items()]
+    head = [name if rate == "bytes" else f"{name}, Gop/s" for rate, name in names.items()]
+    return _table(["part", *head], rows)
+
+
+def _peer_frame() -> str:
+    found = _result("cpu_peers")["parts"]["frame"]
+    ours, theirs = found["seconds_by_step"].values()
+    rows = [[step, ours.get(step, ""), theirs.get(step, "")] for step in _STEPS if step in ours or step in theirs]
+    return _table(["seconds", *found["seconds_by_step"]], [*rows, ["a frame", *found["seconds_per_frame"].values()]])
+
+
 def _accuracy() -> str:
     rows = [
         [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['min_mask_iou']:.4f}"]
@@ -288,6 +336,10 @@ _TABLES: dict[str, Callable[[], str]] = {
     "scaling": _scaling,
     "flat": _flat,
     "infer": _infer,
+    "peers": _peers,
+    "peer-ratios": _peer_ratios,
+    "peer-rates": _peer_rates,
+    "peer-frame": _peer_frame,
     "resume": _resume,
     "accuracy": _accuracy,
     "floor": _floor,

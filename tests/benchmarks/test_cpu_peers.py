@@ -1,0 +1,55 @@
+"""benchmarks.cpu_peers: the cost of the language model, and what is made of measured times. Nothing is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu_peers import Contender, Sizes, ratios, summary
+
+SIZES = Sizes(layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocabulary=32)
+
+
+def _round(**prompts: tuple[list[float], list[float]]) -> dict[str, Any]:
+    times = {name.removeprefix("t"): {"prefill": prefill, "decode": decode} for name, (prefill, decode) in prompts.items()}
+    return {"version": "1", "prompts": times}
+
+
+def test_matrices_are_those_of_the_8b_model() -> None:
+    full = Sizes(layers=28, hidden=3584, heads=28, kv_heads=4, head_dim=128, intermediate=18944, vocabulary=151679)
+    assert full.matrices == 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert full.head == 3584 * 151679
+
+
+def test_operations_of_a_prompt() -> None:
+    layer = 2 * (8 * 8) + 2 * (8 * 4) + 3 * (8 * 16)  # q and o, k and v, the MLP
+    pairs = 3 * 4 // 2  # causal: the third token attends to three
+    assert SIZES.prefill_operations(3) == 2 * (2 * layer * 3 + 8 * 32) + 2 * pairs * 4 * 2 * 4
+
+
+def test_bytes_of_a_decode_step() -> None:
+    assert SIZES.decode_bytes(0, 2, 4) == 2 * (SIZES.matrices + 8 * 32)
+    assert SIZES.decode_bytes(5, 2, 4) - SIZES.decode_bytes(0, 2, 4) == 2 * 5 * 2 * 4 * 4  # layers, tokens, keys and values, width, bytes
+
+
+def test_ratios_are_within_a_round() -> None:
+    ours = [_round(t320=([1.0, 3.0], [0.1]), t2600=([10.0], [0.2])), _round(t320=([4.0], [0.2]))]
+    theirs = [_round(t320=([4.0], [0.2]), t2600=([5.0], [0.2])), _round(t320=([4.0], [0.1]))]
+    assert ratios(ours, theirs) == {
+        "320": {"prefill": [2.0, 1.0], "decode": [2.0, 0.5]},
+        "2600": {"prefill": [0.5], "decode": [1.0]},
+    }
+
+
+def test_a_summary_has_medians_and_shares() -> None:
+    contender = Contender("one", "int8", 1, 4, ("python",), Path("model"))
+    read = SIZES.decode_bytes(320, 1, 4)
+    rates = {"int8": SIZES.prefill_operations(320) / 1.0, "bytes": read / 0.05}  # of a machine that takes 1 s and 50 ms
+    found = summary(contender, SIZES, rates, [_round(t320=([2.0, 2.0], [0.1])), _round(t320=([8.0], [0.1, 0.2]))])
+    assert found["version"] == "1"
+    assert found["prompts"]["320"] == {
+        "prefill_seconds": {"median": 2.0, "all": [2.0, 2.0, 8.0]},
+        "prefill_of_rate": 0.5,
+        "decode_ms": {"median": 100.0, "min": 100.0},
+        "decode_of_bandwidth": 0.5,
+    }
