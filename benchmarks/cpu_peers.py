@@ -21,16 +21,22 @@ Each part compares this project with one peer. They take turns, each in a proces
 - frame: a frame of 512x512 pixels from pixels to mask, by `vessel-rt infer` with 8 bits and by PyTorch in BF16, which generates as many
   tokens. PyTorch's stages are loaded one after the other.
 
+- profile: our language model with 8 bits, without a peer: ONNX Runtime's time for each kind of matrix and of operator.
+
 A part of language models begins with the machine's rates: bytes read from memory, and operations of matrix products. Shares are of these.
-The result of a part replaces the part's earlier one in results/cpu_peers.json. The last line is JSON.
+A run during which other processes used more than 5 % of the processors is repeated once. The result of a part replaces the part's earlier
+one in results/cpu_peers.json. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
+import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -59,8 +65,9 @@ _STEPS = 8  # decode steps after each prompt
 _CAPACITY = 4096
 _SIDE = 512
 _QUESTION = "Please segment vessel in this image."
+_DISTURBED, _TRIES = 0.05, 2  # the share of the processors above which a run is repeated, and the most runs
 _RUNS = 5  # of a rate; the fastest counts
-_PARTS = ("llama.cpp-int8", "llama.cpp-int4", "openvino-int8", "openvino-int4", "pytorch", "frame")
+_PARTS = ("llama.cpp-int8", "llama.cpp-int4", "openvino-int8", "openvino-int4", "pytorch", "frame", "profile")
 _RECIPE = Path("engines/cpu-int8.toml")
 
 
@@ -130,7 +137,7 @@ def main() -> int:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = earlier.get("parts", {}) if earlier.get("machine") == machine() else {}
     for part in arguments.parts:
-        parts[part] = _frame_part(arguments) if part == "frame" else _language_part(arguments, part)
+        parts[part] = {"frame": _frame_part, "profile": _profile_part}.get(part, functools.partial(_language_part, part=part))(arguments)
         print(json.dumps({part: parts[part]}), file=sys.stderr)
         publish("cpu_peers", {"parts": {name: parts[name] for name in _PARTS if name in parts}})
     return 0
@@ -152,7 +159,7 @@ def _language_part(arguments: argparse.Namespace, part: str) -> dict[str, Any]:
         for number in range(arguments.rounds):
             prompts = [(_SHORT, 3), *([(_LONG, 1)] if number == 0 else [])]
             for contender in (ours, theirs):
-                found = _call(contender.command, {**plan, "prompts": prompts, "model": str(contender.model)})
+                found = _undisturbed(contender.command, {**plan, "prompts": prompts, "model": str(contender.model)})
                 found["prompts"][str(_SHORT)]["prefill"].pop(0)  # arenas grow, files are read
                 rounds[contender.name].append(found)
                 print(f"round {number + 1}, {contender.name}: {json.dumps(found)}", file=sys.stderr, flush=True)
@@ -191,9 +198,9 @@ def _frame_part(arguments: argparse.Namespace) -> dict[str, Any]:
     request = {"bundle": str(_bundle(arguments, "int8")), "frames": str(arguments.frames.resolve())}
     ours, theirs = [], []
     for number in range(arguments.rounds):
-        ours.append(_call(_ours(arguments, "our-frame"), request))
+        ours.append(_undisturbed(_ours(arguments, "our-frame"), request))
         steps = round(ours[-1]["generated_tokens"])
-        theirs.append(_call(_ours(arguments, "torch-frame"), {**request, "steps": steps, "threads": os.cpu_count()}))
+        theirs.append(_undisturbed(_ours(arguments, "torch-frame"), {**request, "steps": steps, "threads": os.cpu_count()}))
         print(f"frame, round {number + 1}: {ours[-1]}, {theirs[-1]}", file=sys.stderr, flush=True)
     return {
         "tokens": theirs[0]["tokens"],
@@ -208,6 +215,20 @@ def _frame_part(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "ratio": [round(their["seconds_per_frame"] / our["seconds_per_frame"], 2) for our, their in zip(ours, theirs, strict=True)],
     }
+
+
+def _profile_part(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of each kind of node, of a prefill and of a decode step."""
+    bundle = _bundle(arguments, "int8")
+    sizes = _sizes(Bundle.load(bundle), arguments.model)
+    request = {
+        "threads": os.cpu_count(),
+        "vocabulary": sizes.vocabulary - 100,
+        "steps": _STEPS,
+        "prompts": [(_SHORT, 2)],
+        "model": str(bundle),
+    }
+    return {"tokens": _SHORT, **_call(_ours(arguments, "profile"), request)}
 
 
 def _ours(arguments: argparse.Namespace, worker: str) -> Sequence[str]:
@@ -243,7 +264,8 @@ def _contenders(arguments: argparse.Namespace, part: str, bundle: Bundle, sizes:
 
 def summary(contender: Contender, sizes: Sizes, rates: Mapping[str, float], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Medians over all rounds, by prompt: seconds of prefill, milliseconds of a decode step, and their shares of the machine's rates."""
-    found: dict[str, Any] = {key: value for key, value in rounds[0].items() if key != "prompts"}
+    found: dict[str, Any] = {key: value for key, value in rounds[0].items() if key not in ("prompts", "other_load")}
+    found["other_load"] = [run["other_load"] for run in rounds]
     found |= {"weight_bytes": round((sizes.matrices + sizes.head) * contender.weight_bytes), "prompts": {}}
     for tokens in rounds[0]["prompts"]:
         prefill, decode = _all(rounds, tokens, "prefill"), _all(rounds, tokens, "decode")
@@ -307,12 +329,36 @@ def _bundle(arguments: argparse.Namespace, weights: str) -> Path:
     return folder
 
 
+def _undisturbed(command: Sequence[str], request: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_call`, again if other processes disturbed the run; of several such runs the least disturbed."""
+    runs = []
+    for _ in range(_TRIES):
+        runs.append(_call(command, request))
+        if runs[-1]["other_load"] <= _DISTURBED:
+            break
+        print(f"other processes used {runs[-1]['other_load']:.0%} of the processors", file=sys.stderr, flush=True)
+    return min(runs, key=lambda run: run["other_load"])
+
+
 def _call(command: Sequence[str], request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a program with a request, and return what its last line says; {} if it says nothing."""
+    """Run a program with a request, and return what its last line says; {} if it says nothing.
+
+    `other_load` is added: the share of the machine's processor time that other processes used meanwhile, from 0 to 1.
+    """
     argument = [json.dumps(request)]
+    began, busy = time.perf_counter(), _others_seconds()
     done = subprocess.run([*command, *(["--request", *argument] if "-m" in command else argument)], stdout=subprocess.PIPE, check=True)
+    load = (_others_seconds() - busy) / (time.perf_counter() - began) / (os.cpu_count() or 1)
     lines = done.stdout.decode().strip().splitlines()
-    return json.loads(lines[-1]) if lines else {}
+    return {**json.loads(lines[-1]), "other_load": round(max(load, 0), 3)} if lines else {}
+
+
+def _others_seconds() -> float:
+    """Processor seconds that were used on this machine, except by processes that this one started and that have ended. Linux only."""
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = user + nice + system + interrupts + soft + stolen
+    return ticks / os.sysconf("SC_CLK_TCK") - children.ru_utime - children.ru_stime
 
 
 # The workers: each is a process of its own.
@@ -385,22 +431,29 @@ def _our_language_model(arguments: argparse.Namespace, request: Mapping[str, Any
     """Prefill and decode steps as `vessel-rt infer` runs them, without a draft."""
     from vessel_rt.device.deployment import Deployment
     from vessel_rt.device.providers import Device
+
+    bundle = Bundle.load(Path(request["model"]))
+    graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
+    began = time.perf_counter()
+    with Deployment(bundle, Device("cpu"), graphs).session("language_model", request["threads"]) as session:
+        loaded = time.perf_counter() - began
+        return {"load_seconds": loaded, "prompts": _our_times(bundle, session, request)}
+
+
+def _our_times(bundle: Bundle, session: Session, request: Mapping[str, Any]) -> dict[str, Any]:
     from vessel_rt.model.decoding import LanguageModel
     from vessel_rt.model.prompt import EmbedTokens
     from vessel_rt.model.segmenter import _CPU_TOKENS
 
-    bundle, steps = Bundle.load(Path(request["model"])), request["steps"]
-    graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
+    steps, rng = request["steps"], np.random.default_rng(0)
     endless = msgspec.structs.replace(
         bundle,
         prompt=msgspec.structs.replace(bundle.prompt, stop_token_ids=()),
         language_model=msgspec.structs.replace(bundle.language_model, max_new_tokens=steps + 1),
     )
-    began = time.perf_counter()
-    with Deployment(bundle, Device("cpu"), graphs).session("language_model", request["threads"]) as session, EmbedTokens(bundle) as table:
-        loaded = time.perf_counter() - began
-        watched = _Watched(session)
-        model, rng = LanguageModel(watched, endless, table, _CPU_TOKENS), np.random.default_rng(0)  # type: ignore[arg-type]
+    watched = _Watched(session)
+    with EmbedTokens(bundle) as table:
+        model = LanguageModel(watched, endless, table, _CPU_TOKENS)  # type: ignore[arg-type]
 
         def run(tokens: int) -> tuple[list[float], list[float]]:
             prompt = table.rows(rng.integers(0, request["vocabulary"], tokens).tolist())
@@ -410,7 +463,41 @@ def _our_language_model(arguments: argparse.Namespace, request: Mapping[str, Any
             ends = watched.ended[-steps - 1 :]
             return [ends[0] - began], np.diff(ends).tolist()
 
-        return {"load_seconds": loaded, "prompts": _repeated(request["prompts"], run)}
+        return _repeated(request["prompts"], run)
+
+
+def _profile(arguments: argparse.Namespace, request: Mapping[str, Any]) -> dict[str, Any]:
+    from vessel_rt.device.providers import Device
+    from vessel_rt.device.session import Session
+
+    class Profiled(Session):
+        def _load(self, path: Path, options: Any, providers: Any) -> Any:
+            options.enable_profiling, options.profile_file_prefix = True, f"{work}/profile"
+            return super()._load(path, options, providers)
+
+    bundle = Bundle.load(Path(request["model"]))
+    with (
+        tempfile.TemporaryDirectory() as work,
+        Profiled(bundle.folder / bundle.stages["language_model"].file, Device("cpu"), request["threads"]) as session,
+    ):
+        _our_times(bundle, session, request)
+        events = json.loads(Path(session._session.end_profiling()).read_text(encoding="utf-8"))
+    runs = [event for event in events if event.get("name") == "model_run"][-1 - request["steps"] :]  # of the last prompt
+    kinds = [node_kinds(events, run["ts"], run["ts"] + run["dur"]) for run in runs]
+    decode = {kind: round(statistics.median(found[kind] for found in kinds[1:]), 2) for kind in kinds[1]}
+    return {"prefill_ms": {kind: round(ms, 1) for kind, ms in kinds[0].items()}, "decode_ms": decode}
+
+
+def node_kinds(events: Sequence[Mapping[str, Any]], begin: int, end: int) -> dict[str, float]:
+    """Milliseconds of the nodes of ONNX Runtime's profile between two times, by matrix or else by operator, the longest first."""
+    found: dict[str, float] = {}
+    for event in events:
+        name = event.get("name", "")
+        if event.get("cat") == "Node" and name.endswith("_kernel_time") and begin <= event["ts"] < end:
+            operator = event["args"]["op_name"]
+            kind = re.sub(r".*?(\w+)/MatMul_.*", r"\1", name) if operator.startswith("MatMul") else operator
+            found[kind] = found.get(kind, 0) + event["dur"] / 1e3
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 class _Watched:
@@ -534,6 +621,7 @@ def _torch_frame(arguments: argparse.Namespace, request: Mapping[str, Any]) -> d
 _WORKERS: dict[str, Callable[[argparse.Namespace, Mapping[str, Any]], dict[str, Any]]] = {
     "rates": _rates,
     "ours": _our_language_model,
+    "profile": _profile,
     "torch": _torch_language_model,
     "our-frame": _our_frame,
     "torch-frame": _torch_frame,

@@ -226,6 +226,18 @@ def _peer_rates() -> str:
     return _table(["part", *head], rows)
 
 
+def _peer_profile() -> str:
+    """The kinds of nodes that take 1 % of the time or more."""
+    found = _result("cpu_peers")["parts"]["profile"]
+    prefill, decode = found["prefill_ms"], found["decode_ms"]
+    wholes = sum(prefill.values()), sum(decode.values())
+    kinds = [kind for kind in prefill if any(times[kind] >= whole / 100 for times, whole in zip((prefill, decode), wholes, strict=True))]
+    rows: list[list[object]] = [[kind, f"{prefill[kind]:.0f}", f"{decode[kind]:.1f}"] for kind in kinds]
+    rest = (whole - sum(times[kind] for kind in kinds) for times, whole in zip((prefill, decode), wholes, strict=True))
+    rows += [["all others", *(f"{ms:.{digits}f}" for digits, ms in enumerate(rest))]]
+    return _table(["matrix or operator", f"prefill of {found['tokens']}, ms", "a decode step, ms"], rows)
+
+
 def _peer_frame() -> str:
     found = _result("cpu_peers")["parts"]["frame"]
     ours, theirs = found["seconds_by_step"].values()
@@ -339,6 +351,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "peers": _peers,
     "peer-ratios": _peer_ratios,
     "peer-rates": _peer_rates,
+    "peer-profile": _peer_profile,
     "peer-frame": _peer_frame,
     "resume": _resume,
     "accuracy": _accuracy,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_peers import Contender, Sizes, ratios, summary
+from benchmarks.cpu_peers import Contender, Sizes, node_kinds, ratios, summary
 
 SIZES = Sizes(layers=2, hidden=8, heads=2, kv_heads=1, head_dim=4, intermediate=16, vocabulary=32)
 
 
 def _round(**prompts: tuple[list[float], list[float]]) -> dict[str, Any]:
     times = {name.removeprefix("t"): {"prefill": prefill, "decode": decode} for name, (prefill, decode) in prompts.items()}
-    return {"version": "1", "prompts": times}
+    return {"version": "1", "prompts": times, "other_load": 0.01}
 
 
 def test_matrices_are_those_of_the_8b_model() -> None:
@@ -46,10 +46,26 @@ def test_a_summary_has_medians_and_shares() -> None:
     read = SIZES.decode_bytes(320, 1, 4)
     rates = {"int8": SIZES.prefill_operations(320) / 1.0, "bytes": read / 0.05}  # of a machine that takes 1 s and 50 ms
     found = summary(contender, SIZES, rates, [_round(t320=([2.0, 2.0], [0.1])), _round(t320=([8.0], [0.1, 0.2]))])
-    assert found["version"] == "1"
+    assert (found["version"], found["other_load"]) == ("1", [0.01, 0.01])
     assert found["prompts"]["320"] == {
         "prefill_seconds": {"median": 2.0, "all": [2.0, 2.0, 8.0]},
         "prefill_of_rate": 0.5,
         "decode_ms": {"median": 100.0, "min": 100.0},
         "decode_of_bandwidth": 0.5,
     }
+
+
+def test_a_profile_is_summed_by_matrix_and_operator() -> None:
+    def node(name: str, operator: str, begin: int, microseconds: int) -> dict[str, Any]:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "ts": begin, "dur": microseconds, "args": {"op_name": operator}}
+
+    events = [
+        {"cat": "Session", "name": "model_run", "ts": 10, "dur": 90},
+        node("layers.0/mlp/up_proj/MatMul_node_1", "MatMulNBits", 10, 500),
+        node("layers.1/mlp/up_proj/MatMul_node_2", "MatMulNBits", 20, 500),
+        node("layers.1/self_attn/k_proj/MatMul_node_3", "MatMul", 30, 2000),
+        node("layers.1/Add_node_4", "Add", 40, 100),
+        node("layers.1/Add_node_4", "Add", 100, 100),  # of the next run
+    ]
+    assert node_kinds(events, 10, 100) == {"k_proj": 2.0, "up_proj": 1.0, "Add": 0.1}
+    assert list(node_kinds(events, 10, 100)) == ["k_proj", "up_proj", "Add"]
