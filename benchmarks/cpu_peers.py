@@ -24,8 +24,8 @@ Each part compares this project with one peer. They take turns, each in a proces
 - profile: our language model with 8 bits, without a peer: ONNX Runtime's time for each kind of matrix and of operator.
 
 A part of language models begins with the machine's rates: bytes read from memory, and operations of matrix products. Shares are of these.
-The fastest of several times counts, because other load slows most of them. A run during which other processes use more than 5 % of the
-processors is repeated once. The result of a part replaces the part's earlier one in results/cpu_peers.json. The last line is JSON.
+The fastest of several times counts, because other load slows most of them; `other_load` is the share of the processors that other
+processes used during each run. The result of a part replaces the part's earlier one in results/cpu_peers.json. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ _STEPS = 8  # decode steps after each prompt
 _CAPACITY = 4096
 _SIDE = 512
 _QUESTION = "Please segment vessel in this image."
-_DISTURBED, _TRIES = 0.05, 2  # the share of the processors above which a run is repeated, and the most runs
 _RUNS = 5  # of a rate; the fastest counts
 _PARTS = ("llama.cpp-int8", "llama.cpp-int4", "openvino-int8", "openvino-int4", "pytorch", "frame", "profile")
 _RECIPE = Path("engines/cpu-int8.toml")
@@ -159,7 +158,7 @@ def _language_part(arguments: argparse.Namespace, part: str) -> dict[str, Any]:
         for number in range(arguments.rounds):
             prompts = [(_SHORT, 4), *([(_LONG, 1)] if number == 0 else [])]
             for contender in (ours, theirs):
-                found = _undisturbed(contender.command, {**plan, "prompts": prompts, "model": str(contender.model)})
+                found = _call(contender.command, {**plan, "prompts": prompts, "model": str(contender.model)})
                 found["prompts"][str(_SHORT)]["prefill"].pop(0)  # arenas grow, files are read
                 rounds[contender.name].append(found)
                 print(f"round {number + 1}, {contender.name}: {json.dumps(found)}", file=sys.stderr, flush=True)
@@ -198,9 +197,9 @@ def _frame_part(arguments: argparse.Namespace) -> dict[str, Any]:
     request = {"bundle": str(_bundle(arguments, "int8")), "frames": str(arguments.frames.resolve())}
     ours, theirs = [], []
     for number in range(arguments.rounds):
-        ours.append(_undisturbed(_ours(arguments, "our-frame"), request))
+        ours.append(_call(_ours(arguments, "our-frame"), request))
         steps = round(ours[-1]["generated_tokens"])
-        theirs.append(_undisturbed(_ours(arguments, "torch-frame"), {**request, "steps": steps, "threads": os.cpu_count()}))
+        theirs.append(_call(_ours(arguments, "torch-frame"), {**request, "steps": steps, "threads": os.cpu_count()}))
         print(f"frame, round {number + 1}: {ours[-1]}, {theirs[-1]}", file=sys.stderr, flush=True)
     return {
         "tokens": theirs[0]["tokens"],
@@ -327,17 +326,6 @@ def _bundle(arguments: argparse.Namespace, weights: str) -> Path:
         recipe.write_text(_RECIPE.read_text(encoding="utf-8").replace('weights = "int8"', f'weights = "{weights}"'), encoding="utf-8")
         subprocess.run([_BIN / "vessel-export", "export", *sources, "--recipe", recipe, "--out", folder], check=True, stdout=sys.stderr)
     return folder
-
-
-def _undisturbed(command: Sequence[str], request: Mapping[str, Any]) -> dict[str, Any]:
-    """As `_call`, again if other processes disturbed the run; of several such runs the least disturbed."""
-    runs = []
-    for _ in range(_TRIES):
-        runs.append(_call(command, request))
-        if runs[-1]["other_load"] <= _DISTURBED:
-            break
-        print(f"other processes used {runs[-1]['other_load']:.0%} of the processors", file=sys.stderr, flush=True)
-    return min(runs, key=lambda run: run["other_load"])
 
 
 def _call(command: Sequence[str], request: Mapping[str, Any]) -> dict[str, Any]:
