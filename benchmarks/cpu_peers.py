@@ -227,7 +227,7 @@ def _profile_part(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompts": [(_SHORT, 2)],
         "model": str(bundle),
     }
-    return {"tokens": _SHORT, **_call(_ours(arguments, "profile"), request)}
+    return _call(_ours(arguments, "profile"), request)
 
 
 def _ours(arguments: argparse.Namespace, worker: str) -> Sequence[str]:
@@ -468,12 +468,21 @@ def _profile(arguments: argparse.Namespace, request: Mapping[str, Any]) -> dict[
         tempfile.TemporaryDirectory() as work,
         Profiled(bundle.folder / bundle.stages["language_model"].file, Device("cpu"), request["threads"]) as session,
     ):
-        _our_times(bundle, session, request)
+        _our_times(bundle, session, {**request, "prompts": [(_SHORT, 2), (_LONG, 1)]})
         events = json.loads(Path(session._session.end_profiling()).read_text(encoding="utf-8"))
-    runs = [event for event in events if event.get("name") == "model_run"][-1 - request["steps"] :]  # of the last prompt
+    runs = [event for event in events if event.get("name") == "model_run"]
     kinds = [node_kinds(events, run["ts"], run["ts"] + run["dur"]) for run in runs]
-    decode = {kind: round(statistics.median(found[kind] for found in kinds[1:]), 2) for kind in kinds[1]}
-    return {"prefill_ms": {kind: round(ms, 1) for kind, ms in kinds[0].items()}, "decode_ms": decode}
+    steps = request["steps"]
+    second, third = kinds[1 + steps : 2 * (1 + steps)], kinds[-steps:]  # a short prompt is one run; the long one has several
+
+    def middle(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        return {kind: round(statistics.median(one[kind] for one in found), 2) for kind in found[0]}
+
+    return {
+        f"prefill of {_SHORT}": {kind: round(ms, 1) for kind, ms in second[0].items()},
+        f"decode after {_SHORT}": middle(second[1:]),
+        f"decode after {_LONG}": middle(third),
+    }
 
 
 def node_kinds(events: Sequence[Mapping[str, Any]], begin: int, end: int) -> dict[str, float]:

@@ -227,15 +227,13 @@ def _peer_rates() -> str:
 
 
 def _peer_profile() -> str:
-    """The kinds of nodes that take 1 % of the time or more."""
-    found = _result("cpu_peers")["parts"]["profile"]
-    prefill, decode = found["prefill_ms"], found["decode_ms"]
-    wholes = sum(prefill.values()), sum(decode.values())
-    kinds = [kind for kind in prefill if any(times[kind] >= whole / 100 for times, whole in zip((prefill, decode), wholes, strict=True))]
-    rows: list[list[object]] = [[kind, f"{prefill[kind]:.0f}", f"{decode[kind]:.1f}"] for kind in kinds]
-    rest = (whole - sum(times[kind] for kind in kinds) for times, whole in zip((prefill, decode), wholes, strict=True))
-    rows += [["all others", *(f"{ms:.{digits}f}" for digits, ms in enumerate(rest))]]
-    return _table(["matrix or operator", f"prefill of {found['tokens']}, ms", "a decode step, ms"], rows)
+    """The kinds of nodes that take 1 % of the time or more of a run."""
+    runs = {name: times for name, times in _result("cpu_peers")["parts"]["profile"].items() if name != "other_load"}
+    wholes = {name: sum(times.values()) for name, times in runs.items()}
+    kinds = [kind for kind in next(iter(runs.values())) if any(times[kind] >= wholes[name] / 100 for name, times in runs.items())]
+    rows = [[kind, *(f"{times[kind]:.1f}" for times in runs.values())] for kind in kinds]
+    rest = [f"{wholes[name] - sum(times[kind] for kind in kinds):.1f}" for name, times in runs.items()]
+    return _table(["ms by matrix or operator", *runs], [*rows, ["all others", *rest]])
 
 
 def _peer_frame() -> str:
