@@ -23,7 +23,7 @@ Each part compares this project with one peer. They take turns, each in a proces
 
 - profile: our language model with 8 bits, without a peer: ONNX Runtime's time for each kind of matrix and of operator.
 
-A part of language models begins with the machine's rates: bytes read from memory, and operations of matrix products. Shares are of these.
+A part of language models begins with the machine's rates: bytes read from memory, and operations of matrix products.
 The fastest of several times counts, because other load slows most of them; `other_load` is the share of the processors that other
 processes used during each run. The result of a part replaces the part's earlier one in results/cpu_peers.json. The last line is JSON.
 """
@@ -167,7 +167,7 @@ def _language_part(arguments: argparse.Namespace, part: str) -> dict[str, Any]:
             _remove(theirs.model)
     return {
         "rates": rates,
-        "contenders": {contender.name: summary(contender, sizes, rates, rounds[contender.name]) for contender in (ours, theirs)},
+        "contenders": {contender.name: summary(contender, sizes, rounds[contender.name]) for contender in (ours, theirs)},
         "ratios": ratios(rounds[ours.name], rounds[theirs.name]),
     }
 
@@ -261,20 +261,18 @@ def _contenders(arguments: argparse.Namespace, part: str, bundle: Bundle, sizes:
     return ours, Contender(name, "int8", bits / 8 + of_scales, cache_bytes, command, arguments.peers / "models" / part, bits)
 
 
-def summary(contender: Contender, sizes: Sizes, rates: Mapping[str, float], rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By prompt: seconds of prefill, milliseconds of a decode step, and the shares of the machine's rates that the fastest ones reach."""
+def summary(contender: Contender, sizes: Sizes, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By prompt: seconds of prefill and its operations, milliseconds of a decode step and the bytes that it reads."""
     found: dict[str, Any] = {key: value for key, value in rounds[0].items() if key not in ("prompts", "other_load")}
-    found["other_load"] = [run["other_load"] for run in rounds]
-    found |= {"weight_bytes": round((sizes.matrices + sizes.head) * contender.weight_bytes), "prompts": {}}
+    found |= {"rate": contender.rate, "weight_bytes": round((sizes.matrices + sizes.head) * contender.weight_bytes)}
+    found |= {"other_load": [run["other_load"] for run in rounds], "prompts": {}}
     for tokens in rounds[0]["prompts"]:
         prefill, decode = _all(rounds, tokens, "prefill"), _all(rounds, tokens, "decode")
-        operations = sizes.prefill_operations(int(tokens))
-        read = sizes.decode_bytes(int(tokens), contender.weight_bytes, contender.cache_bytes)
         found["prompts"][tokens] = {
             "prefill_seconds": {"fastest": round(min(prefill), 2), "all": [round(seconds, 2) for seconds in prefill]},
-            "prefill_of_rate": round(operations / min(prefill) / rates[contender.rate], 3),
+            "prefill_operations": sizes.prefill_operations(int(tokens)),
             "decode_ms": {"fastest": round(min(decode) * 1e3, 1), "median": round(statistics.median(decode) * 1e3, 1)},
-            "decode_of_bandwidth": round(read / min(decode) / rates["bytes"], 3),
+            "decode_bytes": round(sizes.decode_bytes(int(tokens), contender.weight_bytes, contender.cache_bytes)),
         }
     return found
 

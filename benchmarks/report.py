@@ -190,17 +190,23 @@ def _peer_parts() -> dict[str, Any]:
     return {name: part for name, part in _result("cpu_peers")["parts"].items() if "contenders" in part}
 
 
+def _peer_rates() -> dict[str, float]:
+    """The machine's best rates: those of the part that other load disturbed least."""
+    parts = _peer_parts().values()
+    return {rate: max(part["rates"][rate] for part in parts) for rate in ("bytes", "int8", "MatMulNBits", "bf16", "fp32")}
+
+
 def _peers() -> str:
-    rows = []
+    rates, rows = _peer_rates(), []
     for part in _peer_parts().values():
         for name, found in part["contenders"].items():
-            short, long = found["prompts"]["320"], found["prompts"]["2600"]
-            prefill = f"{short['prefill_seconds']['fastest']} ({short['prefill_of_rate']:.0%})"
-            decode = f"{short['decode_ms']['fastest']:.0f} ({short['decode_of_bandwidth']:.0%})"
-            rows.append([name, f"{found['weight_bytes'] / 1e9:.1f}", prefill, decode])
-            rows[-1] += [f"{long['prefill_seconds']['fastest']} ({long['prefill_of_rate']:.0%})"]
-            rows[-1] += [f"{long['decode_ms']['fastest']:.0f} ({long['decode_of_bandwidth']:.0%})"]
-    head = ["prefill of 320, s (of rate)", "decode after 320, ms (of bandwidth)", "prefill of 2,600, s", "decode after 2,600, ms"]
+            row = [name, f"{found['weight_bytes'] / 1e9:.1f}"]
+            for run in (found["prompts"]["320"], found["prompts"]["2600"]):
+                seconds, ms = run["prefill_seconds"]["fastest"], run["decode_ms"]["fastest"]
+                row += [f"{seconds:.1f} ({run['prefill_operations'] / seconds / rates[found['rate']]:.0%})"]
+                row += [f"{ms:.0f} ({run['decode_bytes'] / ms * 1e3 / rates['bytes']:.0%})"]
+            rows.append(row)
+    head = (f"{what} {tokens}" for tokens in ("320", "2,600") for what in ("prefill, s,", "decode, ms, after"))
     return _table(["language model", "matrices, GB", *head], rows)
 
 
@@ -213,17 +219,15 @@ def _peer_ratios() -> str:
     return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600"], rows)
 
 
-def _peer_rates() -> str:
+def _peer_floor() -> str:
     names = {
-        "bytes": "GB/s read",
-        "int8": "int8, torch",
-        "MatMulNBits": "MatMulNBits, ONNX Runtime",
-        "bf16": "BF16, torch",
-        "fp32": "FP32, torch",
+        "bytes": "bytes read",
+        "int8": "int8 products, torch",
+        "MatMulNBits": "int8 products, MatMulNBits of ONNX Runtime",
+        "bf16": "BF16 products, torch",
+        "fp32": "FP32 products, torch",
     }
-    rows = [[name, *(f"{part['rates'][rate] / 1e9:,.0f}" for rate in names)] for name, part in _peer_parts().items()]
-    head = [name if rate == "bytes" else f"{name}, Gop/s" for rate, name in names.items()]
-    return _table(["part", *head], rows)
+    return _table(["", "10^9 per second"], [[names[rate], f"{value / 1e9:,.0f}"] for rate, value in _peer_rates().items()])
 
 
 def _peer_profile() -> str:
@@ -348,7 +352,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "infer": _infer,
     "peers": _peers,
     "peer-ratios": _peer_ratios,
-    "peer-rates": _peer_rates,
+    "peer-floor": _peer_floor,
     "peer-profile": _peer_profile,
     "peer-frame": _peer_frame,
     "resume": _resume,

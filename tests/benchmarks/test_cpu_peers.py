@@ -41,17 +41,15 @@ def test_ratios_are_within_a_round() -> None:
     }
 
 
-def test_a_summary_has_the_fastest_times_and_their_shares() -> None:
+def test_a_summary_has_the_fastest_times_and_what_they_cost() -> None:
     contender = Contender("one", "int8", 1, 4, ("python",), Path("model"))
-    read = SIZES.decode_bytes(320, 1, 4)
-    rates = {"int8": SIZES.prefill_operations(320) / 1.0, "bytes": read / 0.05}  # of a machine that takes 1 s and 50 ms
-    found = summary(contender, SIZES, rates, [_round(t320=([2.0, 2.0], [0.1])), _round(t320=([8.0], [0.1, 0.2]))])
-    assert (found["version"], found["other_load"]) == ("1", [0.01, 0.01])
+    found = summary(contender, SIZES, [_round(t320=([3.0, 2.0], [0.1])), _round(t320=([8.0], [0.1, 0.2]))])
+    assert (found["version"], found["rate"], found["other_load"]) == ("1", "int8", [0.01, 0.01])
     assert found["prompts"]["320"] == {
-        "prefill_seconds": {"fastest": 2.0, "all": [2.0, 2.0, 8.0]},
-        "prefill_of_rate": 0.5,
+        "prefill_seconds": {"fastest": 2.0, "all": [3.0, 2.0, 8.0]},
+        "prefill_operations": SIZES.prefill_operations(320),
         "decode_ms": {"fastest": 100.0, "median": 100.0},
-        "decode_of_bandwidth": 0.5,
+        "decode_bytes": SIZES.decode_bytes(320, 1, 4),
     }
 
 
