@@ -211,12 +211,16 @@ def _peers() -> str:
 
 
 def _peer_ratios() -> str:
+    """The peer's fastest times over ours."""
     rows = []
     for part in _peer_parts().values():
-        ours, theirs = part["contenders"]
-        cells = (part["ratios"][tokens][what] for what in ("prefill", "decode") for tokens in ("320", "2600"))
-        rows.append([f"{ours} over {theirs}", *(" and ".join(f"{ratio:.2f}" for ratio in found) for found in cells)])
-    return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600"], rows)
+        (ours, our), (theirs, their) = part["contenders"].items()
+        cells = []
+        for times in ("prefill_seconds", "decode_ms"):
+            pairs = ((our["prompts"][tokens][times], their["prompts"][tokens][times]) for tokens in ("320", "2600"))
+            cells += [f"{b['fastest'] / a['fastest']:.2f}" for a, b in pairs]
+        rows.append([f"{ours} over {theirs}", *cells, f"{max(our['other_load'] + their['other_load']):.0%}"])
+    return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600", "most other load"], rows)
 
 
 def _peer_floor() -> str:
