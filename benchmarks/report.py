@@ -201,12 +201,16 @@ def _peers() -> str:
     for part in _peer_parts().values():
         for name, found in part["contenders"].items():
             row = [name, f"{found['weight_bytes'] / 1e9:.1f}"]
-            for run in (found["prompts"]["320"], found["prompts"]["2600"]):
+            for tokens in ("320", "2600"):
+                if tokens not in found["prompts"]:
+                    row += ["", ""]
+                    continue
+                run = found["prompts"][tokens]
                 seconds, ms = run["prefill_seconds"]["fastest"], run["decode_ms"]["fastest"]
                 row += [f"{seconds:.1f} ({run['prefill_operations'] / seconds / rates[found['rate']]:.0%})"]
                 row += [f"{ms:.0f} ({run['decode_bytes'] / ms * 1e3 / rates['bytes']:.0%})"]
             rows.append(row)
-    head = (f"{what} {tokens}" for tokens in ("320", "2,600") for what in ("prefill, s,", "decode, ms, after"))
+    head = (what.format(tokens) for tokens in ("320", "2,600") for what in ("prefill of {}, s", "decode after {}, ms"))
     return _table(["language model", "matrices, GB", *head], rows)
 
 
@@ -215,12 +219,13 @@ def _peer_ratios() -> str:
     rows = []
     for part in _peer_parts().values():
         (ours, our), (theirs, their) = part["contenders"].items()
-        cells = []
+        row = [f"{ours} over {theirs}"]
         for times in ("prefill_seconds", "decode_ms"):
-            pairs = ((our["prompts"][tokens][times], their["prompts"][tokens][times]) for tokens in ("320", "2600"))
-            cells += [f"{b['fastest'] / a['fastest']:.2f}" for a, b in pairs]
-        rows.append([f"{ours} over {theirs}", *cells, f"{max(our['other_load'] + their['other_load']):.0%}"])
-    return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600", "most other load"], rows)
+            for tokens in ("320", "2600"):
+                pair = [found["prompts"].get(tokens, {}).get(times, {}).get("fastest") for found in (our, their)]
+                row.append(f"{pair[1] / pair[0]:.2f}" if all(pair) else "")
+        rows.append(row)
+    return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600"], rows)
 
 
 def _peer_floor() -> str:
