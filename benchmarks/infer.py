@@ -51,7 +51,7 @@ def main() -> int:
         return 1
     bundle, sides = Bundle.load(folder), {}
     for name, side, options in [*((str(side), side, ["--streams", "1"]) for side in _SIDES), ("512, defaults", _SIDES[0], [])]:
-        found = _measured(folder, arguments.frames, side, options)
+        found = measure_frames(folder, arguments.frames, side, options)
         if found is None:
             return 1
         sides[name] = found
@@ -68,7 +68,8 @@ def main() -> int:
     return 0
 
 
-def _measured(bundle: Path, frames: Path, side: int, options: list[str]) -> dict[str, Any] | None:
+def measure_frames(bundle: Path, frames: Path, side: int, options: list[str]) -> dict[str, Any] | None:
+    """Segment frames of `side` x `side` pixels with `vessel-rt infer`; None if it fails. Seconds of a step are the median of the frames."""
     with tempfile.TemporaryDirectory() as work:
         square_frames(frames, Path(work) / "frames", side, _FRAMES)
         output = Path(work) / "out"
@@ -77,13 +78,14 @@ def _measured(bundle: Path, frames: Path, side: int, options: list[str]) -> dict
             print(usage.errors, file=sys.stderr)
             return None
         ran = json.loads((output / "run.json").read_text(encoding="utf-8"))
-        timings = [json.loads(line)["ms"] for line in (output / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
+        timings = [json.loads(line) for line in (output / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "seconds_of_loading": ran["seconds"]["load"],
         "seconds_per_frame": round(ran["seconds"]["images"] / _FRAMES, 2),
         "peak_anonymous_gib": round(usage.peak_anonymous_bytes / 2**30, 2),
+        "generated_tokens": statistics.median(line["accepted"] + line["decode_steps"] for line in timings),
         "streams": ran["batch"]["streams"],
-        "seconds_by_step": {step: round(statistics.median(ms[step] for ms in timings) / 1e3, 2) for step in timings[0]},
+        "seconds_by_step": {step: round(statistics.median(line["ms"][step] for line in timings) / 1e3, 2) for step in timings[0]["ms"]},
     }
 
 

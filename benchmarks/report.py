@@ -185,6 +185,77 @@ def _infer() -> str:
     return _table(["seconds", *(f"frames of {name}" for name in found)], rows)
 
 
+def _peer_parts() -> dict[str, Any]:
+    """The parts of benchmarks.cpu_peers that compare language models."""
+    return {name: part for name, part in _result("cpu_peers")["parts"].items() if "contenders" in part}
+
+
+def _peer_rates() -> dict[str, float]:
+    """The machine's best rates: those of the part that other load disturbed least."""
+    parts = _peer_parts().values()
+    return {rate: max(part["rates"][rate] for part in parts) for rate in ("bytes", "int8", "MatMulNBits", "bf16", "fp32")}
+
+
+def _peers() -> str:
+    rates, rows = _peer_rates(), []
+    for part in _peer_parts().values():
+        for name, found in part["contenders"].items():
+            row = [name, f"{found['weight_bytes'] / 1e9:.1f}"]
+            for tokens in ("320", "2600"):
+                if tokens not in found["prompts"]:
+                    row += ["", ""]
+                    continue
+                run = found["prompts"][tokens]
+                seconds, ms = run["prefill_seconds"]["fastest"], run["decode_ms"]["fastest"]
+                row += [f"{seconds:.1f} ({run['prefill_operations'] / seconds / rates[found['rate']]:.0%})"]
+                row += [f"{ms:.0f} ({run['decode_bytes'] / ms * 1e3 / rates['bytes']:.0%})"]
+            rows.append(row)
+    head = (what.format(tokens) for tokens in ("320", "2,600") for what in ("prefill of {}, s", "decode after {}, ms"))
+    return _table(["language model", "matrices, GB", *head], rows)
+
+
+def _peer_ratios() -> str:
+    """The peer's fastest times over ours."""
+    rows = []
+    for part in _peer_parts().values():
+        (ours, our), (theirs, their) = part["contenders"].items()
+        row = [f"{ours} over {theirs}"]
+        for times in ("prefill_seconds", "decode_ms"):
+            for tokens in ("320", "2600"):
+                pair = [found["prompts"].get(tokens, {}).get(times, {}).get("fastest") for found in (our, their)]
+                row.append(f"{pair[1] / pair[0]:.2f}" if all(pair) else "")
+        rows.append(row)
+    return _table(["ratio", "prefill of 320", "prefill of 2,600", "decode after 320", "decode after 2,600"], rows)
+
+
+def _peer_floor() -> str:
+    names = {
+        "bytes": "bytes read",
+        "int8": "int8 products, torch",
+        "MatMulNBits": "int8 products, MatMulNBits of ONNX Runtime",
+        "bf16": "BF16 products, torch",
+        "fp32": "FP32 products, torch",
+    }
+    return _table(["", "10^9 per second"], [[names[rate], f"{value / 1e9:,.0f}"] for rate, value in _peer_rates().items()])
+
+
+def _peer_profile() -> str:
+    """The kinds of nodes that take 1 % of the time or more of a run."""
+    runs = {name: times for name, times in _result("cpu_peers")["parts"]["profile"].items() if name != "other_load"}
+    wholes = {name: sum(times.values()) for name, times in runs.items()}
+    kinds = [kind for kind in next(iter(runs.values())) if any(times[kind] >= wholes[name] / 100 for name, times in runs.items())]
+    rows = [[kind, *(f"{times[kind]:.1f}" for times in runs.values())] for kind in kinds]
+    rest = [f"{wholes[name] - sum(times[kind] for kind in kinds):.1f}" for name, times in runs.items()]
+    return _table(["ms by matrix or operator", *runs], [*rows, ["all others", *rest]])
+
+
+def _peer_frame() -> str:
+    found = _result("cpu_peers")["parts"]["frame"]
+    ours, theirs = found["seconds_by_step"].values()
+    rows = [[step, ours.get(step, ""), theirs.get(step, "")] for step in _STEPS if step in ours or step in theirs]
+    return _table(["seconds", *found["seconds_by_step"]], [*rows, ["a frame", *found["seconds_per_frame"].values()]])
+
+
 def _accuracy() -> str:
     rows = [
         [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['min_mask_iou']:.4f}"]
@@ -310,6 +381,11 @@ _TABLES: dict[str, Callable[[], str]] = {
     "scaling": _scaling,
     "flat": _flat,
     "infer": _infer,
+    "peers": _peers,
+    "peer-ratios": _peer_ratios,
+    "peer-floor": _peer_floor,
+    "peer-profile": _peer_profile,
+    "peer-frame": _peer_frame,
     "resume": _resume,
     "accuracy": _accuracy,
     "floor": _floor,
