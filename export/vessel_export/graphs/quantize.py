@@ -167,7 +167,7 @@ def _multiply_integers(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], 
         points = tape.op("Expand", [point, tape.op("Shape", [of_row])])
         rounded = tape.op("QuantizeLinear", [x, of_row, points], {"axis": -1, "block_size": shape[0]})
         product = tape.op("MatMulIntegerToFloat", [rounded, weight, one, scale, point, zero], domain=_DOMAIN, name=user.name)
-        product.dtype, product.shape = user.outputs[0].dtype, user.outputs[0].shape
+        product.type, product.shape = user.outputs[0].type, user.outputs[0].shape
         result = tape.op("Mul", [product, of_row])
         ir.convenience.replace_nodes_and_values(graph, user, [user], tape.nodes, user.outputs, [result])
     graph.opset_imports[_DOMAIN] = 1
@@ -177,7 +177,8 @@ def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     """An initializer of the graph, made when it is first needed."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.asarray(value), name=name)
-        graph.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
     return graph.initializers[name]
 
 
