@@ -21,7 +21,7 @@ def add_devices_commands(commands: Any) -> None:
     plan = commands.add_parser("plan", help="estimate the memory that a bundle takes; fails if it does not fit, and says what to lower")
     plan.add_argument("--bundle", type=Path, metavar="DIR", help="what to plan for (default: as for infer)")
     plan.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="the memory of a GPU, or of this machine for runs on its CPU")
-    plan.add_argument("--streams", type=up_to(MAX_BATCH), default=1, metavar="N", help="on a CPU: images at the same time")
+    plan.add_argument("--streams", type=up_to(MAX_BATCH), metavar="N", help="on a CPU: images at the same time (default: 1)")
     plan.add_argument("--recipe", metavar="NAME|TOML", help="plan for the engines.max_batch and engines.memory_gib of this recipe")
     plan.add_argument("--batch", type=up_to(MAX_BATCH), metavar="N", help="images at once (default: the recipe's, else 1)")
     plan.add_argument(
@@ -31,7 +31,7 @@ def add_devices_commands(commands: Any) -> None:
         help="the memory there is (default: the recipe's, else that of the GPU here; on a CPU: what is free here)",
     )
     add_json(plan)
-    plan.set_defaults(run=_plan, only_prints=True)
+    plan.set_defaults(run=_plan, only_prints=True, usage_error=plan.error)
 
 
 def _devices(arguments: argparse.Namespace) -> int:
@@ -53,9 +53,12 @@ def _plan(arguments: argparse.Namespace) -> int:
     from vessel_rt.formats.profiles import workload_of
     from vessel_rt.formats.recipe import load_recipe
 
+    for name in ("recipe", "batch") if arguments.device == "cpu" else ("streams",):
+        if getattr(arguments, name) is not None:
+            arguments.usage_error(f"--{name} is not for --device {arguments.device}")
     bundle, recipe = find_bundle(arguments.bundle), load_recipe(arguments.recipe) if arguments.recipe else None
     if arguments.device == "cpu":
-        plan = make_host_plan(bundle, arguments.streams, memory=arguments.memory)
+        plan = make_host_plan(bundle, arguments.streams or 1, memory=arguments.memory)
         print(plan.to_json() if arguments.json else plan.table())
         require_host_fit(bundle, plan)
         return 0

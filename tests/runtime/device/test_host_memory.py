@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,45 @@ def test_each_process_needs_its_own(system: Path, fp32_bundle: Path) -> None:
 def test_older_bundles_without_weights_are_not_refused(system: Path, fp32_bundle: Path) -> None:
     bundle = Bundle.load(fp32_bundle)
     require_memory(replace(bundle, stages={name: replace(stage, weights=()) for name, stage in bundle.stages.items()}))
+
+
+def sizes(bundle: Bundle, **counts: int) -> dict[str, int]:
+    return {item.name: item.bytes for item in make_host_plan(bundle, **counts).items}
+
+
+def test_streams_share_the_weights_and_processes_do_not(int8_bundle: Path) -> None:
+    bundle = Bundle.load(int8_bundle)
+    one, streams, processes = sizes(bundle), sizes(bundle, streams=3), sizes(bundle, processes=3)
+    assert {name: size * 3 for name, size in one.items()} == processes
+    for name, size in one.items():
+        assert streams[name] == (3 * size if name in ("cache", "activations") else size)
+
+
+def test_matrices_of_sam2_are_mapped_in_fp32_and_converted_in_fp16(fp32_bundle: Path, fp16_bundle: Path) -> None:
+    mapped, converted = sizes(Bundle.load(fp32_bundle)), sizes(Bundle.load(fp16_bundle))
+    assert mapped["weights: sam2_image_encoder"] == 0 < converted["weights: sam2_image_encoder"]
+
+
+def test_a_plan_for_the_cpu(int8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--device", "cpu", "--bundle", str(int8_bundle), "--streams", "2"]
+    assert main([*command, "--memory", "8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["of", "8.0", "GiB", "8.590", "GB"]
+    assert main([*command, "--memory", "0.01"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "use fewer streams or processes" in line
+    assert main([*command, "--memory", "8", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["batch"], document["fits"]) == (2, True)
+
+
+def test_options_of_gpus_are_refused_for_the_cpu(int8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--bundle", str(int8_bundle)]
+    for extra, named in (
+        (["--device", "cpu", "--recipe", "rtx3090"], "--recipe"),
+        (["--device", "cpu", "--batch", "2"], "--batch"),
+        (["--streams", "2"], "--streams"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            main([*command, *extra])
+        assert e.value.code == 2
+        assert named in capsys.readouterr().err.splitlines()[-1]
