@@ -273,16 +273,6 @@ def _quantized_matrices() -> str:
     return _table(["quantized", "mean IoU", "least IoU"], [[name, f"{s['mean_iou']:.4f}", f"{s['min_iou']:.4f}"] for name, s in scores])
 
 
-def _quantized_activations() -> str:
-    rows = []
-    for row in _result("quantization")["static"]:
-        tiny, angiograms = (row["sets"][name] for name in ("examples/tiny", "angiograms"))
-        answers = sum(found["identical_answers"] for found in (tiny, angiograms)), sum(found["answers"] for found in (tiny, angiograms))
-        numbers = [f"{found[key]:.4f}" for found in (tiny, angiograms) for key in ("mean_iou", "min_iou")]
-        rows.append([row["name"], f"{answers[0]} of {answers[1]}", *numbers])
-    return _table(["in FP32", "answers identical", "mean IoU", "least IoU", "angiograms: mean IoU", "least IoU"], rows)
-
-
 def _scores(found: dict[str, Any]) -> list[str]:
     numbers = (f"{found[key]:.4f}" for key in ("mean_iou", "min_iou", "dice", "cldice"))
     return [f"{found['identical_answers']} of {found['answers']}", *numbers, f"{found['hd95']:.2f}"]
@@ -310,7 +300,6 @@ _TABLES: dict[str, Callable[[], str]] = {
     "quantization-tiny": functools.partial(_quantization, "examples/tiny"),
     "quantization-angiograms": functools.partial(_quantization, "angiograms"),
     "quantization-stages": _quantized_stages,
-    "quantization-activations": _quantized_activations,
     "quantization-matrices": _quantized_matrices,
 }
 
