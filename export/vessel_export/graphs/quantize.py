@@ -34,6 +34,8 @@ BLOCKS = (128, 64, 32, 16)  # the first that divides a matrix's rows; smaller on
 _SCALE = "_scale"  # after a matrix's name
 _DOMAIN = "com.microsoft"
 _ACCURACY = 4  # activations are rounded to 8 bits; other levels take 20 to 100 times longer for one row
+_ZERO, _GELU_ZERO = 128, 32  # of activations in 8 bits
+_CONSTANTS = {"quantized/last": np.array([-1]), "quantized/one": np.float32(1), "quantized/least": np.float32(1e-30)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _multiply_integers(graph: ir.Graph, weight: ir.Value, shape: Sequence[int], 
         points = tape.op("Expand", [point, tape.op("Shape", [of_row])])
         rounded = tape.op("QuantizeLinear", [x, of_row, points], {"axis": -1, "block_size": shape[0]})
         product = tape.op("MatMulIntegerToFloat", [rounded, weight, one, scale, point, zero], domain=_DOMAIN, name=user.name)
-        product.dtype, product.shape = user.outputs[0].dtype, user.outputs[0].shape
+        product.type, product.shape = user.outputs[0].type, user.outputs[0].shape
         result = tape.op("Mul", [product, of_row])
         ir.convenience.replace_nodes_and_values(graph, user, [user], tape.nodes, user.outputs, [result])
     graph.opset_imports[_DOMAIN] = 1
@@ -151,12 +153,11 @@ def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     """An initializer of the graph, made when it is first needed."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.asarray(value), name=name)
-        graph.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape = ir.Shape(np.shape(value))
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     return graph.initializers[name]
 
 
-_ZERO, _GELU_ZERO = 128, 32  # of activations in 8 bits
-_CONSTANTS = {"quantized/last": np.array([-1]), "quantized/one": np.float32(1), "quantized/least": np.float32(1e-30)}
 _REWRITES = {"DequantizeLinear": _dequantize, "MatMulNBits": _fuse, "MatMulIntegerToFloat": _multiply_integers}
 
 
