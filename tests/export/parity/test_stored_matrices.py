@@ -104,10 +104,10 @@ def test_verify_fails_for_a_tampered_scale(tiny: Tiny, copy: Path, capsys: pytes
 
 
 def test_verify_says_which_stage_moves_the_masks(tiny: Tiny, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def doubled(values: npt.NDArray[Any]) -> None:
-        values *= 2
+    def enlarged(values: npt.NDArray[Any]) -> None:
+        values *= 4
 
-    change_tensor(copy, WEIGHTS, SCALE, doubled)
+    change_tensor(copy, WEIGHTS, SCALE, enlarged)
     arguments = ["verify", "--bundle", copy, "--ckpt", tiny.checkpoint, "--images", min(tiny.frames.glob("*.jpg")), "--threads", 1]
     assert main([str(argument) for argument in arguments]) == 1
     assert "; language_model alone moves the masks most, to a mean IoU of 0." in capsys.readouterr().out.splitlines()[-1]
