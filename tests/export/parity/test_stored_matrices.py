@@ -105,7 +105,7 @@ def test_verify_fails_for_a_tampered_scale(tiny: Tiny, copy: Path, capsys: pytes
 
 def test_verify_says_which_stage_moves_the_masks(tiny: Tiny, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def enlarged(values: npt.NDArray[Any]) -> None:
-        values *= 4
+        values *= 16
 
     change_tensor(copy, WEIGHTS, SCALE, enlarged)
     arguments = ["verify", "--bundle", copy, "--ckpt", tiny.checkpoint, "--images", min(tiny.frames.glob("*.jpg")), "--threads", 1]
