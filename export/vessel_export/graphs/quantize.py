@@ -35,6 +35,8 @@ _COLUMNS = 16  # TensorRT-RTX widens matrices whose columns are not a multiple o
 _SCALE = "_scale"  # after a matrix's name
 _DOMAIN = "com.microsoft"
 _ACCURACY = 4  # activations are rounded to 8 bits; other levels take 20 to 100 times longer for one row
+_ZERO, _GELU_ZERO = 128, 32  # of activations in 8 bits
+_CONSTANTS = {"quantized/last": np.array([-1]), "quantized/one": np.float32(1), "quantized/least": np.float32(1e-30)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,13 +179,11 @@ def _constant(graph: ir.Graph, name: str, value: Any) -> ir.Value:
     """An initializer of the graph, made when it is first needed."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.asarray(value), name=name)
-        shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
-        graph.initializers[name] = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        shape = ir.Shape(np.shape(value))
+        graph.initializers[name] = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     return graph.initializers[name]
 
 
-_ZERO, _GELU_ZERO = 128, 32  # of activations in 8 bits
-_CONSTANTS = {"quantized/last": np.array([-1]), "quantized/one": np.float32(1), "quantized/least": np.float32(1e-30)}
 _REWRITES = {"DequantizeLinear": _dequantize, "MatMulNBits": _fuse, "MatMulIntegerToFloat": _multiply_integers}
 
 
