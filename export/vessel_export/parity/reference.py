@@ -127,8 +127,9 @@ class Reference:
 
         `base` is a folder in InternVL3's original layout or in the transformers-native `-hf` one. `sam2` is SAM2's .pt, with a .yaml of the
         same stem next to it or, for Meta's own file names, in the sam2 package. `lora_alpha` overrides the checkpoint's. `skip` names
-        tensors of the checkpoint to leave out. If the parameters take more than `memory` bytes, the model is `streamed`: all but SAM2 stay
-        in their files, and each is converted to `dtype` while it is used. The numbers are the same; each pass reads the files again.
+        tensors of the checkpoint to leave out. If the parameters take more than `memory` bytes, the model is `streamed`: all large ones but
+        SAM2's stay in their files, and each is converted to `dtype` while it is used. The numbers are the same; each pass reads the files
+        again.
 
         Raises:
             CheckpointError: the checkpoint is unreadable, a tensor is missing or misshapen, or LoRA's alpha is unknown.
@@ -146,7 +147,9 @@ class Reference:
         values = sum(parameter.numel() for module in (*modules, sam2_model) for parameter in module.parameters())
         streamed = values * dtype.itemsize > memory
         if streamed:
-            vision_model.embeddings.to(dtype=dtype)  # it is small, and looks at a parameter of a module that it contains
+            lora = (part for name, part in language_model.named_modules() if name.endswith((".lora_A", ".lora_B")))
+            for module in (vision_model.embeddings, *lora):  # small, and other modules look at their dtype
+                module.to(dtype=dtype)
             for module in modules:
                 widen_in_use(module, dtype)
         for module in (sam2_model,) if streamed else (*modules, sam2_model):
