@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from tests.runtime.check.conftest import TILES, Check
+from tests.support.checks import TILES, Check
 from tests.support.engine_files import TARGET, write_engines
 from tests.support.fake_gpu import install_gpu
 from tests.support.tampering import change_tensor, rehash
@@ -285,6 +285,30 @@ def test_a_gpu_that_works(golden_tiny: Path, run_check: Check, monkeypatch: pyte
     assert [(each.tiles, each.batch) for each in found.batches] == [(tiles, batch) for tiles in TILES for batch in (1, 2)]
     assert "planned for 2 images at once" in line(found, "memory", "peak").figure
     assert "60 to 60 °C, 1700 to 1700 MHz, 300 to 300 W" in line(found, "endurance", "soak").figure
+
+
+def test_a_batch_that_does_not_fit(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpu(monkeypatch)
+    run = Segmenter.run
+
+    def full(self: Segmenter, batch: Sequence[Pixels], questions: Sequence[str]) -> Any:
+        if len(batch) > 1:
+            raise OutOfMemory("sam2_image_encoder fails on cuda:0: out of memory")
+        return run(self, batch, questions)
+
+    monkeypatch.setattr(Segmenter, "run", full)
+    found = run_check(golden_tiny, "cuda")
+    assert of(found, "fail") == {"parity: run", "speed: batches, 1 tile", "speed: batches, 5 tiles"}
+    assert line(found, "speed", "batches, 1 tile").reason == "2 images at once: sam2_image_encoder fails on cuda:0: out of memory"
+    assert [each.batch for each in found.batches] == [1, 1]
+
+
+def test_slow_operators_left_to_the_cpu(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpu(monkeypatch, on_the_cpu=True)
+    found = run_check(golden_tiny, "cuda")
+    assert of(found, "fail") == {f"providers: {stage}" for stage in STAGES}
+    assert "has no kernel on cuda:0 for Attention, MatMul" in line(found, "providers", "language_model").reason
+    assert line(found, "loading", "loading").reason == "not checked, since providers: vision_encoder failed"
 
 
 def test_a_batch_that_does_not_fit(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
