@@ -311,30 +311,6 @@ def test_slow_operators_left_to_the_cpu(golden_tiny: Path, run_check: Check, mon
     assert line(found, "loading", "loading").reason == "not checked, since providers: vision_encoder failed"
 
 
-def test_a_batch_that_does_not_fit(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_gpu(monkeypatch)
-    run = Segmenter.run
-
-    def full(self: Segmenter, batch: Sequence[Pixels], questions: Sequence[str]) -> Any:
-        if len(batch) > 1:
-            raise OutOfMemory("sam2_image_encoder fails on cuda:0: out of memory")
-        return run(self, batch, questions)
-
-    monkeypatch.setattr(Segmenter, "run", full)
-    found = run_check(golden_tiny, "cuda")
-    assert of(found, "fail") == {"parity: run", "speed: batches, 1 tile", "speed: batches, 5 tiles"}
-    assert line(found, "speed", "batches, 1 tile").reason == "2 images at once: sam2_image_encoder fails on cuda:0: out of memory"
-    assert [each.batch for each in found.batches] == [1, 1]
-
-
-def test_slow_operators_left_to_the_cpu(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_gpu(monkeypatch, on_the_cpu=True)
-    found = run_check(golden_tiny, "cuda")
-    assert of(found, "fail") == {f"providers: {stage}" for stage in STAGES}
-    assert "has no kernel on cuda:0 for Attention, MatMul" in line(found, "providers", "language_model").reason
-    assert line(found, "loading", "loading").reason == "not checked, since providers: vision_encoder failed"
-
-
 def test_the_floor_is_shown_where_a_cards_rates_are_known(fp16_bundle: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpu(monkeypatch)
     found = run_check(fp16_bundle, "cuda")
