@@ -16,15 +16,13 @@ from tqdm import tqdm
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import StageError
-from vessel_rt.check.tolerances import Tolerances, tolerances_of
+from vessel_rt.check.tolerances import SOURCES, Tolerances, error_limit, tolerances_of
 from vessel_rt.formats.golden import SKETCHED, Golden, GoldenCase
 from vessel_rt.model.result import Answer
 from vessel_rt.model.segmenter import Segmenter
 
 __all__ = ["Outputs", "check_parity", "golden_images"]
 
-# Where each stage's inputs come from: an error that was there before says nothing about the stage.
-_SOURCES = {"language_model": ("vision_encoder",), "sam2_mask_decoder": ("language_model", "sam2_image_encoder")}
 _OR_A_KERNEL = ", or a kernel of this device computes it wrongly: compare with --device cpu"
 _LEAST_BATCH = 2  # images, where the device's own batch is one
 
@@ -36,8 +34,7 @@ def golden_images(golden: Golden) -> list[Image.Image]:
 
 def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden) -> None:
     """A line for each stage, one for the answers and one for the masks."""
-    limits = tolerances_of(deployment.bundle)
-    answers, errors, outputs = _Answers(golden, limits), _Errors(golden), Outputs()
+    answers, errors, outputs = _Answers(golden, tolerances_of(deployment.bundle)), _Errors(golden), Outputs()
     batches = list(_batches(golden, deployment))
     with tqdm(total=2 * (len(golden.cases) + len(batches)), desc="parity", unit="run", disable=None, delay=2, leave=False) as bar:
         for draft in (False, True):
@@ -58,7 +55,7 @@ def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden) -
                     for case, [answer] in zip(batch, found, strict=True):
                         answers.add(f"{len(batch)} images at once, {drafts}", case, answer)
                     bar.update()
-    stages = errors.worst(str(deployment.device), limits)
+    stages = errors.worst(deployment)
     record.stages += stages
     _judge_stages(record, stages)
     record.judged("parity", "answers", answers.told_ids, answers.id_fault)
@@ -129,7 +126,7 @@ class _Errors:
             error = self._golden.sketch(array).error(case.sketches[name]) if not per_mask or len(array) == len(case.iou) else math.nan
             self._found[name].append((error, number))
 
-    def worst(self, device: str, limits: Tolerances) -> list[StageError]:
+    def worst(self, deployment: LoadedDeployment) -> list[StageError]:
         """The largest error of each output; what is not a number is larger than all."""
         found = []
         for stage, names in SKETCHED.items():
@@ -137,7 +134,7 @@ class _Errors:
                 if errors := self._found[name]:
                     error, case = max(errors, key=lambda each: math.inf if math.isnan(each[0]) else each[0])
                     told = float(f"{error:.3g}") if math.isfinite(error) else None
-                    found.append(StageError(device, stage, name, told, limits.error[stage], case))
+                    found.append(StageError(str(deployment.device), stage, name, told, error_limit(deployment.bundle, stage), case))
         return found
 
 
@@ -151,7 +148,7 @@ def _judge_stages(record: Record, errors: Sequence[StageError]) -> None:
             continue
         figure = ", ".join(f"{each.output} {_told(each.error)}" for each in of_stage) + f" (at most {of_stage[0].limit:g})"
         worse = [each for each in of_stage if each.error is None or each.error > each.limit]
-        inherited = [source for source in _SOURCES.get(stage, ()) if source in off]
+        inherited = [source for source in SOURCES.get(stage, ()) if source in off]
         if not worse:
             record.passed("parity", stage, figure)
             continue

@@ -126,10 +126,13 @@ def _with_floors(rows: Sequence[StepTime], rates: Rates, costs: Mapping[str, Cos
     found = []
     for row in rows:
         mfu, mbu = rates.used(costs[row.step], row.p50_ms) if row.step in costs and row.p50_ms else (None, None)
-        shares = {name: None if share is None else round(share, 4) for name, share in (("mfu", mfu), ("mbu", mbu))}
-        floor = floors.get(row.step)
-        found.append(msgspec.structs.replace(row, floor_ms=None if floor is None else round(floor, 3), **shares))
+        found.append(msgspec.structs.replace(row, floor_ms=_short(floors.get(row.step)), mfu=_short(mfu), mbu=_short(mbu)))
     return found
+
+
+def _short(value: float | None) -> float | None:
+    """Four significant digits."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, tiles: int) -> None:

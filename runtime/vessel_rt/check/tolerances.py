@@ -6,35 +6,49 @@ import dataclasses
 
 from vessel_rt.formats.bundle import Bundle
 
-__all__ = ["Tolerances", "tolerances_of"]
+__all__ = ["SOURCES", "Tolerances", "error_limit", "tolerances_of"]
+
+SOURCES = {"language_model": ("vision_encoder",), "sam2_mask_decoder": ("language_model", "sam2_image_encoder")}
+"""The stages that a stage takes its inputs from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tolerances:
     """Limits for one type of weights.
 
-    `error`: the most of |output - reference| / |reference| of each output, by stage, when every stage gets the output of the one before it.
+    `error`: the most of |output - reference| / |reference| (L2 norms) of an output, when every stage gets the output of the one before it.
     `iou`: the least IoU of a low-res mask over its decided pixels: those whose golden logit is farther from zero than `undecided` times the
     mask's largest. `mean_iou`: the least mean over all masks.
     """
 
-    error: dict[str, float]
+    error: float
     iou: float
     mean_iou: float
     undecided: float = 0.0
 
 
-_STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder")
-
-_TOLERANCES = {
-    "fp32": Tolerances(dict.fromkeys(_STAGES, 1e-4), iou=1.0, mean_iou=1.0, undecided=1e-3),
-    "fp16": Tolerances(dict.fromkeys(_STAGES, 2e-2), iou=0.98, mean_iou=0.99),
-    "bf16": Tolerances(dict.fromkeys(_STAGES, 1e-1), iou=0.9, mean_iou=0.95),
-    "int8": Tolerances(dict.fromkeys(_STAGES, 5e-2), iou=0.9, mean_iou=0.98),
-    "int4": Tolerances(dict.fromkeys(_STAGES, 3e-1), iou=0.8, mean_iou=0.95),
+_FLOATS = {
+    "fp32": Tolerances(error=1e-4, iou=1.0, mean_iou=1.0, undecided=1e-3),
+    "fp16": Tolerances(error=6e-3, iou=0.98, mean_iou=0.995),
+    "bf16": Tolerances(error=4e-2, iou=0.95, mean_iou=0.98),
+}
+_INTEGERS = {
+    "int8": Tolerances(error=5e-2, iou=0.9, mean_iou=0.99),
+    "int4": Tolerances(error=3e-1, iou=0.85, mean_iou=0.97),
 }
 
 
 def tolerances_of(bundle: Bundle) -> Tolerances:
-    """The tolerances of a bundle: of the type of its weights."""
-    return _TOLERANCES[bundle.weights]
+    """The limits of a bundle's masks: those of the type of its weights."""
+    return _INTEGERS[bundle.weights] if bundle.quantization else _FLOATS[bundle.precision]
+
+
+def error_limit(bundle: Bundle, stage: str) -> float:
+    """The most error of the outputs of a stage. One that is not quantized, and takes nothing from one that is, has the precision's."""
+    return (_INTEGERS[bundle.weights] if _quantized(bundle, stage) else _FLOATS[bundle.precision]).error
+
+
+def _quantized(bundle: Bundle, stage: str) -> bool:
+    """Whether a stage, or one that it takes its inputs from, has matrices of integers."""
+    matrices = bundle.quantization.matrices if bundle.quantization else {}
+    return stage in matrices or any(_quantized(bundle, source) for source in SOURCES.get(stage, ()))

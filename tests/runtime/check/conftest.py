@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.goldens import make_goldens
+from tests.support.checks import TILES, Check, with_goldens
 from tests.support.shared import made_once
+from vessel_rt.check import check as check_module
 from vessel_rt.check import speed
 from vessel_rt.check.check import CheckOptions, check
-from vessel_rt.check.frames import frame_of
 from vessel_rt.check.schema import CheckFile
 from vessel_rt.device.providers import Device
 from vessel_rt.formats.bundle import Bundle
 
 QUESTION, OF_TWO_MASKS = "Please segment vessel in this image.", "Please segment vessel and catheter in this image."
-
-Check = Callable[..., CheckFile]
-
-
-def with_goldens(folder: Path, source: Path, question: str) -> None:
-    """A copy of a bundle, with the goldens that it makes itself of two frames."""
-    bundle = Bundle.load(Path(shutil.copytree(source, folder)))
-    make_goldens(bundle, [frame_of(tiles, bundle.tiles, seed=tiles) for tiles in (1, 5)], [question]).save(bundle)
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +35,10 @@ def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
-    """`check` on a bundle, with as few runs as it can do with."""
+    """`check` on a bundle, with as few runs and tiles as it can do with."""
     monkeypatch.setattr(speed, "_RUNS", range(1, 2))
+    for module in (speed, check_module):
+        monkeypatch.setattr(module, "MEASURED_TILES", TILES)
     monkeypatch.setattr("vessel_rt.device.deployment.MOST_IMAGES", 2)
 
     def run(folder: Path, device: str = "cpu", *, minutes: float = 0.0) -> CheckFile:

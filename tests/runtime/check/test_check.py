@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from tests.runtime.check.conftest import Check
+from tests.support.checks import TILES, Check
 from tests.support.engine_files import TARGET, write_engines
 from tests.support.fake_gpu import install_gpu
 from tests.support.tampering import change_tensor, rehash
@@ -61,7 +61,7 @@ def test_a_good_bundle_passes(golden_tiny: Path, run_check: Check, tmp_path: Pat
     assert {each.name for each in found.lines if each.grade == "parity"} == {*STAGES, "answers", "masks"}
     assert line(found, "parity", "answers").figure == "8 of 8 identical"  # 2 cases, alone and in batches, with drafts and without
     assert {each.error for each in found.stages} == {0.0}
-    assert {(each.tiles, each.step) for each in found.times} >= {(1, "total"), (10, "total"), (10, "vision_encoder")}
+    assert {(each.tiles, each.step) for each in found.times} >= {(1, "total"), (5, "total"), (5, "vision_encoder")}
     written = json.loads((tmp_path / "out" / CHECK_FILE).read_text())
     assert decode(written, CheckFile, 1) == found
     assert "PASS" in (tmp_path / "out" / "check.html").read_text()
@@ -282,7 +282,7 @@ def test_a_gpu_that_works(golden_tiny: Path, run_check: Check, monkeypatch: pyte
     told = line(found, "machine", "gpu").figure
     assert told == "NVIDIA GeForce RTX 3090, sm86, 23.0 of 24.0 GiB free, driver 580.65.06 (CUDA 13.0)"
     assert line(found, "providers", "language_model").figure.endswith("nodes on CUDAExecutionProvider")
-    assert [(each.tiles, each.batch) for each in found.batches] == [(tiles, batch) for tiles in (1, 10) for batch in (1, 2)]
+    assert [(each.tiles, each.batch) for each in found.batches] == [(tiles, batch) for tiles in TILES for batch in (1, 2)]
     assert "planned for 2 images at once" in line(found, "memory", "peak").figure
     assert "60 to 60 °C, 1700 to 1700 MHz, 300 to 300 W" in line(found, "endurance", "soak").figure
 
@@ -298,7 +298,7 @@ def test_a_batch_that_does_not_fit(golden_tiny: Path, run_check: Check, monkeypa
 
     monkeypatch.setattr(Segmenter, "run", full)
     found = run_check(golden_tiny, "cuda")
-    assert of(found, "fail") == {"parity: run", "speed: batches, 1 tile", "speed: batches, 10 tiles"}
+    assert of(found, "fail") == {"parity: run", "speed: batches, 1 tile", "speed: batches, 5 tiles"}
     assert line(found, "speed", "batches, 1 tile").reason == "2 images at once: sam2_image_encoder fails on cuda:0: out of memory"
     assert [each.batch for each in found.batches] == [1, 1]
 
@@ -315,13 +315,13 @@ def test_the_floor_is_shown_where_a_cards_rates_are_known(fp16_bundle: Path, run
     install_gpu(monkeypatch)
     found = run_check(fp16_bundle, "cuda")
     assert found.passed
-    for tiles in (1, 10):
+    for tiles in TILES:
         of_tiles = {each.step: each for each in found.times if each.tiles == tiles}
         floors = [of_tiles[stage].floor_ms or 0.0 for stage in STAGES]
         assert min(floors) > 0
         assert of_tiles["total"].floor_ms == pytest.approx(sum(floors), abs=1e-2)
         assert all(0 < (of_tiles[stage].mbu or 0) < 1 for stage in STAGES)
-    assert "runs, floor " in line(found, "speed", "10 tiles").figure
+    assert "runs, floor " in line(found, "speed", "5 tiles").figure
 
 
 def test_more_memory_than_planned(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.parity import Outputs, _batches, _iou, _judge_stages, check_parity, golden_images
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import CheckLine, StageError
-from vessel_rt.check.tolerances import tolerances_of
+from vessel_rt.check.tolerances import error_limit, tolerances_of
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
-from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.bundle import Bundle, Quantization
 from vessel_rt.formats.golden import SKETCHED, Golden
 from vessel_rt.model.segmenter import Segmenter
 
@@ -57,11 +57,19 @@ def test_masks_are_compared_where_the_reference_is_sure() -> None:
     assert _iou(np.full((2, 2), -1, np.float32), np.full((2, 2), -1, np.float32), undecided=0.0) == 1.0
 
 
-@pytest.mark.parametrize("weights", ["fp32", "fp16", "bf16", "int8", "int4"])
-def test_every_type_of_weights_has_tolerances(standin: Bundle, weights: str) -> None:
-    limits = tolerances_of(msgspec.structs.replace(standin, precision=weights))
-    assert limits.error.keys() == standin.stages.keys()
-    assert 0 < limits.iou <= limits.mean_iou <= 1
+@pytest.mark.parametrize(
+    ("weights", "encoders"),
+    [("fp32", 1e-4), ("fp16", 6e-3), ("bf16", 4e-2), ("int8", 1e-4), ("int4", 1e-4)],
+)
+def test_a_stage_has_the_tolerance_of_the_worst_that_it_depends_on(standin: Bundle, weights: str, encoders: float) -> None:
+    bundle = msgspec.structs.replace(standin, precision=weights)
+    if weights.startswith("int"):
+        matrices = {"vision_encoder": {"a": 32}}
+        bundle = msgspec.structs.replace(standin, quantization=Quantization(weights, matrices, {}))
+    limits = {stage: error_limit(bundle, stage) for stage in bundle.stages}
+    assert limits["sam2_image_encoder"] == encoders
+    assert limits["language_model"] == limits["vision_encoder"] >= encoders
+    assert 0 < tolerances_of(bundle).iou <= tolerances_of(bundle).mean_iou <= 1
 
 
 @pytest.mark.parametrize(("batch", "device", "sizes"), [(1, "cpu", [2]), (4, "cpu", [2]), (1, "rtx", []), (2, "rtx", [2])])
