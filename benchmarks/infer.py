@@ -2,8 +2,8 @@
 
     python -m benchmarks.infer --model DIR [--recipe cpu-int8] [--bundle DIR]
 
-benchmarks.synth writes DIR. The bundle is exported first. Each frame size is a run of its own with one stream, so that the seconds of a
-frame are those of a frame alone; another run has the defaults. The last line is JSON.
+benchmarks.synth writes DIR. The bundle is exported first. Each frame size is a run of its own. Loading ends with the model's answer to a
+gray image, which becomes the draft; another run has no draft. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import publish, run, square_frames
+from vessel_rt.device.host_memory import make_host_plan
 from vessel_rt.formats.bundle import Bundle
 
 _BIN = Path(sys.executable).parent
@@ -33,24 +34,13 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.bundle or arguments.model.with_name(arguments.recipe)
     [checkpoint], [sam2] = arguments.model.glob("iter_*.pth"), arguments.model.glob("sam2_*.pt")
-    command = [
-        _BIN / "vessel-export",
-        "export",
-        "--ckpt",
-        checkpoint,
-        "--base",
-        arguments.model / "base",
-        "--sam2",
-        sam2,
-        "--overwrite",
-        "--no-golden",
-    ]
-    export = run([*command, "--recipe", arguments.recipe, "--out", folder])
+    inputs = ["--ckpt", checkpoint, "--base", arguments.model / "base", "--sam2", sam2]
+    export = run([_BIN / "vessel-export", "export", *inputs, "--recipe", arguments.recipe, "--out", folder, "--overwrite", "--no-golden"])
     if export.exit_code:
         print(export.errors, file=sys.stderr)
         return 1
     bundle, sides = Bundle.load(folder), {}
-    for name, side, options in [*((str(side), side, ["--streams", "1"]) for side in _SIDES), ("512, defaults", _SIDES[0], [])]:
+    for name, side, options in [*((str(side), side, []) for side in _SIDES), ("512 without draft", _SIDES[0], ["--no-draft"])]:
         found = measure_frames(folder, arguments.frames, side, options)
         if found is None:
             return 1
@@ -60,6 +50,7 @@ def main() -> int:
         f"infer-{arguments.recipe}-{bundle.language_model.layers}-layers",
         {
             "recipe": arguments.recipe,
+            "planned_gib": round(make_host_plan(bundle).total / 2**30, 2),
             "weights_bytes": sum(record.bytes for record in bundle.files.values()),
             "export": {"seconds": round(export.seconds, 1), "peak_anonymous_gib": round(export.peak_anonymous_bytes / 2**30, 2)},
             "sides": sides,

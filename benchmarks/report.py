@@ -176,7 +176,7 @@ def _infer() -> str:
     found = _result("infer-cpu-int8-28-layers")["sides"]
     steps = [step for step in _STEPS if any(step in run["seconds_by_step"] for run in found.values())]
     rows = [
-        ["loading, with the first answer", *(run["seconds_of_loading"] for run in found.values())],
+        ["loading", *(run["seconds_of_loading"] for run in found.values())],
         *([step, *(run["seconds_by_step"].get(step, "") for run in found.values())] for step in steps),
         ["a frame", *(run["seconds_per_frame"] for run in found.values())],
         ["streams", *(run["streams"] for run in found.values())],
