@@ -212,6 +212,7 @@ def _frame_part(arguments: argparse.Namespace) -> dict[str, Any]:
             "vessel-rt INT8": _median(run["seconds_per_frame"] for run in ours),
             "PyTorch BF16": _median(run["seconds_per_frame"] for run in theirs),
         },
+        "other_load": [[our["other_load"], their["other_load"]] for our, their in zip(ours, theirs, strict=True)],
         "ratio": [round(their["seconds_per_frame"] / our["seconds_per_frame"], 2) for our, their in zip(ours, theirs, strict=True)],
     }
 

@@ -249,6 +249,13 @@ def _peer_profile() -> str:
     return _table(["ms by matrix or operator", *runs], [*rows, ["all others", *rest]])
 
 
+def _peer_frame() -> str:
+    found = _result("cpu_peers")["parts"]["frame"]
+    ours, theirs = found["seconds_by_step"].values()
+    rows = [[step, ours.get(step, ""), theirs.get(step, "")] for step in _STEPS if step in ours or step in theirs]
+    return _table(["seconds", *found["seconds_by_step"]], [*rows, ["a frame", *found["seconds_per_frame"].values()]])
+
+
 def _accuracy() -> str:
     rows = [
         [run["bundle"], run["device"], "on" if run["draft"] else "off", f"{run['mean_dice']:.4f}", f"{run['min_mask_iou']:.4f}"]
@@ -378,6 +385,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "peer-ratios": _peer_ratios,
     "peer-floor": _peer_floor,
     "peer-profile": _peer_profile,
+    "peer-frame": _peer_frame,
     "resume": _resume,
     "accuracy": _accuracy,
     "floor": _floor,
