@@ -105,7 +105,8 @@ class _Module:
 
     def __init__(self, gpu: StandinGpu) -> None:
         self._gpu = gpu
-        self.OrtValue = SimpleNamespace(ortvalue_from_shape_and_type=self._allocate)
+        host = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type
+        self.OrtValue = SimpleNamespace(ortvalue_from_shape_and_type=self._allocate, ortvalue_from_numpy_with_onnx_type=host)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(onnxruntime, name)

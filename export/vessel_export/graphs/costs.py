@@ -57,6 +57,9 @@ def graph_cost(model: ir.Model, sizes: Mapping[str, int]) -> Cost:
         ValueError: an input's axis has no size, a required shape cannot be inferred, or a node cannot be counted.
     """
     weights = sum(_bytes(value, _static(value)) for value in model.graph.initializers.values())
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):  # not read: onnx_ir refuses files with several hard links, as bundles have
+            value.const_value = None
     for value in model.graph.inputs:
         value.shape = ir.Shape([_size(value, axis, sizes) for axis in value.shape or ()])
     for node in model.graph:

@@ -218,7 +218,7 @@ def _matrix(graph: ir.Graph, prefix: str) -> ir.Value:
 
 def _name(node: ir.Node, value: ir.Value) -> str:
     """A value's place in the model: module and operator, or in a traced graph the value's own name if no weight gives the module."""
-    built = re.fullmatch(r"v_(.*?)_\d+", str(value.name))
+    built = re.fullmatch(r"v_(.*?)_\d+(/padded)?", str(value.name))  # before its columns of zeros are cut off
     if built:
         return built[1]
     for source in node.inputs:

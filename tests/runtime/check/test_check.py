@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -307,7 +308,9 @@ def test_slow_operators_left_to_the_cpu(golden_tiny: Path, run_check: Check, mon
     install_gpu(monkeypatch, on_the_cpu=True)
     found = run_check(golden_tiny, "cuda")
     assert of(found, "fail") == {f"providers: {stage}" for stage in STAGES}
-    assert "has no kernel on cuda:0 for Attention, MatMul" in line(found, "providers", "language_model").reason
+    reason = line(found, "providers", "language_model").reason
+    assert "has no kernel on cuda:0 for " in reason
+    assert {"Attention", "MatMul"} <= set(re.findall(r"\w+", reason))
     assert line(found, "loading", "loading").reason == "not checked, since providers: vision_encoder failed"
 
 

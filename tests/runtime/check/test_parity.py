@@ -107,7 +107,7 @@ def test_a_long_prompt_in_chunks_has_the_same_states(golden_tiny: Path, monkeypa
     assert golden
     deployment = deploy(bundle, Device("cpu"))
     lines: list[CheckLine] = []
-    monkeypatch.setattr("vessel_rt.model.segmenter._CPU_TOKENS", 30)
+    monkeypatch.setattr("vessel_rt.model.segmenter.CPU_TOKENS", 30)
     check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden)
     assert {line.name: line.outcome for line in lines} == dict.fromkeys((*SKETCHED, "answers", "masks"), "pass")
 

@@ -19,7 +19,8 @@ def test_the_projects_recipes() -> None:
     assert gpu.engines
     for plain in (cpu, gpu):  # the quantized recipes differ in their weights only
         small = load_recipe(ROOT / "engines" / f"{plain.name}-int8.toml")
-        assert small == msgspec.structs.replace(plain, name=small.name, weights="int8", keep=("*.self_attn.k_proj.weight",))
+        assert small == msgspec.structs.replace(plain, name=small.name, weights="int8", keep=small.keep)
+        assert small.keep[0] == "*.self_attn.k_proj.weight"
     assert (gpu.engines.architecture, gpu.engines.max_batch, gpu.language_model.capacity) == ("sm86", 4, 4096)
 
 
