@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import publish, run, square_frames
-from vessel_rt.device.memory_plan import make_host_plan
+from vessel_rt.device.host_memory import make_host_plan
 from vessel_rt.formats.bundle import Bundle
 
 _BIN = Path(sys.executable).parent

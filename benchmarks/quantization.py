@@ -176,7 +176,7 @@ def _quantized_graph(bundle: Bundle, stage: str, kind: MatrixType, keep: Sequenc
     form: Form = "MatMulIntegerToFloat" if (stage, kind.name) == (_ENCODER, "int8") else "MatMulNBits"
     model = ir.load(bundle.folder / bundle.stages[stage].file)
     tensors = stored_tensors(bundle, model)
-    graph = Graph(stage, model, 0)
+    graph = Graph(stage, model, 0, 0)
     exempt = dict.fromkeys(weights_of_fine_features(graph), "") if coarse else {}
     blocks, _ = quantize_graph(graph, kind, keep, form, exempt=exempt)
     folder = bundle.folder / kind.name

@@ -94,7 +94,7 @@ def _static_graph(bundle: Bundle, stage: str, folder: Path, peaks: Mapping[str, 
     kind = MatrixType.named("int8")
     model = ir.load(bundle.folder / bundle.stages[stage].file)
     tensors = stored_tensors(bundle, model)
-    graph = Graph(stage, model, 0)
+    graph = Graph(stage, model, 0, 0)
     products = {str(node.inputs[1].name): node for node in _products(model.graph)}  # type: ignore[union-attr]
     blocks, _ = quantize_graph(graph, kind, keep)
     for name in blocks:

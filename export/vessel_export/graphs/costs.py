@@ -28,6 +28,8 @@ _Shape = tuple[int, ...]
 # Other matrix products. No graph of this project has them, and they must not be ignored.
 _UNCOUNTED = ("Einsum", "MatMulInteger", "QLinearMatMul", "ConvInteger", "QLinearConv", "DeformConv", "GRU", "LSTM", "RNN")
 
+_LARGE = 1 << 14  # bytes
+
 
 def unit_flops(model: ir.Model) -> int:
     """The operations of one run in which every dynamic axis is 1: of a tile, a token, an image or a mask. `model` is not changed.
@@ -58,7 +60,7 @@ def graph_cost(model: ir.Model, sizes: Mapping[str, int]) -> Cost:
     """
     weights = sum(_bytes(value, _static(value)) for value in model.graph.initializers.values())
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):  # not read: onnx_ir refuses files with several hard links, as bundles have
+        if value.const_value is not None and value.const_value.nbytes > _LARGE:  # a weight: its values decide no shape
             value.const_value = None
     for value in model.graph.inputs:
         value.shape = ir.Shape([_size(value, axis, sizes) for axis in value.shape or ()])
