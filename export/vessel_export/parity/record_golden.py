@@ -66,9 +66,12 @@ class GoldenRecorder:
         self._tiles[frame] = len(result.pixel_values)
         sketches = {name: make_sketch(outputs[name], self._spec) for names in SKETCHED.values() for name in names}
         logits = outputs["low_res_logits"]
-        half = logits.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = logits.astype(np.float16)
         if not np.isfinite(half).all():
-            raise VesselError(f"a golden frame: the reference's masks are not finite in FP16: {np.abs(logits).max():.3g}; check --ckpt")
+            raise VesselError(
+                f"golden frame {frame + 1}: the reference's logits are up to {np.abs(logits).max():.3g}, beyond FP16; check --ckpt"
+            )
         self._recorded.append(
             (
                 GoldenCaseRecord(frame=frame, question=question, answer=text, token_ids=ids, masks=len(logits)),
@@ -105,7 +108,7 @@ def record_golden(bundle: Bundle, reference: Reference, progress: Callable[[int]
     """Record goldens with `reference` in the folder of `bundle`; returns the bundle with them. Calls `progress` with 1 for each case.
 
     Raises:
-        VesselError: the reference's masks are not finite in FP16.
+        VesselError: the reference's logits are beyond FP16.
         OSError: the files cannot be written.
     """
     recorder = GoldenRecorder(bundle, reference)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from tests.support.paths import Tiny
 from vessel_export.cli import main
 from vessel_export.parity import verify
 from vessel_export.parity.golden_frames import golden_frames
+from vessel_export.parity.record_golden import GoldenRecorder
 from vessel_export.parity.reference import Reference
 from vessel_rt.device.deployment import deploy
 from vessel_rt.device.providers import Device
+from vessel_rt.errors import VesselError
 from vessel_rt.evaluation.metrics import iou
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE, MOST_GOLDEN_BYTES, SKETCHED, Golden
@@ -54,8 +58,6 @@ def test_frames_and_cases(bundle: Bundle, golden: Golden) -> None:
 
 
 def test_frames_for_smaller_tiles(bundle: Bundle) -> None:
-    import msgspec
-
     tiles = msgspec.structs.replace(bundle.tiles, size=56)
     assert [len(tile_pixels(Image.fromarray(frame).convert("RGB"), tiles)) for frame in golden_frames(tiles)] == [1, 7, 13]
 
@@ -146,14 +148,11 @@ def test_ranges_keep_the_goldens(tiny: Tiny, fp16_bundle: Path, golden_bundle: P
     assert Golden.load(Bundle.load(folder)) is not None
 
 
-def test_a_reference_without_finite_masks(bundle: Bundle, tiny: Tiny) -> None:
-    from vessel_export.parity.record_golden import GoldenRecorder
-    from vessel_rt.errors import VesselError
-
+def test_logits_beyond_fp16(bundle: Bundle, tiny: Tiny) -> None:
     reference = Reference.load(tiny.checkpoint, tiny.base, tiny.sam2)
     recorder = GoldenRecorder(bundle, reference)
     result = reference.segment(recorder.image(0), bundle.prompt.default_question)
-    with torch.inference_mode():
-        result.prediction.low_res_logits.mul_(torch.inf)
-    with pytest.raises(VesselError, match="not finite"):
+    logits = torch.full_like(result.prediction.low_res_logits, 1e5)  # FP16 ends at 65504
+    result = dataclasses.replace(result, prediction=dataclasses.replace(result.prediction, low_res_logits=logits))
+    with pytest.raises(VesselError, match="beyond FP16"):
         recorder.add(0, "Where?", result)
