@@ -185,6 +185,11 @@ def _infer() -> str:
     return _table(["seconds", *(f"frames of {name}" for name in found)], rows)
 
 
+def _host_memory() -> str:
+    rows = [[form, *found.values()] for form, found in _result("host-memory-6-layers")["forms"].items()]
+    return _table(["GiB", "weights", "planned", "measured", "planned over measured"], rows)
+
+
 def _peer_parts() -> dict[str, Any]:
     """The parts of benchmarks.cpu_peers that compare language models."""
     return {name: part for name, part in _result("cpu_peers")["parts"].items() if "contenders" in part}
@@ -381,6 +386,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "scaling": _scaling,
     "flat": _flat,
     "infer": _infer,
+    "host-memory": _host_memory,
     "peers": _peers,
     "peer-ratios": _peer_ratios,
     "peer-floor": _peer_floor,

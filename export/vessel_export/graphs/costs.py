@@ -60,7 +60,8 @@ def graph_cost(model: ir.Model, sizes: Mapping[str, int]) -> Cost:
     """
     weights = sum(_bytes(value, _static(value)) for value in model.graph.initializers.values())
     for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.nbytes > _LARGE:  # a weight: its values decide no shape
+        constant = value.const_value  # values of weights decide no shape; and onnx_ir refuses to read files that bundles share
+        if isinstance(constant, ir.ExternalTensor) or (constant is not None and constant.nbytes > _LARGE):
             value.const_value = None
     for value in model.graph.inputs:
         value.shape = ir.Shape([_size(value, axis, sizes) for axis in value.shape or ()])
