@@ -159,11 +159,11 @@ class _Device:
             if self._stop.is_set():
                 self._say(f"warning: {e}")
                 return False
-            self._suspects += queued.lose(waiting.values())
-            if not self._start_again(e):
+            alive = self._start_again(e)
+            self._suspects += queued.lose(waiting.values())  # now, so that the new process takes them: others may be about to die, too
+            if not alive:
                 queued.try_alone(self._suspects)
-                return False
-            return True
+            return alive
 
     def _start_again(self, died: Died) -> bool:
         """Replace the process that died; False if the device is given up or the run is stopped."""
