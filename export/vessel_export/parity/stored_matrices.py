@@ -54,14 +54,12 @@ class Matrix:
     def open(self, folder: Path) -> tuple[Callable[[slice], torch.Tensor], torch.Tensor]:
         """A function that reads rows of the integers, int8 [rows, out], and the scales [in / block, out]. A slice starts at an even row."""
         integers, scales = _read(folder, self.integers), _read(folder, self.scales)
-        if scales.ndim == 1 and integers.ndim == 2:  # MatMulIntegerToFloat: a scale for a column
-            return integers.__getitem__, scales[None]
         if integers.ndim == 3:  # MatMulNBits: [out, in / block, bytes of a block]
             columns, blocks, size = integers.shape
             bits = size * 8 // self.block
             flat = integers.reshape(columns, -1)
             return (lambda rows: _signed(flat, rows, bits)), scales.reshape(columns, blocks).mT
-        scales = scales.reshape(-1, scales.shape[-1])
+        scales = scales.reshape(-1, scales.shape[-1])  # without blocks, there is one for a column
         if integers.ndim == 1:
             return (lambda rows: _unpacked(integers, scales.shape[1], rows)), scales
         return integers.__getitem__, scales

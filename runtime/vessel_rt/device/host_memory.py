@@ -103,11 +103,10 @@ def _kilobytes(path: Path, field: str) -> int | None:
 
 def available_memory() -> int | None:
     """Bytes of memory and swap that this process can still take, within the limit of its container; None if the system does not tell."""
-    try:
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text(encoding="ascii").splitlines())
-        free = sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError, ValueError):
+    memory, swap = (_kilobytes(_MEMINFO, name) for name in ("MemAvailable", "SwapFree"))
+    if memory is None or swap is None:
         return None
+    free = memory + swap
     try:
         limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
@@ -122,8 +121,11 @@ def require_memory(bundle: Bundle, streams: int = 1, processes: int = 1) -> None
 
     Nothing is refused if the estimate is unknown: on other systems than Linux, or for bundles of older versions.
     """
-    if needed_memory(bundle) is not None:
-        require_host_fit(bundle, make_host_plan(bundle, streams, processes))
+    try:
+        plan = make_host_plan(bundle, streams, processes)
+    except BundleError:
+        return
+    require_host_fit(bundle, plan)
 
 
 def require_host_fit(bundle: Bundle, plan: Plan) -> None:

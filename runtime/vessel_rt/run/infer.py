@@ -232,8 +232,7 @@ def _workers(jobs: Sequence[Job], ray: str | None, stop: Stop, say: _Console) ->
             workers = jobs[0].open(stop, say, advance)
         else:
             first = jobs[0]
-            streams = first.options.streams_on(first.device.kind, first.total, first.bundle)
-            files = check_bundle(first.bundle, [job.device for job in jobs], first.options.batch, streams, advance)
+            files = check_bundle(first.bundle, [job.device for job in jobs], first.options.batch, first.streams, advance)
             workers = ProcessPool([dataclasses.replace(job, files=files) for job in jobs], stop, say)
     with workers:
         yield workers

@@ -153,6 +153,11 @@ class Job:
     show_names: bool = False
     files: CheckedFiles | None = None
 
+    @property
+    def streams(self) -> int:
+        """How many batches the worker runs at the same time."""
+        return self.options.streams_on(self.device.kind, self.total, self.bundle)
+
     def remember_names(self, frames: Iterable[Frame]) -> None:
         """Let `conceal` replace the names of `frames` in this process, unless they may be shown."""
         if not self.show_names:
@@ -161,8 +166,7 @@ class Job:
 
     def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
         """Load the bundle on the device, which `choose_devices` or `open_device` returned in this process. Raises VesselError."""
-        streams = self.options.streams_on(self.device.kind, self.total, self.bundle)
-        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, streams=streams, files=self.files)
+        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, streams=self.streams, files=self.files)
         return Worker(deployment, self.options, self.total, self.writer, stop, say)
 
 
