@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vessel_rt.device.memory_plan import Item, Plan
+from vessel_rt.device.memory_plan import BYTES, Item, Plan
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import CPU_TILES, CPU_TOKENS, MASKS_AN_IMAGE
@@ -40,8 +40,7 @@ _PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer, an image
 _COPIES = {"fp32": 1.0, "fp16": 2.2, "bf16": 2.2, "int8": 1.03, "int4": 1.03}  # bytes over the bytes of a stage's files
 _MAPPED = ("sam2_image_encoder",)  # in FP32
 _ACTIVATIONS = 2.0
-_FP32 = 4  # bytes
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_FP32 = BYTES["fp32"]
 _GB = 1e9
 
 
@@ -62,7 +61,7 @@ def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory:
     images = processes * streams
     items.append(Item("cache", images * _FP32 * 2 * sizes.layers * sizes.kv_heads * sizes.capacity * sizes.head_dim))
     units = {"vision_encoder": CPU_TILES, "language_model": CPU_TOKENS, "sam2_image_encoder": 1, "sam2_mask_decoder": MASKS_AN_IMAGE}
-    largest = max(units[name] * stage.activation_bytes for name, stage in sized.items()) * _FP32 // _BYTES[bundle.precision]
+    largest = max(units[name] * stage.activation_bytes for name, stage in sized.items()) * _FP32 // BYTES[bundle.precision]
     items.append(Item("activations", int(images * _ACTIVATIONS * largest)))
     total = sum(item.bytes for item in items)
     return Plan(str(bundle.folder), images, sizes.capacity, memory or available_memory() or total, tuple(items))

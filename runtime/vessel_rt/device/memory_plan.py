@@ -24,10 +24,10 @@ from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import Workload, stage_profile
 
-__all__ = ["OVERHEAD", "Item", "Plan", "make_plan", "require_fit"]
+__all__ = ["BYTES", "OVERHEAD", "Item", "Plan", "make_plan", "require_fit"]
 
 OVERHEAD = 768 << 20  # bytes
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _STEP = 256  # tokens; the step of the search for a capacity that fits
 _GB = 1e9
 # The input whose first axis counts a stage's tiles, images or masks.
@@ -80,7 +80,7 @@ def make_plan(bundle: Bundle, batch: int, memory: int) -> Plan:
     Raises:
         BundleError: an older version exported the bundle, without the sizes that a plan needs.
     """
-    sizes, stages, b = bundle.language_model, bundle.sized_stages(), _BYTES[bundle.precision]
+    sizes, stages, b = bundle.language_model, bundle.sized_stages(), BYTES[bundle.precision]
     quantized = bundle.quantization.matrices if bundle.quantization else {}
     items = [Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), bundle.weight_bytes(name)) for name in stages]
     items.append(Item("cache", b * 2 * sizes.layers * batch * sizes.kv_heads * sizes.capacity * sizes.head_dim))

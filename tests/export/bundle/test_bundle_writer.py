@@ -355,20 +355,15 @@ def test_overwrite_replaces_only_when_complete(small: ExportRequest, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def command_of(request: ExportRequest) -> list[str]:
+    """The command line of `request`, but for --out."""
+    sources = ["--ckpt", str(request.checkpoint), "--base", request.base, "--sam2", request.sam2]
+    return ["export", "--no-golden", *sources, "--recipe", "engines/cpu.toml"]
+
+
 @pytest.mark.usefixtures("traced_once")
 def test_a_disk_that_is_full_leaves_nothing(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "export",
-        "--no-golden",
-        "--ckpt",
-        str(small.checkpoint),
-        "--base",
-        small.base,
-        "--sam2",
-        small.sam2,
-        "--recipe",
-        "engines/cpu.toml",
-    ]
+    arguments = command_of(small)
     with limited_files(tmp_path / "disk") as disk, disk.full(10_000):
         assert main([*arguments, "--out", str(disk.folder / "b")]) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -452,18 +447,7 @@ def test_a_capacity_too_small(small: ExportRequest, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("traced_once")
 def test_command_line(small: ExportRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = [
-        "export",
-        "--no-golden",
-        "--ckpt",
-        str(small.checkpoint),
-        "--base",
-        small.base,
-        "--sam2",
-        small.sam2,
-        "--recipe",
-        "engines/cpu.toml",
-    ]
+    arguments = command_of(small)
     assert main([*arguments, "--out", str(tmp_path / "b"), "--precision", "fp16"]) == 0
     assert Bundle.load(tmp_path / "b").precision == "fp16"
     assert main([*arguments, "--out", str(tmp_path / "b")]) == 1
