@@ -81,7 +81,7 @@ def _measure(bundle: Path, stage: str, recipe: Path, partitions: int, describe: 
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / recipe.name
         changed.write_text(re.sub(r"language_model_partitions *= *\d+", f"language_model_partitions = {partitions}", recipe.read_text()))
-        command = [_SCRIPT, "build", "--bundle", bundle, "--recipe", changed, "--stage", stage]
+        command: list[str | Path] = [_SCRIPT, "build", "--bundle", bundle, "--recipe", changed, "--stage", stage]
         usage: Usage = run([*command, *(["--describe", describe] if describe else [])])
     if usage.exit_code:
         print(usage.errors, file=sys.stderr)

@@ -136,7 +136,8 @@ def main() -> int:
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     parts = earlier.get("parts", {}) if earlier.get("machine") == machine() else {}
     for part in arguments.parts:
-        parts[part] = {"frame": _frame_part, "profile": _profile_part}.get(part, functools.partial(_language_part, part=part))(arguments)
+        measure: Callable[[argparse.Namespace], dict[str, Any]] = functools.partial(_language_part, part=part)
+        parts[part] = {"frame": _frame_part, "profile": _profile_part}.get(part, measure)(arguments)
         print(json.dumps({part: parts[part]}), file=sys.stderr)
         publish("cpu_peers", {"parts": {name: parts[name] for name in _PARTS if name in parts}})
     return 0
@@ -428,9 +429,9 @@ def _our_language_model(arguments: argparse.Namespace, request: Mapping[str, Any
 
 
 def _our_times(bundle: Bundle, session: Session, request: Mapping[str, Any]) -> dict[str, Any]:
+    from vessel_rt.formats.profiles import CPU_TOKENS
     from vessel_rt.model.decoding import LanguageModel
     from vessel_rt.model.prompt import EmbedTokens
-    from vessel_rt.model.segmenter import _CPU_TOKENS
 
     steps, rng = request["steps"], np.random.default_rng(0)
     endless = msgspec.structs.replace(
@@ -440,7 +441,7 @@ def _our_times(bundle: Bundle, session: Session, request: Mapping[str, Any]) -> 
     )
     watched = _Watched(session)
     with EmbedTokens(bundle) as table:
-        model = LanguageModel(watched, endless, table, _CPU_TOKENS)  # type: ignore[arg-type]
+        model = LanguageModel(watched, endless, table, CPU_TOKENS)  # type: ignore[arg-type]
 
         def run(tokens: int) -> tuple[list[float], list[float]]:
             prompt = table.rows(rng.integers(0, request["vocabulary"], tokens).tolist())
@@ -578,7 +579,9 @@ def _torch_frame(arguments: argparse.Namespace, request: Mapping[str, Any]) -> d
     def stage(**parts: Any) -> Reference:
         empty = dict.fromkeys(("tokenizer", "vision_model", "projector", "language_model", "text_hidden_fcs", "sam2"))
         size, ratio = base.vision_config.image_size[0], base.downsample_ratio
-        return Reference(**{**empty, **parts}, tile_size=size, downsample_ratio=ratio, device=torch.device("cpu"), dtype=torch.bfloat16)
+        return Reference(
+            **{**empty, **parts}, tile_size=size, downsample_ratio=ratio, device=torch.device("cpu"), dtype=torch.bfloat16, streamed=False
+        )
 
     def timed(name: str, run: Callable[[], Any]) -> Any:
         run()

@@ -147,10 +147,10 @@ def _run(bundle: Bundle, stub: StubCuda) -> Iterator[tuple[str, int, int]]:
                     for batch, (what, tokens) in itertools.product((1, 2), (("a prompt", 300), ("a token", 1)))
                 }
             for what, axes in runs.items():
-                shapes = {spec.name: [axes.get(str(axis), axis) for axis in spec.shape] for spec in stage.inputs}
+                shapes = {spec.name: [int(axes.get(str(axis), axis)) for axis in spec.shape] for spec in stage.inputs}
                 past = {spec.name for spec in stage.inputs if spec.name.startswith("past_")}
                 feeds = {
-                    spec.name: session.zeros([int(axis) for axis in shapes[spec.name]], spec.dtype)
+                    spec.name: session.zeros(shapes[spec.name], spec.dtype)
                     if spec.name in past
                     else np.zeros(shapes[spec.name], _numpy(spec))
                     for spec in stage.inputs
@@ -219,7 +219,9 @@ def main() -> int:
     stub = StubCuda(provider_library())
     open_device(_CUDA)
     wrong: list[str] = []
-    kernels, host, fused = set(), set(), set()
+    kernels: set[str] = set()
+    host: set[str] = set()
+    fused: set[str] = set()
     copies: dict[str, Mapping[str, tuple[int, int]]] = {}
     for folder in arguments.bundles:
         bundle = Bundle.load(folder)

@@ -42,7 +42,7 @@ def main() -> int:
 def _ours(model: Path, recipe: Path, out: Path) -> dict[str, Any]:
     """The export, then a copy of its result. Both read from the disk and end when the last byte is on it."""
     [checkpoint], [sam2] = model.glob("iter_*.pth"), model.glob("sam2_*.pt")
-    command = [
+    command: list[str | Path] = [
         _SCRIPT,
         "export",
         "--ckpt",

@@ -31,14 +31,15 @@ class _Prefill(torch.nn.Module):
     def forward(self, inputs_embeds: torch.Tensor) -> tuple[torch.Tensor, ...]:
         cache = DynamicCache()
         logits = self.model(inputs_embeds=inputs_embeds, past_key_values=cache, use_cache=True).logits
-        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        caches: list[Any] = list(cache.layers)
+        return (logits, *(tensor for layer in caches for tensor in (layer.keys, layer.values)))
 
 
 def main() -> None:
     folder, layers, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     [file] = folder.glob("iter_*.pth")
     base, state = open_base(str(folder / "base")), open_checkpoint(file).tensors
-    config = AutoConfig.for_model("qwen2", **_sizes(base.language, layers))
+    config: Any = AutoConfig.for_model("qwen2", **_sizes(base.language, layers))
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     weights = {name: base.tensor(f"language_model.{name}") for name, _ in model.named_parameters()}

@@ -45,12 +45,12 @@ def main() -> int:
 def _measured(arguments: argparse.Namespace, form: str, work: Path) -> tuple[dict[str, Any], int] | None:
     """What a bundle of this form was planned to take and takes, in GiB, and its layers; None if something fails."""
     [checkpoint], [sam2] = arguments.model.glob("iter_*.pth"), arguments.model.glob("sam2_*.pt")
-    inputs = ["--ckpt", checkpoint, "--base", arguments.model / "base", "--sam2", sam2]
+    inputs: list[str | Path] = ["--ckpt", checkpoint, "--base", arguments.model / "base", "--sam2", sam2]
     usage = run([_BIN / "vessel-export", "export", *inputs, *_recipe(form, work), "--out", work / "bundle", "--no-golden"])
     if not usage.exit_code:
         square_frames(arguments.frames, work / "frames", _SIDE, 1)
-        command = [_BIN / "vessel-rt", "infer", work / "frames", "--bundle", work / "bundle", "--device", "cpu", "-o", work / "out", "-q"]
-        usage = run([*command, "--streams", "1"])
+        infer: list[str | Path] = [_BIN / "vessel-rt", "infer", work / "frames", "--bundle", work / "bundle", "--device", "cpu"]
+        usage = run([*infer, "-o", work / "out", "-q", "--streams", "1"])
     if usage.exit_code:
         print(usage.errors, file=sys.stderr)
         return None

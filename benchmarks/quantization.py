@@ -24,7 +24,7 @@ import onnx_ir as ir
 from tqdm import tqdm
 
 from benchmarks.measure import publish
-from benchmarks.static_int8 import calibrate, stored_tensors, with_static_activations
+from benchmarks.static_int8 import calibrate, matrix_of, products_of, stored_tensors, with_static_activations
 from vessel_export.bundle.bundle_writer import ExportRequest, export_bundle
 from vessel_export.graphs.assemble import Graph, save_graph
 from vessel_export.graphs.quantize import Form, MatrixType, quantize_graph, with_quantized
@@ -119,8 +119,8 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
             found[frames.name] = _scores(frames, first.setdefault(frames.name, run), run)
         rows.append({"name": name, "weights_bytes": size, "sets": found})
 
-    for name, precision, weights, keep, emulated in _BUNDLES:
-        bundle = _export(folder / str(len(rows)), precision, weights, keep)
+    for name, precision, matrices, kept, emulated in _BUNDLES:
+        bundle = _export(folder / str(len(rows)), precision, matrices, kept)
         size = sum(record.bytes for file, record in bundle.files.items() if file.startswith("weights/"))
         add(name, emulate(bundle) if emulated else deploy(bundle, Device("cpu")), size, sets)
     whole = rows
@@ -134,11 +134,11 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
         if weights == "int8":
             coarse = {_ENCODER: _quantized_graph(base, _ENCODER, MatrixType.named(weights), coarse=True)}
             add(f"INT8: {_ENCODER}, without what fpn_0 and fpn_1 depend on", _with_graphs(base, coarse), None, sets[:1])
-    stages = rows
+    by_stage = rows
     rows = []
     peaks = calibrate(base, sets[0].paths, sets[0].questions)
-    for name, keep in _STATIC:
-        add(name, with_static_activations(base, base.folder / f"static-{len(rows)}", peaks, keep), None, sets)
+    for name, unrounded in _STATIC:
+        add(name, with_static_activations(base, base.folder / f"static-{len(rows)}", peaks, unrounded), None, sets)
     static = rows
     rows = []
     for stage, names in _matrices(base).items():
@@ -147,7 +147,7 @@ def _measured(folder: Path, sets: Sequence[_Frames]) -> dict[str, Any]:
             graph = _quantized_graph(base, stage, MatrixType.named("int8"), keep)
             add(f"{stage}: {matrix}", _with_graphs(base, {stage: graph}), None, sets[:1])
     rows.sort(key=lambda row: row["sets"][sets[0].name]["mean_iou"])
-    return {"bundles": whole, "stages": stages, "static": static, "matrices": rows[:_SHOWN]}
+    return {"bundles": whole, "stages": by_stage, "static": static, "matrices": rows[:_SHOWN]}
 
 
 def _with_graphs(base: Bundle, graphs: Mapping[str, Path]) -> Deployment:
@@ -160,7 +160,7 @@ def _matrices(base: Bundle) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for stage in ("vision_encoder", "language_model", _ENCODER):
         graph = ir.load(base.folder / base.stages[stage].file).graph
-        found[stage] = [str(node.inputs[1].name) for node in graph if node.op_type == "MatMul" and node.inputs[1].is_initializer()]
+        found[stage] = [matrix_of(node) for node in products_of(graph)]
     return found
 
 

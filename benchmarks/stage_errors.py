@@ -63,7 +63,8 @@ def _results(bundle: Bundle, reference: Reference, kept: Path | None) -> list[Re
         found: list[ReferenceResult] = torch.load(kept, weights_only=False)  # written below
         return found
     recorder, limit = GoldenRecorder(bundle, reference), bundle.language_model.max_new_tokens
-    question, results = bundle.prompt.default_question, []
+    question = bundle.prompt.default_question
+    results: list[ReferenceResult] = []
     for frame in range(_FRAMES):
         draft = results[-1].answer_ids.tolist() if results else ()
         results.append(reference.segment(recorder.image(frame), question, max_new_tokens=limit, draft=draft))

@@ -28,7 +28,7 @@ from vessel_rt.formats.bundle import Bundle
 from vessel_rt.model.preprocess import tile_pixels
 from vessel_rt.model.prompt import EmbedTokens, PromptTokenizer
 
-__all__ = ["calibrate", "stored_tensors", "with_static_activations"]
+__all__ = ["calibrate", "matrix_of", "products_of", "stored_tensors", "with_static_activations"]
 
 STAGES = ("vision_encoder", "language_model")
 
@@ -58,7 +58,7 @@ class _Observer:
 
     def __init__(self, bundle: Bundle, stage: str) -> None:
         model = ir.load(bundle.folder / bundle.stages[stage].file)
-        products = {str(node.inputs[1].name): node for node in _products(model.graph)}
+        products = {matrix_of(node): node for node in products_of(model.graph)}
         for name, node in products.items():
             magnitude = ir.node("Abs", [node.inputs[0]])
             peak = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
@@ -79,8 +79,14 @@ class _Observer:
         return found
 
 
-def _products(graph: ir.Graph) -> list[ir.Node]:
+def products_of(graph: ir.Graph) -> list[ir.Node]:
+    """The products with a matrix of weights."""
     return [node for node in graph if node.op_type == "MatMul" and (right := node.inputs[1]) is not None and right.is_initializer()]
+
+
+def matrix_of(product: ir.Node) -> str:
+    """The name of a product's matrix."""
+    return str(product.inputs[1].name) if product.inputs[1] else ""
 
 
 def with_static_activations(bundle: Bundle, folder: Path, peaks: Mapping[str, float], keep: Sequence[str]) -> Deployment:
@@ -95,7 +101,7 @@ def _static_graph(bundle: Bundle, stage: str, folder: Path, peaks: Mapping[str, 
     model = ir.load(bundle.folder / bundle.stages[stage].file)
     tensors = stored_tensors(bundle, model)
     graph = Graph(stage, model, 0, 0)
-    products = {str(node.inputs[1].name): node for node in _products(model.graph)}  # type: ignore[union-attr]
+    products = {matrix_of(node): node for node in products_of(model.graph)}
     blocks, _ = quantize_graph(graph, kind, keep)
     for name in blocks:
         _round(model.graph, products[name], peaks[name] / kind.largest)
