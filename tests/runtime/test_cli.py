@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import vessel_rt
+from tests.support.checks import once
 from tests.support.disks import SmallDisk
 from tests.support.frames import make_frame
 from tests.support.paths import ROOT
@@ -91,7 +92,7 @@ def test_failed_images_make_the_exit_code_1(engines: Path, frames: Path, capsys:
 def test_a_check_prints_a_line_for_each_and_the_verdict(
     engines: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vessel_rt.check.speed._RUNS", range(1, 2))
+    once(monkeypatch)
     assert main(["check", "--device", "cpu", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     assert "bundle engines/new" in err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checks import TILES, Check, with_goldens
+from tests.support.checks import TILES, Check, once, with_goldens
 from tests.support.shared import made_once
 from vessel_rt.check import check as check_module
 from vessel_rt.check import speed
@@ -36,7 +36,7 @@ def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """`check` on a bundle, with as few runs and tiles as it can do with."""
-    monkeypatch.setattr(speed, "_RUNS", range(1, 2))
+    once(monkeypatch)
     for module in (speed, check_module):
         monkeypatch.setattr(module, "MEASURED_TILES", TILES)
     monkeypatch.setattr("vessel_rt.device.deployment.MOST_IMAGES", 2)
