@@ -139,9 +139,7 @@ def _truth(path: Path, options: BenchOptions, frames: FrameSet, question: str) -
 class _Scorer:
     """Scores masks as they are made, so that only those of the first FP32 bundle are kept."""
 
-    def __init__(
-        self, frames: FrameSet, question: str, truth: tuple[Path, GroundTruth] | None, warn: Callable[[str], object]
-    ) -> None:
+    def __init__(self, frames: FrameSet, question: str, truth: tuple[Path, GroundTruth] | None, warn: Callable[[str], object]) -> None:
         self._frames, self._question, self._truth, self._warn = frames, question, truth, warn
         self._owner: tuple[object, int] | None = None
         self._reference: dict[int, Sequence[PackedMask]] = {}

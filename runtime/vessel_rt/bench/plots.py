@@ -30,7 +30,7 @@ svg .grid {{ stroke: var(--line); fill: none; }}
 svg .mark {{ stroke: var(--text); stroke-width: 2; }}
 svg .line {{ fill: none; stroke-width: 2; }}
 {"".join(f".c{i} {{ fill: {colour}; stroke: {colour}; }}" for i, colour in enumerate(_COLOURS))}
-svg rect.bar {{ stroke: none; }}
+svg .step {{ stroke: none; }}
 """
 
 
@@ -100,7 +100,7 @@ def by_step(lines: Sequence[Line]) -> str:
         parts.append(f'<text x="{left - 10:.1f}" y="{y + 13:g}" text-anchor="end">{escape(label)}</text>')
         for colour, name in enumerate(STEPS):
             ms = step_ms(line.row, name) or 0.0
-            parts.append(f'<rect class="bar c{colour}" x="{x(at):.1f}" y="{y:g}" width="{x(ms) - left:.1f}" height="18"/>')
+            parts.append(f'<rect class="step c{colour}" x="{x(at):.1f}" y="{y:g}" width="{x(ms) - left:.1f}" height="18"/>')
             at += ms
         total = step_ms(line.row, TOTAL) or 0.0
         parts.append(f'<path class="mark" d="M{x(total):.1f} {y - 2:g}v22"/>')
@@ -113,7 +113,8 @@ def by_step(lines: Sequence[Line]) -> str:
 def _legend(left: float) -> Iterator[str]:
     at = left
     for colour, name in enumerate(STEPS):
-        yield f'<rect class="bar c{colour}" x="{at:.1f}" y="6" width="12" height="12"/><text x="{at + 17:.1f}" y="16">{escape(name)}</text>'
+        yield f'<rect class="step c{colour}" x="{at:.1f}" y="6" width="12" height="12"/>'
+        yield f'<text x="{at + 17:.1f}" y="16">{escape(name)}</text>'
         at += 36 + _LETTER * len(name)
 
 

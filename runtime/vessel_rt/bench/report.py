@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vessel_rt.bench.plots import STYLE, by_batch, by_step
 from vessel_rt.bench.schema import BENCH_FILE, BenchFile, BenchRun
-from vessel_rt.bench.table import Line, columns, describe, fault_place, lines_of
+from vessel_rt.bench.table import TEXTS, Line, columns, describe, fault_place, lines_of
 from vessel_rt.formats.schema import to_json
 from vessel_rt.measure import page as measure_page
 from vessel_rt.measure.page import machine_panel, tiles_text, write_texts
@@ -16,6 +16,12 @@ from vessel_rt.measure.page import machine_panel, tiles_text, write_texts
 __all__ = ["BENCH_PAGE", "page", "write_bench"]
 
 BENCH_PAGE = "bench.html"
+_STYLE = """main { max-width: 1280px; }
+.wide { margin-bottom: 8px; }
+.wide td, .wide th { padding-right: 12px; }
+.wide .text { white-space: nowrap; }
+@media (max-width: 720px) { .panel .wide tr { display: table-row; } .panel .wide tr > * { padding: 4px 16px 4px 0; } }
+"""
 
 
 def write_bench(output: Path, found: BenchFile) -> None:
@@ -32,7 +38,7 @@ def page(found: BenchFile) -> str:
     verdict = _verdict(measured) if finished else "NOT FINISHED"
     about = "; ".join(f"{number}: {describe(run)}" if len(found.runs) > 1 else describe(run) for number, run in enumerate(found.runs, 1))
     sections = [_table(lines), *_plots(measured), *_machines(found.runs)]
-    return measure_page.page("vessel-rt bench", outcome, verdict, about, sections, STYLE)
+    return measure_page.page("vessel-rt bench", outcome, verdict, about, sections, _STYLE + STYLE)
 
 
 def _verdict(measured: Sequence[Line]) -> str:
@@ -48,24 +54,23 @@ def _verdict(measured: Sequence[Line]) -> str:
 
 def _table(lines: Sequence[Line]) -> str:
     shown = columns(lines)
-    text_columns = ("machine", "bundle", "device")
-    head = "".join(f"<th{_aligned(title not in text_columns)}>{escape(title)}</th>" for title, _ in shown)
+    head = "".join(f"<th{_aligned(title)}>{escape(title)}</th>" for title, _ in shown)
     rows = []
     for line in lines:
         if line.row.fault:
             rows.append(f'<tr><td colspan="{len(shown)}"><p class="fail">{escape(f"{fault_place(line)}: {line.row.fault}")}</p></td></tr>')
         else:
-            cells = (f"<td{_aligned(title not in text_columns)}>{escape(text(line))}</td>" for title, text in shown)
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+            rows.append(f"<tr>{''.join(f'<td{_aligned(title)}>{escape(text(line))}</td>' for title, text in shown)}</tr>")
     note = (
         '<p class="dim">Medians, in milliseconds per image. Host: the peak of the process\'s anonymous memory up to that batch size; '
         "device mem.: that of the GPU's. Least IoU: with the masks of the FP32 bundle.</p>"
     )
-    return f'<section class="panel"><h2>Measurements</h2><table><thead><tr>{head}</tr></thead>{"".join(rows)}</table>{note}</section>'
+    table = f'<table class="wide"><thead><tr>{head}</tr></thead>{"".join(rows)}</table>'
+    return f'<section class="panel"><h2>Measurements</h2>{table}{note}</section>'
 
 
-def _aligned(right: bool) -> str:
-    return ' class="number"' if right else ""
+def _aligned(title: str) -> str:
+    return ' class="text"' if title in TEXTS else ' class="number"'
 
 
 def _plots(measured: Sequence[Line]) -> Iterator[str]:

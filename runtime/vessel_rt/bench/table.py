@@ -11,7 +11,7 @@ from vessel_rt.measure.memory import size
 from vessel_rt.measure.schema import BundleFacts
 from vessel_rt.measure.timing import TOTAL
 
-__all__ = ["STEPS", "Column", "Line", "columns", "describe", "fault_place", "lines_of", "step_ms", "table"]
+__all__ = ["STEPS", "TEXTS", "Column", "Line", "columns", "describe", "fault_place", "lines_of", "step_ms", "table"]
 
 STEPS = {
     "prepare": ("tiles", "square"),
@@ -22,6 +22,9 @@ STEPS = {
     "masks": ("upsample",),
 }
 """The columns of the steps, and the steps whose times they add."""
+
+TEXTS = ("machine", "bundle", "device")
+"""The columns that are not numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +42,17 @@ Column = tuple[str, Callable[[Line], str]]
 
 
 def lines_of(found: BenchFile) -> list[Line]:
-    """All rows, in order. A machine is called by its number if there are several, and a bundle by what tells it from others."""
+    """All rows, by their tiles, so that those of the same frames are next to each other; what could not be measured comes last.
+
+    A machine is called by its number if there are several, and a bundle by what tells it from the others.
+    """
     names, several = _bundle_names(found), len(found.runs) > 1
-    return [
+    lines = [
         Line(str(number) if several else "", _bundle_name(run, row, names), row.device, run, row)
         for number, run in enumerate(found.runs, start=1)
         for row in run.rows
     ]
+    return sorted(lines, key=lambda line: (line.row.fault != "", line.row.tiles or 0))
 
 
 def _bundle_names(found: BenchFile) -> dict[str, str]:
@@ -102,7 +109,7 @@ def table(found: BenchFile) -> str:
     shown = columns(measured)
     texts = [[title for title, _ in shown], *([text(line) for _, text in shown] for line in measured)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    left = [title in ("machine", "bundle", "device") for title, _ in shown]
+    left = [title in TEXTS for title, _ in shown]
     rows = [
         "  ".join(f"{text:{'<' if is_left else '>'}{width}}" for text, width, is_left in zip(row, widths, left, strict=True)).rstrip()
         for row in texts
