@@ -13,9 +13,8 @@ from vessel_rt.check import speed
 from vessel_rt.check.check import CheckOptions, check
 from vessel_rt.check.schema import CheckFile
 from vessel_rt.device.providers import Device
-from vessel_rt.formats.bundle import Bundle
 
-QUESTION, OF_TWO_MASKS = "Please segment vessel in this image.", "Please segment vessel and catheter in this image."
+OF_TWO_MASKS = "Please segment vessel and catheter in this image."
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +22,6 @@ def golden_tiny(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The trained bundle in FP32, with goldens of two frames, each with two masks. Not to be written to."""
     name = "golden-tiny"
     return made_once(tmp_path_factory, name, lambda folder: with_goldens(folder / name, fp32_bundle, OF_TWO_MASKS)) / name
-
-
-@pytest.fixture(scope="session")
-def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that answers `Mask [SEG].`, with goldens. Not to be written to."""
-    folder = tmp_path_factory.mktemp("golden") / "standin"
-    with_goldens(folder, standin.folder, QUESTION)
-    return folder
 
 
 @pytest.fixture
