@@ -9,6 +9,9 @@ from vessel_rt.measure.schema import BundleFacts, MachineFacts, MachineGpu
 
 Bench = Callable[..., BenchFile]
 
+ONCE = "from vessel_rt.measure import timing; timing._LEAST_RUNS = timing._MOST_RUNS = 1\n"
+"""What a process runs first, so that it measures every time once."""
+
 STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample")
 
 

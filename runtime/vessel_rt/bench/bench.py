@@ -61,7 +61,8 @@ class BenchOptions:
 
 
 def bench(options: BenchOptions, save: Callable[[BenchFile], object], warn: Callable[[str], object]) -> BenchFile:
-    """Measure everything. `save` is called with what was measured so far after each process, `warn` with lines for the user.
+    """Measure everything. `save` is called with what was measured so far, after each process and when it is stopped, and `warn` with
+    lines for the user.
 
     What cannot be measured has a row that says why.
 
@@ -108,8 +109,10 @@ def bench(options: BenchOptions, save: Callable[[BenchFile], object], warn: Call
     with tqdm(total=steps, desc="bench", unit="measurement", disable=None, delay=2, leave=False) as bar:
         for turn in range(options.rounds):
             for each in sorted(configurations, key=lambda each: not each.is_reference):
-                each.measure(options, question, turn, scorer, bar)
-                save(found(finished=False))
+                try:
+                    each.measure(options, question, turn, scorer, bar)
+                finally:
+                    save(found(finished=False))
     return found(finished=True)
 
 
@@ -131,7 +134,8 @@ def _truth(path: Path, options: BenchOptions, frames: FrameSet, question: str) -
     concepts = truth.concepts(question)
     if not concepts:
         raise VesselError(f"{path}: annotates no concept that the question names ({question!r})")
-    if all(truth.mask(frames.line(position), concept) is None for position in range(len(frames.frames)) for concept in concepts):
+    drawn = [truth.mask(frames.line(position), concept) for position in range(len(frames.frames)) for concept in concepts]
+    if all(mask is None for mask in drawn):
         raise VesselError(f"{path}: has no ground truth for any of the frames; they are matched by file name")
     return path, truth
 

@@ -115,7 +115,8 @@ def table(found: BenchFile) -> str:
         for row in texts
     ]
     faults = [f"{fault_place(line)}: {line.row.fault}" for line in lines if line.row.fault]
-    machines = [f"machine {number}: {describe(run)}" for number, run in enumerate(found.runs, start=1)] if len(found.runs) > 1 else []
+    several = len(found.runs) > 1
+    machines = [f"machine{f' {number}' if several else ''}: {describe(run)}" for number, run in enumerate(found.runs, start=1)]
     return "\n".join([*(rows if measured else []), *faults, *machines])
 
 
@@ -128,12 +129,13 @@ def fault_place(line: Line) -> str:
 
 
 def describe(run: BenchRun) -> str:
-    """The machine of a run in one line: processor, cores, memory, GPUs, ONNX Runtime, date."""
+    """The machine of a run in one line: processor, cores, memory, GPUs, ONNX Runtime and its providers, date."""
     machine = run.machine
     memory = "" if machine.memory_bytes is None else f"{machine.memory_bytes / 2**30:.1f} GiB"
     runtimes = [f"{name} {version}" for name, version in machine.versions.items() if name.startswith("onnxruntime")]
-    gpus = [gpu.name for gpu in machine.gpus]
-    return ", ".join(filter(None, [machine.cpu or machine.system, f"{machine.cores} cores", memory, *gpus, *runtimes, run.started[:10]]))
+    providers = dict.fromkeys(row.provider for row in run.rows if row.provider)
+    parts = [machine.cpu or machine.system, f"{machine.cores} cores", memory, *(gpu.name for gpu in machine.gpus), *runtimes]
+    return ", ".join(filter(None, [*parts, *providers, run.started[:10]]))
 
 
 def _step(name: str) -> Callable[[Line], str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.benches import Bench
+from tests.support.benches import ONCE, Bench
 from tests.support.frames import CODES
 from vessel_rt.bench import process
 from vessel_rt.bench.bench import BenchOptions, bench
@@ -15,8 +15,6 @@ from vessel_rt.bench.report import write_bench
 from vessel_rt.bench.schema import BenchFile
 from vessel_rt.device.providers import Device
 from vessel_rt.inputs.frames import Naming
-
-ONCE = "from vessel_rt.measure import timing; timing._LEAST_RUNS = timing._MOST_RUNS = 1\n"
 
 
 @pytest.fixture

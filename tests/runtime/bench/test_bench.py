@@ -13,6 +13,7 @@ from tests.support.benches import Bench
 from tests.support.frames import make_frame
 from tests.support.paths import Tiny
 from tests.support.runs import lines, options
+from vessel_rt.bench import bench as module
 from vessel_rt.bench.bench import _Scorer
 from vessel_rt.bench.compare import read_bench
 from vessel_rt.bench.frames import FrameSet
@@ -214,10 +215,9 @@ def test_ground_truth_that_lacks_a_concept_gives_no_dice_and_a_warning() -> None
     assert "it has only 'vessel', but answers have 2 masks" in warning
 
 
-def test_a_stopped_bench_leaves_what_it_measured(golden_standin: Path, run_bench: Bench, tmp_path: Path, plant: Any) -> None:
-    plant("")
-    from vessel_rt.bench import bench as module
-
+def test_a_stopped_bench_leaves_what_it_measured(
+    golden_standin: Path, run_bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured, real = [], module.measure_apart
 
     def interrupted(work: Any, hear: Any) -> str | None:
@@ -226,10 +226,9 @@ def test_a_stopped_bench_leaves_what_it_measured(golden_standin: Path, run_bench
         measured.append(work)
         return real(work, hear)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "measure_apart", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_bench(golden_standin, rounds=2)
+    monkeypatch.setattr(module, "measure_apart", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(golden_standin, rounds=2)
     found = json.loads((tmp_path / "out" / BENCH_FILE).read_text())
     assert found["runs"][0]["finished"] is False
     assert len(found["runs"][0]["rows"]) == 2

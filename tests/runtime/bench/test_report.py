@@ -18,7 +18,7 @@ def test_it_shows_everything_and_no_text_is_markup() -> None:
     text = page(bench_file())
     for part in (
         "200.00 images/s of 1 tile: fp32 on cuda:0, 2 images at once",
-        "A &lt;processor&gt;, 8 cores, 32.0 GiB, Card, onnxruntime 1.32.0, 2026-01-02",
+        "A &lt;processor&gt;, 8 cores, 32.0 GiB, Card, onnxruntime 1.32.0, CPUExecutionProvider, CUDAExecutionProvider, 2026-01-02",
         "2026-01-02 03:04:05 UTC",
         "bundle 3 on cpu: bundle: &lt;damaged&gt; bundle",
         "Please segment &lt;vessel&gt; in this image.",

@@ -11,7 +11,7 @@ from vessel_rt.measure.schema import BundleFacts
 
 def test_rows_of_the_same_tiles_are_together_and_faults_come_last() -> None:
     text = table(bench_file()).splitlines()
-    head, body, faults = text[0].split(), text[1:17], text[17:]
+    head, body, faults = text[0].split(), text[1:17], text[17:-1]
     assert head[:7] == ["bundle", "device", "tiles", "batch", "images/s", "ms", "p50"]
     assert [line.split()[2] for line in body] == ["1"] * 8 + ["10"] * 8
     assert body[0].split()[:5] == ["fp32", "cpu", "1", "1", "10.00"]
@@ -34,13 +34,16 @@ def test_columns_without_a_figure_are_left_out() -> None:
 def test_several_machines_have_a_column_and_are_described() -> None:
     text = table(bench_file(bench_run("here"), bench_run("there")))
     assert text.splitlines()[0].startswith("machine")
-    assert text.splitlines()[-1] == "machine 2: there, 8 cores, 32.0 GiB, Card, onnxruntime 1.32.0, 2026-01-02"
+    assert text.splitlines()[-1] == (
+        "machine 2: there, 8 cores, 32.0 GiB, Card, onnxruntime 1.32.0, CPUExecutionProvider, CUDAExecutionProvider, 2026-01-02"
+    )
 
 
 def test_nothing_measured_is_only_its_faults() -> None:
     run = bench_run()
     text = table(BenchFile(runs=(msgspec.structs.replace(run, rows=run.rows[-1:]),)))
-    assert text == "bundle 3 on cpu: bundle: <damaged> bundle"
+    assert text.splitlines()[0] == "bundle 3 on cpu: bundle: <damaged> bundle"
+    assert text.splitlines()[1].startswith("machine: A <processor>, 8 cores")
 
 
 @pytest.mark.parametrize(
