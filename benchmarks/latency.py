@@ -10,8 +10,9 @@ affects all of them. Ratios are computed within a round; the result has their sp
 - naive: the same graphs, one image after another, without drafts and without overlap.
 - reference: vessel_export.parity.reference, eager PyTorch, as in Sa2VA's own code. compiled: with its encoders compiled by torch.compile.
 
-Then, in one process: the latency of each stage for single images (`stages`, by tiles), the milliseconds per image in batches, and the share
-of a run's steady state in which a stream runs no graph (on a CPU; on a GPU graphs overlap). The last line is JSON.
+Then, in one process: the latency of each step for single images (`stages`, by tiles) and the milliseconds per image in batches, both as
+`vessel-rt bench` measures them, and the share of a run's steady state in which a stream runs no graph (on a CPU; on a GPU graphs overlap).
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from vessel_rt.results.reader import TIMINGS_FILE, iter_lines
 T = TypeVar("T")
 
 _QUESTION = "Please segment vessel in this image."
+_ON_THE_HOST = ("tiles", "square", "upsample")
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
-_STAGES = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample")
 
 
 def main() -> int:
@@ -227,11 +228,15 @@ def _save(mask: Any, path: Path) -> None:
 
 
 def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of each stage for single images, milliseconds per image in batches, and the share of a run outside the graphs."""
+    """What `vessel-rt bench` measures of single images and of the graphs' part of batches; and the share of a run outside the graphs."""
+    from vessel_rt.bench.frames import given_frames
+    from vessel_rt.bench.work import Failed, Measured, Message, Work, measure
     from vessel_rt.device import session
     from vessel_rt.device.providers import Device
     from vessel_rt.formats.bundle import Bundle
-    from vessel_rt.inputs.images import read_image
+    from vessel_rt.inputs.frames import Naming, Selection
+    from vessel_rt.inputs.pseudonyms import StudyCodes
+    from vessel_rt.measure.timing import TOTAL, medians
     from vessel_rt.run.infer import infer
 
     running: list[tuple[float, float]] = []  # begin and end of each run of a graph, in any thread
@@ -245,34 +250,25 @@ def _stages(arguments: argparse.Namespace) -> dict[str, Any]:
             running.append((began, time.perf_counter()))
 
     session.Session.run = timed  # type: ignore[method-assign]
-    images = [read_image(path) for path in sorted(arguments.frames.iterdir())]
-    with _segmenter(arguments, draft=True) as segmenter:
-        segmenter.segment(images[0], _QUESTION)
-        results, totals = [], []
-        for image in images[1:]:
-            began = time.perf_counter()
-            results.append(segmenter.segment(image, _QUESTION))
-            totals.append((time.perf_counter() - began) * 1e3)
-        pixels = [segmenter.prepare(image) for image in images[1:]]
-        batches = {}
-        for batch in arguments.batches:
-            groups = [pixels[i : i + batch] for i in range(0, len(pixels) - batch + 1, batch)]
-            segmenter.run(groups[0], [_QUESTION])  # warm up: the arenas grow
-            began = time.perf_counter()
-            for group in groups:
-                segmenter.run(group, [_QUESTION])
-            batches[str(batch)] = round((time.perf_counter() - began) / sum(map(len, groups)) * 1e3, 2)
+    bundle, device = Bundle.load(arguments.bundle), Device.parse(arguments.device)
+    found = given_frames([str(arguments.frames)], Naming(StudyCodes(b"benchmark")), Selection())
+    frames = {tiles: {i: found.frames[i] for i in positions} for tiles, positions in found.by_tiles(bundle.tiles).items()}
+    messages: list[Message] = []
+    measure(Work(bundle, device, frames, _QUESTION, sorted({1, *arguments.batches})), messages.append)
+    if faults := [message.reason for message in messages if isinstance(message, Failed)]:
+        raise SystemExit(faults[0])
+    times = {message.batch: message.times for message in messages if isinstance(message, Measured)}
+    graphs = {batch: [run[TOTAL] - sum(run[step] for step in _ON_THE_HOST) for run in runs] for batch, runs in times.items()}
+    [tiles] = frames
     running.clear()
     with tempfile.TemporaryDirectory() as out:
-        summary = infer(
-            Bundle.load(arguments.bundle), infer_options(arguments.frames, Path(out), _QUESTION, Device.parse(arguments.device))
-        )
+        summary = infer(bundle, infer_options(arguments.frames, Path(out), _QUESTION, device))
     outside = _idle(running, summary.streams)
-    stages = {stage: _percentiles([result.ms[stage] for result in results]) for stage in _STAGES}
+    steps = medians(times[1])
     return {
-        "tiles": len(pixels[0].tiles),
-        "stages": {stage: {"ms": values["p50"], **values} for stage, values in {**stages, "end to end": _percentiles(totals)}.items()},
-        "ms_per_image_by_batch": batches,
+        "tiles": tiles,
+        "stages": {"end to end" if step == TOTAL else step: {"ms": p50, "p50": p50, "p90": p90} for step, (p50, p90) in steps.items()},
+        "ms_per_image_by_batch": {str(batch): round(statistics.median(graphs[batch]), 2) for batch in arguments.batches},
         "outside_graphs": round(outside, 4),
     }
 
@@ -283,10 +279,6 @@ def _idle(running: Sequence[tuple[float, float]], streams: int) -> float:
     begin, end = first + 0.1 * (last - first), last - 0.1 * (last - first)
     busy = sum(max(0.0, min(ended, end) - max(began, begin)) for began, ended in running)
     return 1 - busy / (streams * (end - begin))
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{q}": round(float(np.percentile(values, q)), 2) for q in (50, 90, 99)}
 
 
 _WORKERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

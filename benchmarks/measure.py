@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from vessel_rt.device.providers import Device
 from vessel_rt.inputs.frames import Naming
 from vessel_rt.inputs.images import SUFFIXES
 from vessel_rt.inputs.pseudonyms import StudyCodes
+from vessel_rt.measure.machine import describe_machine
 from vessel_rt.run.infer import InferOptions
 from vessel_rt.run.worker import WorkOptions
 
@@ -99,21 +98,19 @@ def square_frames(source: Path, folder: Path, side: int, count: int) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """This machine and its libraries."""
-    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {}
+    """This machine and its libraries, those of the exporter included."""
+    facts, versions = describe_machine(), {}
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(memory / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+        "cpu": facts.cpu or "",
+        "cores": facts.cores,
+        "memory_gib": round((facts.memory_bytes or 0) / 2**30, 1),
+        "system": facts.system,
+        "python": facts.versions["python"],
         **versions,
     }
 

@@ -96,12 +96,12 @@ def _ratios() -> str:
 
 def _stages() -> str:
     stages = _result("latency")["stages"]
-    head = ["step", *(f"{tiles} tile{'s' * (tiles != '1')}: p50, p90, p99" for tiles in stages)]
+    head = ["step", *(f"{tiles} tile{'s' * (tiles != '1')}: p50, p90" for tiles in stages)]
     return _table(head, [[step, *(_percentiles(of_tiles[step]) for of_tiles in stages.values())] for step in _STEPS])
 
 
 def _percentiles(values: dict[str, float]) -> str:
-    return f"{values['p50']:.1f}, {values['p90']:.1f}, {values['p99']:.1f}"
+    return f"{values['p50']:.1f}, {values['p90']:.1f}"
 
 
 def _batches() -> str:

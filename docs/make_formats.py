@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import inspect as types
 
+from vessel_rt.bench.schema import BenchFile
 from vessel_rt.check.schema import CheckFile
 from vessel_rt.evaluation.check_data import CheckReport, DroppedItem
 from vessel_rt.formats.bundle import BundleFile
@@ -27,7 +28,8 @@ This page is generated from the types in the code by `make docs`; a test compare
 
 Every file has a `schema`, the version of its format. A file with a newer schema is refused: upgrade vessel-rt to read it.
 Older files are read.
-Unknown keys are errors in `bundle.json`, sidecars and recipes. In the files of an output folder they are ignored.
+Unknown keys are errors in `bundle.json`, sidecars and recipes. In the files of an output folder they are ignored,
+and so they are in `check.json` and `bench.json`.
 """
 FILES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("bundle.json", (BundleFile,)),
@@ -41,6 +43,7 @@ FILES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("evaluation.json", (EvaluationFile,)),
     ("check-data", (CheckReport, DroppedItem)),
     ("check.json", (CheckFile,)),
+    ("bench.json", (BenchFile,)),
 )
 FILE_NAME, SHA256 = (types.type_info(kind).pattern for kind in (FileName, Sha256))  # type: ignore[attr-defined]
 LARGE = 2**53 - 1  # bounds from here on are those of JSON's numbers, and not shown

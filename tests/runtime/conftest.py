@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.checks import with_goldens
 from tests.support.disks import SmallDisk, limited_files, mounted
 from tests.support.frames import make_frame
 from tests.support.paths import Tiny
@@ -23,6 +24,14 @@ from vessel_rt.inputs.pseudonyms import StudyCodes
 def standin(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Answers `Mask [SEG].`; not to be written to."""
     return build_standin(tmp_path_factory.mktemp("standin") / "standin")
+
+
+@pytest.fixture(scope="session")
+def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that answers `Mask [SEG].`, with goldens. Not to be written to."""
+    folder = tmp_path_factory.mktemp("golden") / "standin"
+    with_goldens(folder, standin.folder, "Please segment vessel in this image.")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 import vessel_rt
+from tests.support.benches import ONCE
+from tests.support.checks import once
 from tests.support.disks import SmallDisk
 from tests.support.frames import make_frame
 from tests.support.paths import ROOT
@@ -88,10 +90,49 @@ def test_failed_images_make_the_exit_code_1(engines: Path, frames: Path, capsys:
     assert f"vessel-rt: error: {frames / 'b_empty.jpg'}: an empty file" in capsys.readouterr().err
 
 
+def test_a_bench_prints_a_table_and_its_files_can_be_compared(
+    engines: Path, frames: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vessel_rt.bench.process._PROGRAM", f"{ONCE}from vessel_rt.bench.process import serve; serve()")
+    assert main(["bench", str(frames), "--device", "cpu", "--threads", "1", "--rounds", "1", "--batch", "1", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "bundle engines/new" in err
+    head, one, two, machine, report = out.splitlines()
+    assert head.split()[:5] == ["bundle", "device", "tiles", "batch", "images/s"]
+    assert [line.split()[:4] for line in (one, two)] == [["fp32", "cpu", "7", batch] for batch in "12"]
+    assert machine.startswith("machine: ")
+    assert report == "report: out/bench/bench.html"
+    assert main(["bench", "--compare", "out/bench/bench.json", "out/bench/bench.json", "-o", "both"]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [head, one, two]  # the same run, once
+    assert Path("both/bench.json").read_bytes() == Path("out/bench/bench.json").read_bytes()
+    assert main(["bench", "--compare", "out/bench/bench.html"]) == 1
+    assert "bench.html: not a bench.json" in capsys.readouterr().err
+    assert main(["bench", str(frames), "--device", "tensorrt"]) == 1  # nothing could be measured
+    assert "fp32 on tensorrt:0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gt", "a.json"], "--gt needs IMAGES"),
+        (["--compare", "a.json", "--bundle", "b"], "--compare measures nothing"),
+        (["--compare"], "--compare"),
+        (["--batch", "0"], "not a positive number"),
+        (["--device", "toaster"], "not a device"),
+        (["--rounds", "1000"], "too many"),
+    ],
+)
+def test_a_bench_with_options_that_do_not_agree(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *arguments])
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_check_prints_a_line_for_each_and_the_verdict(
     engines: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vessel_rt.check.speed._RUNS", range(1, 2))
+    once(monkeypatch)
     assert main(["check", "--device", "cpu", "--threads", "1"]) == 0
     out, err = capsys.readouterr()
     assert "bundle engines/new" in err

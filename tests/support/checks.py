@@ -1,4 +1,4 @@
-"""What the tests of `vessel-rt check` share: frames of few tiles, goldens of them, and the type of a function that checks."""
+"""What the tests of `vessel-rt check` and `bench` share: frames of few tiles, goldens of them, and the type of a function that checks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support.goldens import make_goldens
-from vessel_rt.check.frames import frame_of
 from vessel_rt.check.schema import CheckFile
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.measure import timing
+from vessel_rt.measure.frames import frame_of
 
 TILES = (1, 5)  # frames of 10, as the command measures, take long
 
 Check = Callable[..., CheckFile]
+
+
+def once(patch: pytest.MonkeyPatch) -> None:
+    """Measure every time once, in this process."""
+    for name in ("_LEAST_RUNS", "_MOST_RUNS"):
+        patch.setattr(timing, name, 1)
 
 
 def with_goldens(folder: Path, source: Path, question: str) -> None:

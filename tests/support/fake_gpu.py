@@ -13,6 +13,7 @@ from vessel_rt.check import check, machine, speed
 from vessel_rt.device import cuda_driver, deployment, nvml, providers, session
 from vessel_rt.device.cuda_driver import Gpu
 from vessel_rt.device.providers import PROVIDERS
+from vessel_rt.measure import machine as measure_machine
 
 RTX_3090 = Gpu(0, "NVIDIA GeForce RTX 3090", "sm86", 24 << 30)
 
@@ -65,7 +66,7 @@ class FakeNvml:
 
 def install_gpu(patch: pytest.MonkeyPatch, *, on_the_cpu: bool = False) -> FakeNvml:
     """Let `cuda` be the CPU's kernels under the name of an RTX 3090. With `on_the_cpu`, ONNX Runtime says that they are the CPU's."""
-    for module in (cuda_driver, deployment, providers, check, machine, speed):
+    for module in (cuda_driver, deployment, providers, check, machine, speed, measure_machine):
         patch.setattr(module, "list_gpus", lambda: (RTX_3090,))
     patch.setattr(machine, "driver_cuda", lambda: (13, 0))
     patch.setattr(nvml, "pci_bus", lambda index: "0000:01:00.0")

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import LanguageModelSpec
 from vessel_rt.inputs.images import SUFFIXES, read_image
+from vessel_rt.measure.frames import draw_angiogram
 
 __all__ = ["Sample", "drawn_samples", "one_pass", "read_samples", "samples_of"]
 
@@ -60,16 +61,10 @@ def _read_sample(file: Path, name: str) -> Sample:
 
 
 def drawn_samples() -> list[Sample]:
-    """Three frames of different shapes with dark vessels drawn on gray, for use without images."""
+    """Three drawn frames of different shapes, for use without images."""
     samples = []
     for width, height in ((512, 512), (640, 480), (300, 300)):
-        random = np.random.default_rng(width)
-        image = Image.fromarray(random.normal(150, 12, (height, width)).clip(0, 255).astype(np.uint8))
-        draw = ImageDraw.Draw(image)
-        for thickness in (9, 7, 5, 3):
-            steps = np.cumsum(random.normal((width / 24, height / 24), width / 40, (16, 2)), axis=0)
-            draw.line([(float(x), float(y)) for x, y in steps + random.uniform(0, width / 3, 2)], fill=70, width=thickness * width // 512)
-        image = image.convert("RGB")
+        image = Image.fromarray(draw_angiogram(width, height, seed=width)).convert("RGB")
         samples.append(Sample(f"drawn {width}x{height}", image, image))
     return samples
 

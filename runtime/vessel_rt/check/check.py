@@ -9,13 +9,11 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from vessel_rt.check.frames import frame_of
 from vessel_rt.check.loading import load
 from vessel_rt.check.machine import check_gpu, check_machine
-from vessel_rt.check.memory import MemoryWatch, check_memory, gpu_memory_in_use, size
+from vessel_rt.check.memory import check_memory
 from vessel_rt.check.parity import check_parity, golden_images
 from vessel_rt.check.record import Record
-from vessel_rt.check.redact import redactor
 from vessel_rt.check.repeat import check_determinism, check_endurance
 from vessel_rt.check.report import write_check
 from vessel_rt.check.schema import CheckedBundle, CheckFile, CheckLine
@@ -29,6 +27,9 @@ from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.golden import Golden
 from vessel_rt.io.checked_files import CheckedFiles
+from vessel_rt.measure.frames import frame_of
+from vessel_rt.measure.memory import MemoryWatch, gpu_memory_in_use, size
+from vessel_rt.measure.redact import redactor
 from vessel_rt.model.segmenter import Segmenter
 
 __all__ = ["CheckOptions", "check"]

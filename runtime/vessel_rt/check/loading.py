@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vessel_rt.check.memory import MemoryWatch, size
 from vessel_rt.check.record import Record
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.host_memory import stage_memory
@@ -20,6 +19,7 @@ from vessel_rt.device.providers import PROVIDERS
 from vessel_rt.device.session import Session, Value
 from vessel_rt.errors import PlacementError, VesselError
 from vessel_rt.formats.bundle import STAGES
+from vessel_rt.measure.memory import MemoryWatch, size
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue

@@ -19,12 +19,12 @@ from vessel_rt.check.schema import (
     CheckFile,
     CheckLine,
     GradeName,
-    MachineFacts,
     Outcome,
     StageError,
     StepTime,
 )
 from vessel_rt.errors import VesselError, first_line
+from vessel_rt.measure.schema import MachineFacts
 
 __all__ = ["Record"]
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vessel_rt.check.memory import MemoryWatch, size
 from vessel_rt.check.record import Record
 from vessel_rt.device.nvml import GpuState, gpu_monitor
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import VesselError
+from vessel_rt.measure.memory import MemoryWatch, size
 from vessel_rt.model.result import Answer
 from vessel_rt.model.segmenter import Segmenter
 

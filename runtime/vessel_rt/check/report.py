@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 from vessel_rt.check.schema import CHECK_FILE, CheckFile, CheckLine, StageError, StepTime
 from vessel_rt.formats.schema import to_json
-from vessel_rt.io.files import replacing, writing
+from vessel_rt.measure import page as measure_page
+from vessel_rt.measure.page import machine_panel, tiles_text, write_texts
 
 __all__ = ["CHECK_PAGE", "page", "write_check"]
 
@@ -22,20 +21,14 @@ _FAINTEST = 1e-3  # of a tolerance: the left end of the bars of errors
 
 def write_check(output: Path, found: CheckFile) -> None:
     """Write both files into the folder `output`, each in one step. Raises VesselError."""
-    for name, text in ((CHECK_FILE, to_json(found)), (CHECK_PAGE, page(found))):
-        path = output / name
-        with writing(path):
-            output.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_texts(output, {CHECK_FILE: to_json(found), CHECK_PAGE: page(found)})
 
 
 def page(found: CheckFile) -> str:
     """The text of check.html. The same content gives the same bytes."""
-    template = importlib.resources.files("vessel_rt.check").joinpath(CHECK_PAGE).read_text(encoding="utf-8")
     outcome = "skip" if not found.finished else "pass" if found.passed else "fail"
-    sections = "\n".join(part for part in (_lines(found), _times(found), _batches(found), _errors(found), _machine(found)) if part)
-    return Template(template).substitute(outcome=outcome, verdict=escape(found.verdict), about=escape(_about(found)), sections=sections)
+    sections = (_lines(found), _times(found), _batches(found), _errors(found), _machine(found))
+    return measure_page.page("vessel-rt check", outcome, found.verdict, _about(found), sections)
 
 
 def _about(found: CheckFile) -> str:
@@ -81,7 +74,7 @@ def _times(found: CheckFile) -> str:
         longest = max(time.p90_ms for time in times) or 1.0
         rows = "".join(_time_row(time, longest) for time in times)
         which = f", {escape(device)}" if len(_devices(found.lines)) > 1 else ""
-        parts.append(f'<div><h3>{_tiles(tiles)}{which}</h3><div class="bars">{rows}</div></div>')
+        parts.append(f'<div><h3>{tiles_text(tiles)}{which}</h3><div class="bars">{rows}</div></div>')
     floor = "; the mark is the floor that the card's data sheet sets" if any(time.floor_ms for time in found.times) else ""
     note = f'<p class="dim">Median in milliseconds, one image at a time; the lighter part ends at the 90th percentile{floor}.</p>'
     return f'<section class="panel"><h2>Time of an image</h2><div class="columns">{"".join(parts)}</div>{note}</section>'
@@ -103,8 +96,9 @@ def _batches(found: CheckFile) -> str:
     if not found.batches:
         return ""
     most = max(batch.images_per_second for batch in found.batches) or 1.0
+    several = len(_devices(found.lines)) > 1
     rows = "".join(
-        f"<span>{batch.batch} at once, {_tiles(batch.tiles)}{f', {escape(batch.device)}' if len(_devices(found.lines)) > 1 else ''}</span>"
+        f"<span>{batch.batch} at once, {tiles_text(batch.tiles)}{f', {escape(batch.device)}' if several else ''}</span>"
         f'<span class="bar"><i style="width:{_percent(batch.images_per_second / most)}"></i></span>'
         f'<span class="number">{batch.images_per_second:.2f}</span>'
         for batch in found.batches
@@ -139,32 +133,7 @@ def _error_row(error: StageError, several: bool) -> str:
 def _machine(found: CheckFile) -> str:
     if found.machine is None:
         return ""
-    machine, gib = found.machine, 2**30
-    gpus = [f"{gpu.name}, {gpu.architecture}, {gpu.memory_bytes / gib:.1f} GiB" for gpu in machine.gpus]
-    facts = {
-        "system": machine.system,
-        "processor": machine.cpu,
-        "cores": str(machine.cores),
-        "instruction sets": " ".join(machine.features),
-        "memory": None if machine.memory_bytes is None else f"{machine.memory_bytes / gib:.1f} GiB",
-        "GPUs": "; ".join(gpus),
-        "NVIDIA driver": machine.driver,
-    }
-    bundle = {"bundle.json": f"SHA-256 {found.bundle.sha256}"} if found.bundle else {}
-    return (
-        f'<section class="panel"><h2>Machine</h2><dl class="pairs">{"".join(_pairs({**facts, **bundle}))}</dl>'
-        f'<h3>Versions</h3><dl class="pairs">{"".join(_pairs(machine.versions))}</dl></section>'
-    )
-
-
-def _pairs(facts: dict[str, str | None] | dict[str, str]) -> Iterator[str]:
-    for name, value in facts.items():
-        if value:
-            yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
-
-
-def _tiles(count: int) -> str:
-    return f"{count} tile{'s' * (count > 1)}"
+    return machine_panel(found.machine, {"bundle.json": f"SHA-256 {found.bundle.sha256}"} if found.bundle else {})
 
 
 def _percent(share: float) -> str:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from vessel_rt.formats.schema import Items, Table, Text
+from vessel_rt.formats.schema import Items, Text
+from vessel_rt.measure.schema import BundleFacts, Count, MachineFacts, Measured
 
 __all__ = [
     "CHECK_FILE",
@@ -17,8 +18,6 @@ __all__ = [
     "CheckLine",
     "CheckedBundle",
     "GradeName",
-    "MachineFacts",
-    "MachineGpu",
     "Outcome",
     "StageError",
     "StepTime",
@@ -30,10 +29,6 @@ SCHEMA = 1
 GradeName = Literal["machine", "bundle", "providers", "loading", "parity", "determinism", "speed", "memory", "endurance"]
 GRADES: tuple[GradeName, ...] = ("machine", "bundle", "providers", "loading", "parity", "determinism", "speed", "memory", "endurance")
 Outcome = Literal["pass", "fail", "skip"]
-
-_Bytes = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-_Count = Annotated[int, Meta(ge=0, le=2**31)]
-_Measured = Annotated[float, Meta(ge=0, le=1e15)]
 
 
 class CheckLine(Struct, frozen=True):
@@ -56,62 +51,14 @@ class CheckLine(Struct, frozen=True):
     reason: Text = ""
 
 
-class MachineGpu(Struct, frozen=True):
-    """A GPU of the machine.
-
-    Attributes:
-        name: the name.
-        architecture: the compute capability, as in `sm86`.
-        memory_bytes: the total memory.
-    """
-
-    name: Text
-    architecture: Text
-    memory_bytes: _Bytes
-
-
-class MachineFacts(Struct, frozen=True):
-    """The machine.
-
-    Attributes:
-        system: the operating system and the processor's architecture.
-        cpu: the processor's name; null if the system does not tell.
-        cores: the cores that the process may use.
-        features: instruction sets that speed up matrix products.
-        memory_bytes: the host's memory; null if the system does not tell.
-        gpus: NVIDIA's GPUs, in CUDA's order.
-        driver: the version of NVIDIA's driver; null if there is none, or nvidia-ml-py is not installed.
-        versions: the versions of vessel-rt, Python, ONNX Runtime and its libraries.
-    """
-
-    system: Text
-    cpu: Text | None
-    cores: _Count
-    features: Items[Text]
-    memory_bytes: _Bytes | None
-    gpus: Items[MachineGpu]
-    driver: Text | None
-    versions: Table[Text, Text]
-
-
-class CheckedBundle(Struct, frozen=True):
+class CheckedBundle(BundleFacts, frozen=True):
     """The bundle.
 
     Attributes:
-        sha256: the hash of bundle.json, which has the hashes of all other files.
-        precision: `fp32`, `fp16` or `bf16`.
-        weights: the type of the matrices.
-        checkpoint: the file name of the checkpoint.
-        layers: the number of the language model's layers.
         cases: the number of golden cases; 0 if it has no goldens.
     """
 
-    sha256: Text
-    precision: Text
-    weights: Text
-    checkpoint: Text
-    layers: _Count
-    cases: _Count
+    cases: Count
 
 
 class StageError(Struct, frozen=True):
@@ -129,9 +76,9 @@ class StageError(Struct, frozen=True):
     device: Text
     stage: Text
     output: Text
-    error: _Measured | None
-    limit: _Measured
-    case: _Count
+    error: Measured | None
+    limit: Measured
+    case: Count
 
 
 class StepTime(Struct, frozen=True):
@@ -150,14 +97,14 @@ class StepTime(Struct, frozen=True):
     """
 
     device: Text
-    tiles: _Count
+    tiles: Count
     step: Text
-    runs: _Count
-    p50_ms: _Measured
-    p90_ms: _Measured
-    floor_ms: _Measured | None = None
-    mfu: _Measured | None = None
-    mbu: _Measured | None = None
+    runs: Count
+    p50_ms: Measured
+    p90_ms: Measured
+    floor_ms: Measured | None = None
+    mfu: Measured | None = None
+    mbu: Measured | None = None
 
 
 class BatchSpeed(Struct, frozen=True):
@@ -171,9 +118,9 @@ class BatchSpeed(Struct, frozen=True):
     """
 
     device: Text
-    tiles: _Count
-    batch: _Count
-    images_per_second: _Measured
+    tiles: Count
+    batch: Count
+    images_per_second: Measured
 
 
 class CheckFile(Struct, frozen=True, kw_only=True):
@@ -199,7 +146,7 @@ class CheckFile(Struct, frozen=True, kw_only=True):
     passed: bool
     finished: bool
     started: Text
-    seconds: _Measured
+    seconds: Measured
     machine: MachineFacts | None
     bundle: CheckedBundle | None
     lines: Items[CheckLine]

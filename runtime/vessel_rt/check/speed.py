@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 
 import msgspec
-import numpy as np
 from PIL import Image
 
-from vessel_rt.check.frames import frame_of, tiles_of
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import BatchSpeed, StepTime
@@ -19,6 +16,8 @@ from vessel_rt.device.rates import Rates, known_rates
 from vessel_rt.errors import OutOfMemory
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.stage_cost import Cost, stage_cost
+from vessel_rt.measure.frames import frame_of, tiles_of
+from vessel_rt.measure.timing import TOTAL, medians, repeated, timed_batch
 from vessel_rt.model.prompt import PromptTokenizer
 from vessel_rt.model.result import Result
 from vessel_rt.model.segmenter import Segmenter
@@ -26,10 +25,7 @@ from vessel_rt.model.segmenter import Segmenter
 __all__ = ["MEASURED_TILES", "check_speed", "first_run"]
 
 MEASURED_TILES = (1, 10)
-_RUNS = range(3, 21)  # of one measurement: at least and at most
-_SECONDS = 2.0  # after which no run is started once there are enough
 _BATCHES = (1, 2, 4)
-_TOTAL = "total"
 
 
 def first_run(record: Record, segmenter: Segmenter, bundle: Bundle) -> float | None:
@@ -46,17 +42,18 @@ def first_run(record: Record, segmenter: Segmenter, bundle: Bundle) -> float | N
 def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, first_ms: float) -> None:
     """The lines of `speed`."""
     bundle, device = deployment.bundle, str(deployment.device)
+    question = bundle.prompt.default_question
     for tiles in MEASURED_TILES:
         image = frame_of(tiles, bundle.tiles)
-        found = tiles_of(image, bundle.tiles)
+        found = tiles_of(image.size, bundle.tiles)
         name = _named(found)
         with record.attempt("speed", name):
-            results = _results(segmenter, image, bundle.prompt.default_question)
-            rows = _rows([times for times, _ in results], device, found)
+            runs = _runs(segmenter, [image], question)
+            rows = [StepTime(device, found, step, len(runs), *ms) for step, ms in medians([times for times, _ in runs]).items()]
             if rates := _rates(deployment):
-                rows = _with_floors(rows, rates, _costs(bundle, found, results[-1][1]))
+                rows = _with_floors(rows, rates, _costs(bundle, found, runs[-1][1][0]))
             record.times += rows
-            total = next(row for row in rows if row.step == _TOTAL)
+            total = next(row for row in rows if row.step == TOTAL)
             of_floor = f", floor {total.floor_ms:.1f} ms" if total.floor_ms else ""
             first = f", the first after loading {first_ms:.0f} ms" if tiles == 1 else ""
             record.passed("speed", name, f"p50 {total.p50_ms:.1f} ms, p90 {total.p90_ms:.1f} ms of {total.runs} runs{of_floor}{first}")
@@ -68,25 +65,8 @@ def check_speed(record: Record, segmenter: Segmenter, deployment: LoadedDeployme
             _sweep(record, segmenter, deployment, tiles)
 
 
-def _results(segmenter: Segmenter, image: Image.Image, question: str) -> list[tuple[Mapping[str, float], Result]]:
-    """Several runs after one to warm up: milliseconds by step, and the result."""
-    segmenter.segment(image, question)
-    found: list[tuple[Mapping[str, float], Result]] = []
-    end = time.perf_counter() + _SECONDS
-    while len(found) < _RUNS[0] or (len(found) < _RUNS[-1] and time.perf_counter() < end):
-        began = time.perf_counter()
-        result = segmenter.segment(image, question)
-        found.append(({**result.ms, _TOTAL: (time.perf_counter() - began) * 1e3}, result))
-    return found
-
-
-def _rows(times: Sequence[Mapping[str, float]], device: str, tiles: int) -> list[StepTime]:
-    rows = []
-    for step in times[0]:
-        values = [each.get(step, 0.0) for each in times]
-        p50, p90 = statistics.median(values), float(np.percentile(values, 90))
-        rows.append(StepTime(device, tiles, step, len(values), round(p50, 3), round(p90, 3)))
-    return rows
+def _runs(segmenter: Segmenter, images: Sequence[Image.Image], question: str) -> list[tuple[dict[str, float], list[Result]]]:
+    return repeated(lambda _: timed_batch(segmenter, images, question))
 
 
 def _rates(deployment: LoadedDeployment) -> Rates | None:
@@ -122,7 +102,7 @@ def _with_floors(rows: Sequence[StepTime], rates: Rates, costs: Mapping[str, Cos
     if not costs:
         return list(rows)
     floors = {stage: rates.floor_ms(cost) for stage, cost in costs.items()}
-    floors[_TOTAL] = sum(floors.values())
+    floors[TOTAL] = sum(floors.values())
     found = []
     for row in rows:
         mfu, mbu = rates.used(costs[row.step], row.p50_ms) if row.step in costs and row.p50_ms else (None, None)
@@ -139,16 +119,16 @@ def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, t
     """Images per second at batch sizes up to the deployment's own, as far as there is memory."""
     bundle, question = deployment.bundle, deployment.bundle.prompt.default_question
     image = frame_of(tiles, bundle.tiles)
-    found = tiles_of(image, bundle.tiles)
+    found = tiles_of(image.size, bundle.tiles)
     ran: list[BatchSpeed] = []
     short = ""
     for batch in sorted({*(batch for batch in _BATCHES if batch < deployment.batch), deployment.batch}):
         try:
-            rate = _rate(segmenter, image, question, batch)
+            runs = _runs(segmenter, [image] * batch, question)
         except OutOfMemory as e:
             short = f"{batch} images at once: {e}"
             break
-        ran.append(BatchSpeed(str(deployment.device), found, batch, round(rate, 3)))
+        ran.append(BatchSpeed(str(deployment.device), found, batch, round(1e3 / medians([times for times, _ in runs])[TOTAL][0], 3)))
     record.batches += ran
     told = ", ".join(f"{each.batch}: {each.images_per_second:.2f}" for each in ran)
     record.judged("speed", f"batches, {_named(found)}", f"images per second, by images at once: {told}", short or None)
@@ -156,14 +136,3 @@ def _sweep(record: Record, segmenter: Segmenter, deployment: LoadedDeployment, t
 
 def _named(tiles: int) -> str:
     return f"{tiles} tile{'s' * (tiles > 1)}"
-
-
-def _rate(segmenter: Segmenter, image: Image.Image, question: str, batch: int) -> float:
-    rates = []
-    for _ in range(_RUNS[0] + 1):
-        began = time.perf_counter()
-        pixels = [segmenter.prepare(image) for _ in range(batch)]
-        for each, [answer] in zip(pixels, segmenter.run(pixels, [question]), strict=True):
-            segmenter.finish(each, answer)
-        rates.append(batch / (time.perf_counter() - began))
-    return statistics.median(rates[1:])

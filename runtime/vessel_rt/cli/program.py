@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import vessel_rt
+from vessel_rt.cli.bench import add_bench
 from vessel_rt.cli.check import add_check
 from vessel_rt.cli.devices import add_devices_commands
 from vessel_rt.cli.infer import add_infer, run_infer
@@ -29,6 +30,7 @@ _EXAMPLES = """examples:
   vessel-rt report results
   vessel-rt devices --bundle engines/iter_12192-fp16      where that bundle can run, and what is missing elsewhere
   vessel-rt check --bundle engines/iter_12192-fp16        prove that it works on this machine
+  vessel-rt bench frames/ --batch 1 2 4                   how fast it is here, and how much memory it takes
   vessel-rt COMMAND --help                                every option, and more examples
 """
 
@@ -102,4 +104,5 @@ def _parser() -> argparse.ArgumentParser:
     add_results_commands(commands)
     add_devices_commands(commands)
     add_check(commands)
+    add_bench(commands)
     return parser

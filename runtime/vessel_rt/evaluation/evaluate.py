@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from vessel_rt.errors import VesselError
-from vessel_rt.evaluation.ground_truth import GroundTruth, read_truth
+from vessel_rt.evaluation.ground_truth import GroundTruth, check_concepts, matched, read_truth
 from vessel_rt.evaluation.metrics import METRICS, bootstrap_interval
 from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.files import replacing, writing
@@ -121,7 +120,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
     for question in questions:
-        _check_concepts(truth, question, drawn.concepts(question), [line for line in good if line["question"] == question])
+        check_concepts(truth, drawn, question, [len(line["masks"]) for line in good if line["question"] == question])
     if not comparisons:
         raise VesselError(f"{truth}: has no ground truth for any image of {output}; images are matched by file name")
     groups: dict[tuple[str, str], list[Comparison]] = {}
@@ -140,31 +139,18 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     return evaluation
 
 
-def _check_concepts(truth: Path, question: str, concepts: Sequence[str | None], lines: Sequence[ResultLine]) -> None:
-    """Refuse annotations that lack a concept of the question: it would be unclear which mask belongs to which concept."""
-    if None in concepts or not lines:
-        return
-    usual = statistics.median_high([len(line["masks"]) for line in lines])
-    if concepts and usual > len(concepts):
-        raise VesselError(
-            f"{truth}: of the concepts in {question!r} it has only {', '.join(map(repr, concepts))}, but answers have {usual} masks, "
-            "so their concepts are unclear; ask for one concept at a time, or compare with a folder of masks"
-        )
-
-
 def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth) -> Iterator[Comparison]:
     for line in tqdm(lines, desc="comparing", unit="answer", disable=None, delay=2, leave=False):
-        for number, concept in enumerate(drawn.concepts(line["question"])):
-            truth = drawn.mask(line, concept)
-            if truth is not None:
-                yield _compare(output, line, concept, number, truth)
+        for number, concept, masks, truth in matched(drawn, line["question"], line, line["masks"]):
+            predicted = np.zeros_like(truth)
+            for mask in masks:
+                predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
+            yield _compare(line, concept, number, predicted, truth)
 
 
-def _compare(output: Path, line: ResultLine, concept: str | None, number: int, truth: npt.NDArray[np.bool_]) -> Comparison:
-    chosen = line["masks"] if concept is None else line["masks"][number : number + 1]
-    predicted = np.zeros_like(truth)
-    for mask in chosen:
-        predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
+def _compare(
+    line: ResultLine, concept: str | None, number: int, predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]
+) -> Comparison:
     return Comparison(
         index=line["index"],
         code=line["code"],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+import statistics
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import SAME_MASKS, Item, Mask, Polygon, concept_of, polygon_fault, rasterized, read_annotations
@@ -13,7 +14,9 @@ from vessel_rt.inputs.images import SUFFIXES, read_levels
 from vessel_rt.inputs.input_files import flat_stem, stem_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
 
-__all__ = ["GroundTruth", "concepts_in", "read_truth"]
+__all__ = ["GroundTruth", "check_concepts", "concepts_in", "matched", "read_truth"]
+
+T = TypeVar("T")
 
 _ADVICE = "`vessel-rt check-data` shows all faults, and its --fix writes a copy without them"
 
@@ -35,6 +38,35 @@ def read_truth(path: Path, codes: StudyCodes | None = None) -> GroundTruth:
         VesselError: it cannot be read, has neither form, or has two masks for one stem.
     """
     return _MaskFolder(path, codes) if path.is_dir() else _Annotations(path, codes)
+
+
+def matched(
+    truth: GroundTruth, question: str, line: Mapping[str, Any], masks: Sequence[T]
+) -> Iterator[tuple[int, str | None, Sequence[T], Mask]]:
+    """For each concept of `question` that a frame has ground truth of: its number, its name, the answer's masks of it, and the truth.
+
+    The first mask of an answer belongs to the first concept, and so on; all of them to a concept without a name. Raises VesselError.
+    """
+    for number, concept in enumerate(truth.concepts(question)):
+        drawn = truth.mask(line, concept)
+        if drawn is not None:
+            yield number, concept, masks if concept is None else masks[number : number + 1], drawn
+
+
+def check_concepts(path: Path, truth: GroundTruth, question: str, counts: Sequence[int]) -> None:
+    """Refuse annotations that lack a concept of the question: it would be unclear which mask belongs to which concept.
+
+    `counts` are the numbers of masks of its answers. Raises VesselError.
+    """
+    concepts = truth.concepts(question)
+    if None in concepts or not counts:
+        return
+    usual = statistics.median_high(counts)
+    if concepts and usual > len(concepts):
+        raise VesselError(
+            f"{path}: of the concepts in {question!r} it has only {', '.join(map(repr, concepts))}, but answers have {usual} masks, "
+            "so their concepts are unclear; ask for one concept at a time, or compare with a folder of masks"
+        )
 
 
 class _Annotations:

@@ -31,9 +31,10 @@ from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError, first_line
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.inputs.pseudonyms import conceal
+from vessel_rt.io.child_process import die_with_parent
 from vessel_rt.results.writer import Entry
 from vessel_rt.run.worker import Job
-from vessel_rt.run.worker_process import PATIENCE, Patience, die_with_parent
+from vessel_rt.run.worker_process import PATIENCE, Patience
 
 __all__ = ["RayPool", "check_address"]
 

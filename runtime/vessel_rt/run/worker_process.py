@@ -7,12 +7,10 @@ the user's script. When the parent is gone, its input ends and it exits. Does no
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -25,15 +23,15 @@ from vessel_rt.device.providers import open_device
 from vessel_rt.errors import DeviceError, VesselError
 from vessel_rt.inputs.frames import Frame
 from vessel_rt.inputs.pseudonyms import conceal
+from vessel_rt.io.child_process import parent_pipes
 from vessel_rt.results.writer import Entry
 from vessel_rt.run.worker import Job
 
-__all__ = ["PATIENCE", "Died", "Patience", "WorkerProcess", "die_with_parent", "serve"]
+__all__ = ["PATIENCE", "Died", "Patience", "WorkerProcess", "serve"]
 
 _PROGRAM = "from vessel_rt.run.worker_process import serve; serve()"
 _TICK = 0.2  # seconds between two checks of the clock and of `stop`
 _DEATH = 5.0  # seconds that a killed process may take to end; one that hangs in a driver never ends
-_PR_SET_PDEATHSIG = 1
 _ORPHAN = 1  # exit code of a process whose parent is gone
 
 
@@ -206,10 +204,7 @@ class WorkerProcess:
 
 def serve() -> None:
     """The child's side. A Job comes first, then lists of frames; None means to start no further frame. It ends silently with its parent."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
-    commands, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(2, sys.stdout.fileno())  # libraries print to standard error instead of the pipe
+    commands, replies = parent_pipes()
     sending = threading.Lock()
 
     def reply(kind: str, content: Any) -> None:
@@ -256,12 +251,6 @@ def _listen(commands: IO[bytes], chunks: queue.SimpleQueue[list[Frame]], stop: t
                 chunks.put(message)
     finally:
         os._exit(_ORPHAN)
-
-
-def die_with_parent() -> None:
-    """Let the system kill this process when its parent ends, even if it hangs or is stopped (Linux; elsewhere its input ends)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _is_open(descriptor: int) -> bool:

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.checks import TILES, Check, with_goldens
+from tests.support.checks import TILES, Check, once, with_goldens
 from tests.support.shared import made_once
 from vessel_rt.check import check as check_module
 from vessel_rt.check import speed
 from vessel_rt.check.check import CheckOptions, check
 from vessel_rt.check.schema import CheckFile
 from vessel_rt.device.providers import Device
-from vessel_rt.formats.bundle import Bundle
 
-QUESTION, OF_TWO_MASKS = "Please segment vessel in this image.", "Please segment vessel and catheter in this image."
+OF_TWO_MASKS = "Please segment vessel and catheter in this image."
 
 
 @pytest.fixture(scope="session")
@@ -25,18 +24,10 @@ def golden_tiny(fp32_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return made_once(tmp_path_factory, name, lambda folder: with_goldens(folder / name, fp32_bundle, OF_TWO_MASKS)) / name
 
 
-@pytest.fixture(scope="session")
-def golden_standin(standin: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that answers `Mask [SEG].`, with goldens. Not to be written to."""
-    folder = tmp_path_factory.mktemp("golden") / "standin"
-    with_goldens(folder, standin.folder, QUESTION)
-    return folder
-
-
 @pytest.fixture
 def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """`check` on a bundle, with as few runs and tiles as it can do with."""
-    monkeypatch.setattr(speed, "_RUNS", range(1, 2))
+    once(monkeypatch)
     for module in (speed, check_module):
         monkeypatch.setattr(module, "MEASURED_TILES", TILES)
     monkeypatch.setattr("vessel_rt.device.deployment.MOST_IMAGES", 2)

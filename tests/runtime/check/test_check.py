@@ -21,7 +21,6 @@ from tests.support.engine_files import TARGET, write_engines
 from tests.support.fake_gpu import install_gpu
 from tests.support.tampering import change_tensor, rehash
 from vessel_rt.check import check as check_module
-from vessel_rt.check import memory
 from vessel_rt.check.schema import CHECK_FILE, GRADES, CheckFile, CheckLine
 from vessel_rt.device import host_memory, providers
 from vessel_rt.device.deployment import Deployment
@@ -32,6 +31,7 @@ from vessel_rt.errors import GraphError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
 from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE
 from vessel_rt.formats.schema import decode
+from vessel_rt.measure import memory
 from vessel_rt.model.result import Pixels
 from vessel_rt.model.segmenter import Segmenter
 
@@ -445,7 +445,7 @@ def test_several_devices_one_after_the_other(golden_standin: Path, run_check: Ch
 
 def test_packages_that_overwrite_each_other(golden_standin: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.0"}
-    monkeypatch.setattr("vessel_rt.check.machine._versions", lambda: installed)
+    monkeypatch.setattr("vessel_rt.measure.machine._versions", lambda: installed)
     found = run_check(golden_standin)
     assert of(found, "fail") == {"machine: software"}
     assert "overwrite each other: pip uninstall -y onnxruntime onnxruntime-gpu" in line(found, "machine", "software").reason

@@ -1,8 +1,6 @@
-"""The facts of the machine, and what is wrong with its packages and driver."""
+"""What is wrong with its packages and driver."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +10,7 @@ from vessel_rt.check.machine import check_gpu, check_machine
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import CheckLine
 from vessel_rt.device.providers import Device, onnxruntime
+from vessel_rt.measure.machine import describe_machine
 
 
 @pytest.fixture
@@ -24,19 +23,10 @@ def record(lines: list[CheckLine]) -> Record:
     return Record(str, lines.append, lambda found: None)
 
 
-def test_the_machine_is_described(record: Record, lines: list[CheckLine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_machine_is_described_and_named(record: Record, lines: list[CheckLine], monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpu(monkeypatch)
-    (tmp_path / "cpuinfo").write_text(
-        "processor\t: 0\nmodel name\t: AMD Ryzen 9 5950X\nflags\t\t: fpu sse2 avx2 avx512_vnni fma\n\nprocessor\t: 1\nmodel name\t: other\n"
-    )
-    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
     check_machine(record)
-    facts = record.machine
-    assert facts
-    assert (facts.cpu, facts.features) == ("AMD Ryzen 9 5950X", ("avx2", "avx512_vnni", "fma"))
-    assert [(gpu.name, gpu.architecture) for gpu in facts.gpus] == [("NVIDIA GeForce RTX 3090", "sm86")]
-    assert facts.driver == "580.65.06"
-    assert {"vessel-rt", "python", "numpy"} <= facts.versions.keys()
+    assert record.machine == describe_machine()
     assert [(line.name, line.outcome) for line in lines] == [("software", "pass"), ("cpu", "pass")]
 
 

@@ -5,18 +5,14 @@ import sys
 import pytest
 
 from tests.support.fake_gpu import install_gpu
-from vessel_rt.check import memory
-from vessel_rt.check.memory import MemoryWatch, check_memory, size
+from vessel_rt.check.memory import check_memory
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import CheckLine
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.providers import Device
 from vessel_rt.formats.bundle import Bundle
-
-
-@pytest.mark.parametrize(("count", "text"), [(0, "0.0 MB"), (12_345_678, "12.3 MB"), (99_900_000, "99.9 MB"), (15_300_000_000, "15.30 GB")])
-def test_sizes_are_readable(count: int, text: str) -> None:
-    assert size(count) == text
+from vessel_rt.measure import memory
+from vessel_rt.measure.memory import MemoryWatch
 
 
 def test_a_card_that_cannot_be_read_is_skipped_with_the_reason(standin: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

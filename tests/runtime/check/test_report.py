@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from vessel_rt.check.report import page, write_check
-from vessel_rt.check.schema import BatchSpeed, CheckedBundle, CheckFile, CheckLine, MachineFacts, MachineGpu, StageError, StepTime
+from vessel_rt.check.schema import BatchSpeed, CheckedBundle, CheckFile, CheckLine, StageError, StepTime
 from vessel_rt.errors import VesselError
+from vessel_rt.measure.schema import MachineFacts, MachineGpu
 
 
 def found_on(*devices: str) -> CheckFile:

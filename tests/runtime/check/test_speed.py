@@ -8,7 +8,6 @@ import msgspec
 import pytest
 
 from tests.support.fake_gpu import install_gpu
-from vessel_rt.check.frames import frame_of
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.schema import StepTime
 from vessel_rt.check.speed import _costs, _rates, _with_floors
@@ -17,6 +16,7 @@ from vessel_rt.device.providers import Device
 from vessel_rt.device.rates import DATA_SHEETS, Rates
 from vessel_rt.formats.bundle import STAGES, Bundle
 from vessel_rt.formats.stage_cost import stage_cost
+from vessel_rt.measure.frames import frame_of
 from vessel_rt.model.segmenter import Segmenter
 
 

@@ -3,15 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vessel_rt.check.frames import frame_of, tiles_of
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.measure.frames import frame_of, tiles_of
 from vessel_rt.model.preprocess import tile_pixels
 
 
 @pytest.mark.parametrize("tiles", [1, 5, 10])
 def test_a_frame_has_the_tiles_that_were_asked_for(standin: Bundle, tiles: int) -> None:
     image = frame_of(tiles, standin.tiles)
-    assert tiles_of(image, standin.tiles) == tiles
+    assert tiles_of(image.size, standin.tiles) == tiles
     assert len(tile_pixels(image, standin.tiles)) == tiles
 
 

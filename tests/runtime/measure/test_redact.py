@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vessel_rt.check.redact import redactor
+from vessel_rt.measure.redact import redactor
 
 
 @pytest.fixture
