@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,14 @@ from PIL import Image
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import LanguageModelSpec
+from vessel_rt.formats.profiles import CPU_TOKENS
 from vessel_rt.inputs.images import SUFFIXES, read_image
 from vessel_rt.measure.frames import draw_angiogram
 
-__all__ = ["Sample", "drawn_samples", "one_pass", "read_samples", "samples_of"]
+if TYPE_CHECKING:
+    from vessel_rt.device.session import Session
+
+__all__ = ["Sample", "drawn_samples", "one_pass", "read_samples", "run_language_model", "samples_of"]
 
 Array = npt.NDArray[Any]
 
@@ -82,3 +86,33 @@ def one_pass(sizes: LanguageModelSpec, embeds: Array, kept: int) -> dict[str, Ar
         "gather_positions": np.arange(length - kept, length)[None],
         **{f"past_{part}.{layer}": cache for layer in range(sizes.layers) for part in ("key", "value")},
     }
+
+
+def run_language_model(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """language_model's hidden_states and next_ids for the inputs of `one_pass`.
+
+    As in the runtime on a CPU, at most CPU_TOKENS positions run at once, so that the activations of a long prompt fit in memory. The kept
+    positions are in the last pass.
+    """
+    embeds, gather = feeds["inputs_embeds"], feeds["gather_positions"]
+    length, kept = embeds.shape[1], gather.shape[1]
+    past = [name for name in feeds if name.startswith("past_")]
+    present = [name.replace("past_", "present_") for name in past]
+    cache: dict[str, Any] = {name: feeds[name] for name in past}
+    starts = range(0, max(length - kept, 1), CPU_TOKENS)
+    for start in starts:
+        last = start == starts[-1]
+        end = length if last else start + CPU_TOKENS
+        found = session.run(
+            {
+                "inputs_embeds": np.ascontiguousarray(embeds[:, start:end]),
+                "position_ids": feeds["position_ids"][:, start:end].copy(),
+                "write_indices": np.array([start]),
+                "kv_positions": np.arange(end),
+                "gather_positions": gather - start if last else np.zeros((1, 1), np.int64),
+                **cache,
+            },
+            keep=present,
+        )
+        cache = {name: found.pop(output) for name, output in zip(past, present, strict=True)}
+    return found

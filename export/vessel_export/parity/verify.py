@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vessel_export.parity.checks import ALONE, QUANTIZED_TOLERANCES, TOLERANCES, Measurement, Report, Tolerances, worst_of
 from vessel_export.parity.emulate import EmulatedDeployment, emulate
-from vessel_export.parity.inputs import Array, Sample, one_pass, samples_of
+from vessel_export.parity.inputs import Array, Sample, one_pass, run_language_model, samples_of
 from vessel_export.parity.record_golden import GoldenRecorder, record_golden
 from vessel_export.parity.stage_masks import consumed, masks_with
 from vessel_export.parity.stored_matrices import rounding_errors
@@ -302,8 +302,8 @@ def compare_stage(
     quantized = bundle.quantization and stage in bundle.quantization.matrices
     limit = (QUANTIZED_TOLERANCES[bundle.weights] if quantized else TOLERANCES[bundle.precision]).relative_error
     dtypes = {spec.name: spec.dtype for spec in bundle.stages[stage].inputs}
-    cache = [spec.name for spec in bundle.stages[stage].outputs if spec.name.startswith("present_")]
-    got = session.run({name: np.ascontiguousarray(array, dtypes[name]) for name, array in feeds.items()}, keep=cache)
+    feeds = {name: np.ascontiguousarray(array, dtypes[name]) for name, array in feeds.items()}
+    got = run_language_model(session, feeds) if stage == "language_model" else session.run(feeds)
     for name, array in outputs.items():
         yield _error(stage, name, got[name], array, limit, run)
     if stage == "language_model":
