@@ -37,6 +37,7 @@ from vessel_rt.formats.bundle import (
     BUNDLE_FILE,
     SCHEMA,
     Bundle,
+    CineSpec,
     EmbeddingTable,
     LanguageModelSpec,
     MaskSpec,
@@ -116,7 +117,7 @@ def export_bundle(request: ExportRequest) -> Export:
         prompt = _prompt(tokenizer, base)
         neighbours = find_neighbours(out, request.base, request.recipe)
         with hashing(base.files) as hashed:
-            stages, written, quantization = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
+            stages, cine, written, quantization = _write_stages(folder, plan, base, sam2, request.recipe, neighbours, sam2_stages)
             hashed()
         tokenizer.save(str(folder / prompt.tokenizer))
         files = _records(folder, written)
@@ -141,6 +142,7 @@ def export_bundle(request: ExportRequest) -> Export:
             ),
             embed_tokens=EmbeddingTable("weights/embed_tokens.safetensors", "embed_tokens.weight"),
             stages=stages,
+            cine=cine,
             provenance=_provenance(request, checkpoint, sha256.result(), alpha),
             files=files,
             quantization=quantization,
@@ -189,7 +191,7 @@ def _write_stages(
     recipe: Recipe,
     neighbours: Sequence[Bundle],
     sam2_stages: SubprocessCall[..., Written],
-) -> tuple[dict[str, StageSpec], dict[str, WrittenFile], Quantization | None]:
+) -> tuple[dict[str, StageSpec], CineSpec, dict[str, WrittenFile], Quantization | None]:
     """Write the weights, then the graphs that point into them. A child process traces and writes SAM2's stages, which takes long."""
     dtype = DTYPES[recipe.precision]
     graphs = [
@@ -215,7 +217,7 @@ def _write_stages(
     if quantization:
         matrices, kept = quantization.matrices | traced.matrices, traced.kept | quantization.kept
         quantization = Quantization(quantization.weights, matrices, kept)
-    return stages | traced.stages, written | traced.files, quantization
+    return stages | traced.stages, traced.cine, written | traced.files, quantization
 
 
 def _quantize(

@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from vessel_export.sources.base_config import LanguageConfig, VisionConfig
 
-__all__ = ["language_model_bytes", "mask_decoder_bytes", "sam2_encoder_bytes", "vision_encoder_bytes"]
+__all__ = [
+    "language_model_bytes",
+    "mask_decoder_bytes",
+    "memory_attention_bytes",
+    "memory_encoder_bytes",
+    "sam2_encoder_bytes",
+    "vision_encoder_bytes",
+]
 
 _FP32 = 4  # bytes
 
@@ -48,3 +55,22 @@ def mask_decoder_bytes(side: int, channels: int, b: int) -> int:
     eighth of the channels.
     """
     return b * 17 * channels * side**2
+
+
+def memory_encoder_bytes(side: int, channels: int) -> int:
+    """For a frame, in FP32: the mask at 16 times the features' `side`, four times over, and 11 maps of `channels`.
+
+    The mask is resized, its sigmoid scaled, and convolved to 4 channels at half the side. The widest maps are those of a CXBlock: the
+    residual, the normed input, and GELU's input and output of four times the width.
+    """
+    return _FP32 * (4 * (16 * side) ** 2 + 11 * channels * side**2)
+
+
+def memory_attention_bytes(side: int, channels: int, memory_channels: int, b: int) -> int:
+    """For a memory: its keys' scores and their softmax by each of `side` x `side` queries, and keys and values before and after projection.
+
+    Attention is counted as not fused: heads of 256 channels are too wide for most fused kernels. The frame's attention to itself takes as
+    much as one more memory.
+    """
+    tokens = side**2
+    return b * (2 * tokens**2 + tokens * (2 * memory_channels + 4 * channels))

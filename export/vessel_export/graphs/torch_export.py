@@ -34,11 +34,13 @@ def trace(
     *,
     opset: int,
     activation_bytes: int,
+    weights_of: str | None = None,
 ) -> tuple[Graph, list[OutputTensor]]:
     """Trace `module` called with `inputs`, in order. Also returns the weights to write to the graph's file.
 
     `dynamic_axes` maps an input's name to the name of its first axis; all other axes are those of `inputs`.
-    A weight's name is `name` followed by its parameter's name, so that graphs can share one table of locations.
+    A weight's name is `name` followed by its parameter's name, so that graphs can share one table of locations. With
+    `weights_of`, a parameter has the name that it has in that graph, and only other weights are returned.
     """
     shapes = tuple({0: torch.export.Dim(dynamic_axes[key], min=1, max=4096)} if key in dynamic_axes else None for key in inputs)
     with warnings.catch_warnings(), _quiet():
@@ -61,22 +63,24 @@ def trace(
     _simplify(model, parameters)
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     model.metadata_props.clear()
-    return Graph(name, model, activation_bytes, unit_flops(model)), _move_weights_out(name, model, parameters)
+    return Graph(name, model, activation_bytes, unit_flops(model)), _move_weights_out(name, model, parameters, weights_of)
 
 
-def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str]) -> list[OutputTensor]:
+def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str], weights_of: str | None) -> list[OutputTensor]:
     """Remove the values of parameters and large constants, so that `save_graph` binds them like the weights of built graphs."""
     weights = []
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or (value.name not in parameters and tensor.nbytes < _INLINE_BYTES):
             continue
-        weight = f"{name}.{value.name}"
+        shared = weights_of is not None and value.name in parameters
+        weight = f"{weights_of if shared else name}.{value.name}"
         model.graph.initializers.pop(str(value.name))
         value.name, value.const_value = weight, None
         model.graph.initializers[weight] = value
-        pieces = functools.partial(_pieces, tensor)
-        weights.append(OutputTensor(weight, tuple(tensor.shape.numpy()), _FROM_IR[tensor.dtype], pieces))
+        if not shared:
+            pieces = functools.partial(_pieces, tensor)
+            weights.append(OutputTensor(weight, tuple(tensor.shape.numpy()), _FROM_IR[tensor.dtype], pieces))
     return weights
 
 

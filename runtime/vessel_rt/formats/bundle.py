@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLE_FILE",
+    "CINE_STAGES",
     "SCHEMA",
     "STAGES",
     "Bundle",
     "BundleFile",
+    "CineSpec",
     "EmbeddingTable",
     "FileRecord",
     "GoldenFiles",
@@ -47,8 +49,9 @@ __all__ = [
 ]
 
 BUNDLE_FILE = "bundle.json"
-SCHEMA = 1
+SCHEMA = 2  # 2 added `cine`
 STAGES = ("vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder")
+CINE_STAGES = ("sam2_memory_attention", "sam2_memory_encoder", "sam2_tracking_decoder")
 _NO_MODEL = "virtual_model.onnx"  # what TensorRT-RTX calls a graph that it compiled from memory: no such file may be there
 
 _Count = Annotated[int, Meta(ge=1, le=2**20)]
@@ -81,9 +84,10 @@ class StageSpec(Struct, frozen=True, forbid_unknown_fields=True):
         outputs: the outputs of the graph.
         weights: the weights files of the graph, relative to the bundle. Bundles from older versions do not list them.
         activation_bytes: the estimated memory of activations per tile (vision_encoder), token of the cache (language_model),
-            image (sam2_image_encoder) or mask (sam2_mask_decoder). 0 in bundles from older versions.
-        flops: the floating-point operations of matrix products for one of these units; for a token, with one live slot and its next token.
-            0 in bundles from older versions.
+            image (sam2_image_encoder), mask (sam2_mask_decoder), frame (sam2_memory_encoder, sam2_tracking_decoder) or memory
+            (sam2_memory_attention, whose frame counts as one more). 0 in bundles from older versions.
+        flops: the floating-point operations of matrix products for one of these units; for a token, with one live slot and its next token;
+            for sam2_memory_attention, those of a run with one memory and one object pointer. 0 in bundles from older versions.
     """
 
     file: FileName
@@ -201,6 +205,22 @@ class LanguageModelSpec(Struct, frozen=True, forbid_unknown_fields=True):
     max_new_tokens: _Count
 
 
+class CineSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """How an object is tracked through the frames of a cine: SAM 2.0's memory, as in Sa2VA's inference.
+
+    Attributes:
+        prompted_frames: the number of frames that the language model sees; Sa2VA takes the first ones.
+        memories: the number of temporal positions of memories: that of prompted frames, and one for each of the last frames.
+        pointers: object pointers are those of prompted frames and of one frame less than this number before the current one.
+        stages: the three graphs; docs/architecture.md lists their names.
+    """
+
+    prompted_frames: Annotated[int, Meta(ge=1, le=64)]
+    memories: Annotated[int, Meta(ge=2, le=64)]
+    pointers: Annotated[int, Meta(ge=1, le=1024)]
+    stages: Table[Text, StageSpec]
+
+
 class EmbeddingTable(Struct, frozen=True, forbid_unknown_fields=True):
     """Where the embedding table, embed_tokens, is stored.
 
@@ -283,6 +303,7 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         files: size and hash of every file but the goldens', by its path relative to the bundle.
         quantization: which matrices are stored as integers; null if none are.
         golden: the files with the reference's answers; null if there are none.
+        cine: how objects are tracked through the frames of a cine; null in bundles from older versions.
     """
 
     schema: Annotated[int, Meta(ge=1, le=SCHEMA)]
@@ -297,6 +318,12 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     files: Table[FileName, FileRecord]
     quantization: Quantization | None = None
     golden: GoldenFiles | None = None
+    cine: CineSpec | None = None
+
+    @property
+    def all_stages(self) -> dict[str, StageSpec]:
+        """The stages of a frame and those of cines."""
+        return {**self.stages, **(self.cine.stages if self.cine else {})}
 
     @property
     def weights(self) -> str:
@@ -305,7 +332,7 @@ class BundleFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def weight_bytes(self, stage: str) -> int:
         """The bytes of the files with the weights of `stage`; 0 if an older version exported the bundle."""
-        return sum(self.files[file].bytes for file in self.stages[stage].weights)
+        return sum(self.files[file].bytes for file in self.all_stages[stage].weights)
 
 
 class Bundle(BundleFile, frozen=True, kw_only=True):
@@ -339,7 +366,7 @@ class Bundle(BundleFile, frozen=True, kw_only=True):
         try:
             content = read_small(path)
             found = decode(parse_json(content), BundleFile, SCHEMA)
-            for fault in bundle_faults(found, STAGES):
+            for fault in bundle_faults(found, STAGES, CINE_STAGES):
                 raise ValueError(fault)
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
@@ -365,7 +392,7 @@ class Bundle(BundleFile, frozen=True, kw_only=True):
         """
         names = {self.prompt.tokenizer, self.embed_tokens.file}
         if graphs:  # they name their weights in turn, which are of the other files
-            names |= {stage.file for stage in self.stages.values()} | self.files.keys()
+            names |= {stage.file for stage in self.all_stages.values()} | self.files.keys()
         return {name: self.files.get(name) for name in sorted(names)}
 
     def verify_files(self, progress: Callable[[int], object] | None = None, *, graphs: bool = True) -> CheckedFiles:
@@ -377,7 +404,7 @@ class Bundle(BundleFile, frozen=True, kw_only=True):
         """
         checked, faults = check_files(self.folder, self.used_files(graphs=graphs), progress)
         if graphs and not faults:
-            faults = named_and_unchecked(self.folder, [stage.file for stage in self.stages.values()], checked)
+            faults = named_and_unchecked(self.folder, [stage.file for stage in self.all_stages.values()], checked)
         if faults:
             raise BundleError(f"{self.folder}: damaged bundle: {'; '.join(faults)}; copy or export it again")
         return checked

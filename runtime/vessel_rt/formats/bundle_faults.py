@@ -9,7 +9,7 @@ from vessel_rt.formats.recipe import PRECISIONS, WEIGHTS
 from vessel_rt.formats.schema import shown
 
 if TYPE_CHECKING:
-    from vessel_rt.formats.bundle import BundleFile, Quantization, TensorSpec
+    from vessel_rt.formats.bundle import BundleFile, Quantization, StageSpec, TensorSpec
 
 __all__ = ["bundle_faults"]
 
@@ -17,13 +17,13 @@ _Shapes: TypeAlias = "dict[str, tuple[int | str, ...]]"
 
 _PIXELS = 2**26  # of all tiles of an image; the largest image that is read has as many
 _FEATURES = ("fpn_0", "fpn_1", "image_features")
-_INTEGERS = frozenset({"position_ids", "write_indices", "kv_positions", "gather_positions", "next_ids", "image_index"})
+_INTEGERS = frozenset({"position_ids", "write_indices", "kv_positions", "gather_positions", "next_ids", "image_index", "temporal_positions"})
 _FLOATS = ("float32", "float16")  # of what NumPy holds
 _CACHE = ("past_", "present_")  # stays on the device, so it may be what NumPy has not
 
 
-def bundle_faults(bundle: BundleFile, stages: Sequence[str]) -> Iterator[str]:
-    """Each fault, in words; `stages` are those that a bundle has."""
+def bundle_faults(bundle: BundleFile, stages: Sequence[str], cine_stages: Sequence[str]) -> Iterator[str]:
+    """Each fault, in words; `stages` are those that a bundle has, `cine_stages` those that one for cines has, too."""
     tiles, sizes, prompt = bundle.tiles, bundle.language_model, bundle.prompt
     if bundle.precision not in PRECISIONS:
         yield f"precision is {shown(bundle.precision)}, not one of {', '.join(PRECISIONS)}"
@@ -38,12 +38,16 @@ def bundle_faults(bundle: BundleFile, stages: Sequence[str]) -> Iterator[str]:
     for token in (prompt.image_token_id, prompt.seg_token_id, *prompt.stop_token_ids):
         if token >= sizes.vocabulary:
             yield f"prompt has a token {token}, language_model.vocabulary is {sizes.vocabulary}"
-    if absent := set(stages) - bundle.stages.keys():
-        yield f"stages lack {', '.join(sorted(absent))}"
-    elif unknown := bundle.stages.keys() - set(stages):
+    tables = [(bundle.stages, stages, "stages")] + ([(bundle.cine.stages, cine_stages, "cine.stages")] if bundle.cine else [])
+    faults = [fault for found, names, place in tables for fault in _table_faults(found, names, place)]
+    yield from faults or _stage_faults(bundle)
+
+
+def _table_faults(found: Mapping[str, StageSpec], names: Sequence[str], place: str) -> Iterator[str]:
+    if absent := set(names) - found.keys():
+        yield f"{place} lack {', '.join(sorted(absent))}"
+    elif unknown := found.keys() - set(names):
         yield f"unknown stage {shown(sorted(unknown)[0])}"
-    else:
-        yield from _stage_faults(bundle)
 
 
 def _quantization_faults(quantization: Quantization, stages: Sequence[str]) -> Iterator[str]:
@@ -56,7 +60,7 @@ def _quantization_faults(quantization: Quantization, stages: Sequence[str]) -> I
 def _stage_faults(bundle: BundleFile) -> Iterator[str]:
     """Where the graphs' inputs and outputs are not those of docs/architecture.md, in the sizes of the bundle."""
     for name, (inputs, outputs) in _expected(bundle).items():
-        stage = bundle.stages[name]
+        stage = bundle.all_stages[name]
         if absent := set(stage.weights) - bundle.files.keys():
             yield f"stages.{name}: weights name {shown(sorted(absent)[0])}, which is not in files"
         for kind, specs, shapes in (("input", stage.inputs, inputs), ("output", stage.outputs, outputs)):
@@ -85,7 +89,9 @@ def _expected(bundle: BundleFile) -> Mapping[str, tuple[_Shapes, _Shapes]]:
     encoded = {spec.name: spec.shape for spec in bundle.stages["sam2_image_encoder"].outputs}
     features: _Shapes = {name: ("images", *encoded.get(name, ())[1:4]) for name in _FEATURES}  # their sizes are SAM2's own
     positions = {"position_ids": ("batch", "sequence"), "write_indices": ("batch",), "kv_positions": ("live",)}
-    return {
+    side = mask.low_res_size
+    prediction: _Shapes = {"low_res_logits": ("masks", side, side), "iou": ("masks",), "object_score": ("masks",)}
+    stages: dict[str, tuple[_Shapes, _Shapes]] = {
         "vision_encoder": (
             {"pixel_values": ("tiles", 3, tiles.size, tiles.size)},
             {"image_embeds": ("tiles", tiles.tokens_per_tile, sizes.hidden_size)},
@@ -95,8 +101,21 @@ def _expected(bundle: BundleFile) -> Mapping[str, tuple[_Shapes, _Shapes]]:
             {"hidden_states": ("batch", "kept", sizes.hidden_size), "next_ids": ("batch", "kept"), **present},
         ),
         "sam2_image_encoder": ({"pixel_values": ("images", 3, mask.size, mask.size)}, dict(features)),
-        "sam2_mask_decoder": (
-            {**features, "seg_states": ("masks", sizes.hidden_size), "image_index": ("masks",)},
-            {"low_res_logits": ("masks", mask.low_res_size, mask.low_res_size), "iou": ("masks",), "object_score": ("masks",)},
+        "sam2_mask_decoder": ({**features, "seg_states": ("masks", sizes.hidden_size), "image_index": ("masks",)}, prediction),
+    }
+    if bundle.cine is None:
+        return stages
+    channels, *size = features["image_features"][1:] or (0,)
+    prediction["object_pointer"] = ("masks", channels)
+    remembered = {spec.name: spec.shape for spec in bundle.cine.stages["sam2_memory_encoder"].outputs}.get("memory", ())[1:2]
+    of_one: _Shapes = {name: (1, *shape[1:]) for name, shape in (features | prediction).items()}
+    attended = {"memories": ("memories", *remembered, *size), "temporal_positions": ("memories",), "object_pointers": ("pointers", channels)}
+    conditioned = {"conditioned_features": of_one["image_features"]}
+    return stages | {
+        "sam2_memory_attention": ({"image_features": of_one["image_features"], **attended}, conditioned),
+        "sam2_memory_encoder": ({name: of_one[name] for name in ("image_features", "low_res_logits")}, {"memory": (1, *remembered, *size)}),
+        "sam2_tracking_decoder": (
+            {name: of_one[name] for name in ("fpn_0", "fpn_1")} | conditioned,
+            {name: of_one[name] for name in prediction},
         ),
     }
