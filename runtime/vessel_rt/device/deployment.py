@@ -94,9 +94,11 @@ class Deployment:
 
         Raises:
             BundleError: the graph's inputs and outputs are not those of the bundle.
-            EngineError: compiled code would be saved in a folder that anyone may write to.
+            EngineError: compiled code would be saved in a folder that anyone may write to, or the engine of a cine's stage is not built.
         """
-        spec, path = self.bundle.stages[stage], self.graphs[stage]
+        if stage not in self.graphs:
+            raise EngineError(f"{self.bundle.folder}: no engine of {stage}; vessel-export build --bundle {self.bundle.folder} makes it")
+        spec, path = self.bundle.all_stages[stage], self.graphs[stage]
         cache = self._cache(stage) if self._compiles else None
         quantized = self.bundle.quantization is not None and stage in self.bundle.quantization.matrices
         session = Session(path, self.device, threads, cache=cache, prepack=quantized or stage not in _MATRICES_ONCE)
@@ -105,9 +107,9 @@ class Deployment:
         return session
 
     def sessions(self, threads: int = 0) -> dict[str, Session]:
-        """Load all stages at the same time; if one cannot be loaded, none stays loaded. See `session`."""
-        with ThreadPoolExecutor(len(self.graphs)) as pool:
-            loading = {stage: pool.submit(self.session, stage, threads) for stage in self.graphs}
+        """Load the stages of a frame at the same time; if one cannot be loaded, none stays loaded. See `session`."""
+        with ThreadPoolExecutor(len(self.bundle.stages)) as pool:
+            loading = {stage: pool.submit(self.session, stage, threads) for stage in self.bundle.stages}
         return {stage: future.result() for stage, future in loading.items()}
 
     def _cache(self, stage: str) -> EngineCache | None:
@@ -126,7 +128,7 @@ class Deployment:
             if writable_by_anyone(path):
                 raise EngineError(f"{path}: anyone may write to it, and its content would be run; remove it")
         workload = Workload(max_batch=self.batch, opt_batch=self.batch)
-        return EngineCache(folder, stage_profile(self.bundle, self.bundle.stages[stage], workload))
+        return EngineCache(folder, stage_profile(self.bundle, self.bundle.all_stages[stage], workload))
 
 
 def _signature(specs: Sequence[TensorSpec]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
@@ -176,9 +178,9 @@ def deploy_on(
         files = _check(bundle, [engines], progress)
     images = batch or _most_images(bundle, device, engines)
     if engines is None:
-        graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
+        graphs = {name: bundle.folder / stage.file for name, stage in bundle.all_stages.items()}
     else:
-        graphs = {name: engines.folder / f"{name}.onnx" for name in bundle.stages}
+        graphs = {name: engines.folder / f"{name}.onnx" for name in engines.engines}
     if not files.keys() >= set(graphs.values()):  # the other process saw other devices
         raise VesselError(f"--device {device}: the files that it loads were not checked; give the command again")
     return Deployment(bundle, device, graphs, images, files)

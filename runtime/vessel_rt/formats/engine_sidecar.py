@@ -24,7 +24,7 @@ from typing import Annotated, Self
 from msgspec import Meta, Struct
 
 from vessel_rt.errors import EngineError
-from vessel_rt.formats.bundle import STAGES, Bundle, named_and_unchecked
+from vessel_rt.formats.bundle import CINE_STAGES, STAGES, Bundle, named_and_unchecked
 from vessel_rt.formats.file_record import FileRecord
 from vessel_rt.formats.profiles import max_shape
 from vessel_rt.formats.schema import FileName, Sha256, Table, Text, decode, parse_json, read_small, to_json
@@ -110,7 +110,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             found.append(f"it was built by {self.builder} for {self.architecture}, not by {target.builder} for {target.architecture}")
         if self.versions.get(target.builder) != target.version:
             found.append(f"it was built by {target.builder} {self.versions.get(target.builder)}, and {target.version} is installed")
-        graph = bundle.stages[self.stage].file if self.stage in bundle.stages else self.stage
+        graph = bundle.all_stages[self.stage].file if self.stage in bundle.all_stages else self.stage
         if graph not in self.sources:
             found.append(f"it was not built from {graph}")
         for source, sha256 in self.sources.items():
@@ -130,7 +130,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 @dataclasses.dataclass(frozen=True)
 class EngineSet:
-    """The engines of all stages of a bundle for one target, in one folder."""
+    """The engines of a bundle's stages for one target, in one folder; those of cines only if all of them are built."""
 
     folder: Path
     engines: dict[str, Engine]
@@ -147,7 +147,9 @@ class EngineSet:
         absent = [stage for stage in STAGES if not (folder / f"{stage}.json").is_file()]
         if absent:
             raise EngineError(f"{folder}: no engine of {', '.join(absent)}; {build} makes them")
-        engines = {stage: Engine.load(folder / f"{stage}.json") for stage in STAGES}
+        cine = [stage for stage in CINE_STAGES if stage in bundle.all_stages and (folder / f"{stage}.json").is_file()]
+        stages = (*STAGES, *(cine if len(cine) == len(CINE_STAGES) else ()))
+        engines = {stage: Engine.load(folder / f"{stage}.json") for stage in stages}
         faults = []
         for stage, engine in engines.items():
             found = engine.differences(folder, bundle, target)

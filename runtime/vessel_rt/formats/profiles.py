@@ -9,7 +9,7 @@ import dataclasses
 import re
 
 from vessel_rt.errors import RecipeError
-from vessel_rt.formats.bundle import Bundle, StageSpec
+from vessel_rt.formats.bundle import Bundle, CineSpec, StageSpec
 from vessel_rt.formats.recipe import EngineRecipe, Recipe
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CPU_TOKENS",
     "MASKS_AN_IMAGE",
     "MAX_TEXT_TOKENS",
+    "MOST_CONDITIONING",
     "MOST_KEPT",
     "OPT_TEXT_TOKENS",
     "Profile",
@@ -35,6 +36,7 @@ MOST_KEPT = 16  # positions of one call whose states are returned, at most: 1 wh
 CPU_TOKENS = 512
 CPU_TILES = 4
 MASKS_AN_IMAGE = 4  # at most, averaged over a batch; an answer seen in training has one
+MOST_CONDITIONING = 8  # frames from which an object is tracked, at most; Sa2VA has 5
 # Tokens of a prompt besides its image: the template and the question.
 OPT_TEXT_TOKENS = 64  # that engines are tuned for: a short question
 MAX_TEXT_TOKENS = 256  # that a bundle's cache always has room for
@@ -129,4 +131,13 @@ def _axes(bundle: Bundle, workload: Workload) -> dict[str, tuple[int, int, int]]
         "kept": (1, 1, MOST_KEPT),
         "images": (1, workload.opt_batch, workload.max_batch),
         "masks": (1, workload.opt_batch, workload.max_batch * MASKS_AN_IMAGE),
+        **_cine_axes(bundle.cine),
     }
+
+
+def _cine_axes(cine: CineSpec | None) -> dict[str, tuple[int, int, int]]:
+    """Those of sam2_memory_attention. Engines are tuned for a frame late in a cine."""
+    if cine is None:
+        return {}
+    kinds = {"memories": cine.memories - 1, "pointers": cine.pointers - 1}
+    return {axis: (1, cine.prompted_frames + tracked, MOST_CONDITIONING + tracked) for axis, tracked in kinds.items()}

@@ -68,6 +68,12 @@ class PromptTokenizer:
             encodings = self._tokenizer.encode_batch([before, after], add_special_tokens=False)
         return encodings[0].ids, encodings[1].ids
 
+    def encode_separator(self) -> list[int]:
+        """Token ids of the prompt between the image tokens of two images, such as two frames of a cine."""
+        with self._faults():
+            ids: list[int] = self._tokenizer.encode(f"{self._spec.image_end}\n{self._spec.image_start}", add_special_tokens=False).ids
+        return ids
+
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of an answer, as in training: special tokens such as [SEG] are one id each."""
         with self._faults():

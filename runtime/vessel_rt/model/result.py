@@ -67,7 +67,8 @@ class Result:
 
     `decode_steps` counts the runs of language_model after the first. `drafted` tokens ran with the prompt; the model would have generated
     the first `accepted` itself. `images` is the size of the batch. `ms` has the wall time of each step in milliseconds, for all
-    questions about the image together; a batch's time is divided equally.
+    questions about the image together; a batch's time is divided equally. `propagated_from` are the places in the cine of the frames from
+    which the masks were tracked; None if a [SEG] state prompted them.
     """
 
     question: str
@@ -79,3 +80,4 @@ class Result:
     images: int
     ms: dict[str, float]
     masks: tuple[Mask, ...]
+    propagated_from: tuple[int, ...] | None = None

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,10 @@ from vessel_rt.model.result import Answer, Mask, Pixels, Result
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-__all__ = ["Segmenter"]
+__all__ = ["Segmenter", "timed"]
 
 
+T = TypeVar("T")
 _Logits = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]  # low-res logits, IoUs and object scores of some masks
 
 
@@ -99,9 +100,9 @@ class Segmenter:
     def prepare(self, image: Image.Image) -> Pixels:
         """The inputs of the graphs for `image`."""
         ms: dict[str, float] = {}
-        with _timed(ms, "tiles"):
+        with timed(ms, "tiles"):
             tiles = tile_pixels(image, self._bundle.tiles, self._input_dtype("vision_encoder"))
-        with _timed(ms, "square"):
+        with timed(ms, "square"):
             square = mask_pixels(image, self._bundle.mask, self._input_dtype("sam2_image_encoder"))
         return Pixels(image.width, image.height, tiles, square, ms)
 
@@ -115,16 +116,21 @@ class Segmenter:
             DeviceError: the device also fails on a gray image.
             BundleError: a file of the bundle was changed, so neither answers nor other errors can be trusted.
         """
+        return self._carefully(questions[0], lambda: self._run(batch, questions), retried=len(batch) > 1)
+
+    def _carefully(self, question: str, work: Callable[[], T], *, retried: bool = False) -> T:
+        """The result of `work`, which runs graphs. If one fails, a run on a gray image tells whether the device is at fault, unless memory
+        ran out and it is `retried` with fewer images. Raises as `run`."""
         self._verify_unchanged()
         try:
-            return self._run(batch, questions)
+            return work()
         except (GraphError, OutOfMemory) as e:  # not probed here: the error keeps device memory alive
             short, text = isinstance(e, OutOfMemory), str(e)
         finally:
             self._verify_unchanged()
-        if short and len(batch) > 1:
+        if short and retried:
             raise OutOfMemory(text)
-        self._probe(questions[0], text)
+        self._probe(question, text)
         raise OutOfMemory(text) if short else ImageError(text)
 
     def _run(self, batch: Sequence[Pixels], questions: Sequence[str]) -> list[list[Answer]]:
@@ -152,7 +158,7 @@ class Segmenter:
     def finish(self, pixels: Pixels, answer: Answer) -> Result:
         """The answer as text, and its masks at the image's size."""
         ms = {**pixels.ms, **answer.ms}
-        with _timed(ms, "upsample"):
+        with timed(ms, "upsample"):
             masks = upsample(answer.low_res_logits, self._bundle.mask.size, pixels.width, pixels.height) > 0  # sigmoid above 0.5
         generation, scores = answer.generation, zip(masks, answer.iou, answer.object_score, strict=True)
         return Result(
@@ -169,13 +175,13 @@ class Segmenter:
 
     def _generate(self, batch: Sequence[Pixels], questions: Sequence[str], ms: dict[str, float]) -> list[list[Generation]]:
         """The answers, by image and question. The language model takes as many prompts at once as there are images."""
-        with _timed(ms, "vision_encoder"):
+        with timed(ms, "vision_encoder"):
             tiles = np.concatenate([pixels.tiles for pixels in batch]) if len(batch) > 1 else batch[0].tiles
             image_embeds = self._embed(tiles)
         ends = np.cumsum([len(pixels.tiles) for pixels in batch])
         of_images = np.split(image_embeds.reshape(len(tiles), -1, image_embeds.shape[-1]), ends[:-1])
         generations: list[list[Generation]] = [[] for _ in batch]
-        with _timed(ms, "language_model"):
+        with timed(ms, "language_model"):
             for question in questions:
                 draft = self._draft(question)
                 prompts = [self._prompt(question, embeds) for embeds in of_images]
@@ -227,17 +233,20 @@ class Segmenter:
     def _gray(self) -> Pixels:
         return self.prepare(Image.new("RGB", (self._bundle.tiles.size,) * 2, (128, 128, 128)))
 
-    def _prompt(self, question: str, image_embeds: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size] between its texts'.
+    def _prompt(self, question: str, image_embeds: npt.NDArray[Any], images: int = 1) -> npt.NDArray[Any]:
+        """The prompt's embeddings [tokens, hidden_size]: the tiles' tokens [tiles, tokens_per_tile, hidden_size], of `images` with as many
+        tiles each, between its texts'.
 
         They are joined on the host, whatever the device: ONNX Runtime copies only whole values to a device. A tile of the 8B model is
         1.8 MB each way, which costs less than another graph or two more runs of language_model.
         """
         before, after = self._around(question)
-        return np.concatenate([before, image_embeds.reshape(-1, image_embeds.shape[-1]), after])
+        first, *others = np.split(image_embeds.reshape(-1, image_embeds.shape[-1]), images)
+        between = self._embed_tokens.rows(self._tokenizer.encode_separator()) if others else None
+        return np.concatenate([before, first, *(part for embeds in others for part in (between, embeds)), after])
 
     def _around(self, question: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """The embeddings before and after those of the image, computed once per question."""
+        """The embeddings before and after those of the images, computed once per question."""
         if question not in self._texts:
             before, after = (self._embed_tokens.rows(ids) for ids in self._tokenizer.encode(question))
             self._texts[question] = before, after
@@ -245,7 +254,7 @@ class Segmenter:
 
     def _encode(self, batch: Sequence[Pixels], ms: dict[str, float]) -> Mapping[str, OrtValue]:
         """SAM2's features of every image, which stay on the device."""
-        with _timed(ms, "sam2_image_encoder"):
+        with timed(ms, "sam2_image_encoder"):
             squares = np.concatenate([pixels.square for pixels in batch]) if len(batch) > 1 else batch[0].square
             return self._sessions["sam2_image_encoder"].run({"pixel_values": squares}, keep=("fpn_0", "fpn_1", "image_features"))
 
@@ -268,7 +277,7 @@ class Segmenter:
         parts = [(np.empty((0, side, side), np.float32), np.empty(0, np.float32), np.empty(0, np.float32))]
         if len(seg_states):
             features = features or self._encode([batch[i] for i in encoded], ms)
-            with _timed(ms, "sam2_mask_decoder"):
+            with timed(ms, "sam2_mask_decoder"):
                 most = MASKS_AN_IMAGE * len(encoded)  # the number that engines are built for and memory is planned for
                 for start in range(0, len(seg_states), most):
                     some = slice(start, start + most)
@@ -287,7 +296,8 @@ class Segmenter:
 
 
 @contextmanager
-def _timed(ms: dict[str, float], step: str) -> Iterator[None]:
+def timed(ms: dict[str, float], step: str) -> Iterator[None]:
+    """Add the milliseconds of a block to those of its step."""
     began = time.perf_counter()
     yield
-    ms[step] = (time.perf_counter() - began) * 1e3
+    ms[step] = ms.get(step, 0.0) + (time.perf_counter() - began) * 1e3

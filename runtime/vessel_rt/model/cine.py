@@ -1,0 +1,221 @@
+"""Cines: the objects of an answer, tracked through the frames of an angiographic sequence by SAM2's memory.
+
+`condition` makes the masks and memories of frames from [SEG] states, `propagate` tracks the objects from any set of such conditioning
+frames, in either direction. `segment` is the video path of Sa2VA's own inference (projects/sa2va/hf/models/modeling_sa2va_chat.py,
+`predict_forward`): the language model sees the first frames, one tile each; every [SEG] state prompts each of these frames; the frames
+after them are tracked forward. docs/cines.md has the facts. Does not know about files or runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vessel_rt.device.deployment import Deployment
+from vessel_rt.errors import BundleError, ImageError, VesselError
+from vessel_rt.formats.profiles import MOST_CONDITIONING
+from vessel_rt.model.decoding import Generation
+from vessel_rt.model.memory import Memory, MemoryBank
+from vessel_rt.model.preprocess import mask_pixels, tile_pixels
+from vessel_rt.model.result import Answer, Pixels, Result
+from vessel_rt.model.segmenter import Segmenter, timed
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+__all__ = ["CineSegmenter", "Tracked"]
+
+_PREDICTION = ("low_res_logits", "iou", "object_score")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tracked:
+    """The masks of objects on one frame, and its memories.
+
+    `prediction` has low_res_logits [objects, side, side], iou [objects] and object_score [objects]; `memories` one of each object; `ms` the
+    time of each step.
+    """
+
+    prediction: Mapping[str, npt.NDArray[np.float32]]
+    memories: tuple[Memory, ...]
+    ms: dict[str, float]
+
+
+class CineSegmenter(Segmenter):
+    """A Segmenter with the graphs of cines.
+
+    Raises:
+        VesselError: as Segmenter; or the bundle has no graphs for cines.
+    """
+
+    def __init__(self, deployment: Deployment, threads: int = 0, *, draft: bool = True) -> None:
+        if deployment.bundle.cine is None:
+            raise BundleError(f"{deployment.bundle.folder}: an older version exported it, without the graphs of cines; export it again")
+        super().__init__(deployment, threads, draft=draft)
+        self._cine = deployment.bundle.cine
+        with ExitStack() as stack:
+            stack.callback(self._stack.close)
+            for name in self._cine.stages:
+                self._sessions[name] = stack.enter_context(deployment.session(name, threads))
+            self._verify_unchanged()
+            self._stack = stack.pop_all()
+
+    def segment_cine(self, frames: Iterable[Image.Image], question: str) -> Iterator[Result]:
+        """Answer `question` about a cine as Sa2VA does: the answer, and the masks of each frame, in order.
+
+        Frames (RGB, as from `read_image`) are read as they are needed; at most as many as the language model sees are in memory.
+
+        Raises:
+            VesselError: the question is empty or contains an image token, or there is no frame.
+            ImageError: the numbers of a frame overflow the bundle's precision.
+        """
+        prepared = (self.prepare_frame(frame, place) for place, frame in enumerate(frames))
+        yield from (result for [result] in self.run_cine(prepared, [question]))
+
+    def prepare_frame(self, image: Image.Image, place: int) -> Pixels:
+        """The inputs of the graphs for frame `place` of a cine: a tile only if the language model sees it."""
+        ms: dict[str, float] = {}
+        dtype = self._input_dtype("vision_encoder")
+        with timed(ms, "tiles"):
+            spec = msgspec.structs.replace(self._bundle.tiles, min_tiles=1, max_tiles=1)
+            tiles = tile_pixels(image, spec, dtype) if place < self._cine.prompted_frames else np.empty((0, 3, spec.size, spec.size), dtype)
+        with timed(ms, "square"):
+            square = mask_pixels(image, self._bundle.mask, self._input_dtype("sam2_image_encoder"))
+        return Pixels(image.width, image.height, tiles, square, ms)
+
+    def run_cine(self, frames: Iterable[Pixels], questions: Sequence[str]) -> Iterator[list[Result]]:
+        """As `segment_cine`, with several questions and prepared frames: for each frame, a result for each question.
+
+        Raises:
+            VesselError, ImageError: as `segment_cine`.
+            OutOfMemory: the device has no memory for a frame.
+            DeviceError: the device also fails on a gray image.
+            BundleError: a file of the bundle was changed.
+        """
+        going = iter(frames)
+        prompted = list(itertools.islice(going, self._cine.prompted_frames))
+        if not prompted:
+            raise VesselError("a cine without frames")
+        generations, ms = self._carefully(questions[0], lambda: self.ask(prompted, questions))
+        states = np.concatenate([generation.seg_states for generation in generations])
+        conditioning: list[dict[int, Memory]] = [{} for _ in states]
+        places = tuple(range(len(prompted)))
+        for place in places:
+            pixels, prompted[place] = prompted[place], prompted[place].spent()
+            found = self._carefully(questions[0], functools.partial(self.condition, pixels, states))
+            for of_object, memory in zip(conditioning, found.memories, strict=True):
+                of_object[place] = memory
+            share = {step: value / len(places) for step, value in ms.items()}
+            yield self._results(pixels, questions, generations, found, share, None)
+        tracked = self.propagate(conditioning, enumerate(going, start=len(places)))
+        while following := self._carefully(questions[0], lambda: next(tracked, None)):
+            _, pixels, found = following
+            yield self._results(pixels, questions, generations, found, {}, places)
+
+    def ask(self, prompted: Sequence[Pixels], questions: Sequence[str]) -> tuple[list[Generation], dict[str, float]]:
+        """The answer to each question about `prompted`, the frames that the language model sees, and the time of each step."""
+        ms: dict[str, float] = {}
+        with timed(ms, "vision_encoder"):
+            embeds = self._embed(np.concatenate([pixels.tiles for pixels in prompted]))
+        with timed(ms, "language_model"):
+            generations = [
+                self._language_model.generate([self._prompt(question, embeds, images=len(prompted))], [self._draft(question)])[0]
+                for question in questions
+            ]
+        return generations, ms
+
+    def condition(self, pixels: Pixels, seg_states: npt.NDArray[Any]) -> Tracked:
+        """The masks of the objects on a frame that their [SEG] states [objects, hidden_size] prompt, and their memories."""
+        ms: dict[str, float] = {}
+        if not len(seg_states):
+            return self._tracked([], [], ms)
+        features = self._encode([pixels], ms)
+        predictions, memories = [], []
+        for state in seg_states:
+            with timed(ms, "sam2_mask_decoder"):
+                feeds = {**features, "seg_states": state[None], "image_index": np.zeros(1, np.int64)}
+                predictions.append(self._sessions["sam2_mask_decoder"].run(feeds))
+            memories.append(self._remembered(features, predictions[-1], ms))
+        return self._tracked(predictions, memories, ms)
+
+    def propagate(
+        self, conditioning: Sequence[Mapping[int, Memory]], frames: Iterable[tuple[int, Pixels]], *, reverse: bool = False
+    ) -> Iterator[tuple[int, Pixels, Tracked]]:
+        """Track objects through `frames`.
+
+        Args:
+            conditioning: for each object the memories of its conditioning frames, by place in the cine: the same places for each object.
+            frames: the frames to track, each with its place in the cine, in the order of tracking; without the conditioning frames.
+            reverse: whether places decrease. A pass in one direction knows nothing of a pass in the other.
+
+        Yields:
+            The place, the frame, and the objects on it, as soon as it is tracked.
+
+        Raises:
+            VesselError: more conditioning frames than the device's graphs take.
+            ImageError: a frame's numbers overflow the bundle's precision.
+        """
+        if any(len(of_object) > MOST_CONDITIONING for of_object in conditioning):
+            raise VesselError(f"an object is tracked from at most {MOST_CONDITIONING} conditioning frames")
+        banks = [MemoryBank(self._cine, of_object, reverse=reverse) for of_object in conditioning]
+        for place, pixels in frames:
+            ms: dict[str, float] = {}
+            predictions, memories = [], []
+            features = self._encode([pixels], ms) if banks else {}
+            for bank in banks:
+                with timed(ms, "sam2_memory_attention"):
+                    feeds = {"image_features": features["image_features"], **bank.feeds(place)}
+                    conditioned = self._sessions["sam2_memory_attention"].run(feeds, keep=("conditioned_features",))
+                with timed(ms, "sam2_tracking_decoder"):
+                    fine = {name: features[name] for name in ("fpn_0", "fpn_1")}
+                    predictions.append(self._sessions["sam2_tracking_decoder"].run(fine | conditioned))
+                memories.append(self._remembered(features, predictions[-1], ms))
+                bank.add(place, memories[-1])
+            yield place, pixels, self._tracked(predictions, memories, ms)
+
+    def _remembered(self, features: Mapping[str, OrtValue], prediction: Mapping[str, npt.NDArray[Any]], ms: dict[str, float]) -> Memory:
+        """The memory of one object, in the types of sam2_memory_attention."""
+        attention = self._cine.stages["sam2_memory_attention"]
+        with timed(ms, "sam2_memory_encoder"):
+            feeds = {"image_features": features["image_features"], "low_res_logits": prediction["low_res_logits"]}
+            memory = self._sessions["sam2_memory_encoder"].run(feeds)["memory"]
+        pointer = prediction["object_pointer"].astype(attention.input_dtype("object_pointers"))
+        memory = memory.astype(attention.input_dtype("memories"))
+        if not (np.isfinite(memory).all() and np.isfinite(pointer).all()):
+            raise ImageError(f"its memory is not finite in {self._bundle.precision}; export the bundle with --precision fp32")
+        return Memory(memory, pointer)
+
+    def _tracked(self, predictions: Sequence[Mapping[str, npt.NDArray[Any]]], memories: Sequence[Memory], ms: dict[str, float]) -> Tracked:
+        side = self._bundle.mask.low_res_size
+        empty = {"low_res_logits": (0, side, side), "iou": (0,), "object_score": (0,)}
+        prediction = {name: np.concatenate([np.empty(empty[name], np.float32), *(each[name] for each in predictions)]) for name in _PREDICTION}
+        if not all(np.isfinite(array).all() for array in prediction.values()):
+            raise ImageError(f"its masks are not finite in {self._bundle.precision}; export the bundle with --precision fp32")
+        return Tracked(prediction, tuple(memories), ms)
+
+    def _results(
+        self,
+        pixels: Pixels,
+        questions: Sequence[str],
+        generations: Sequence[Generation],
+        found: Tracked,
+        ms: Mapping[str, float],
+        propagated_from: tuple[int, ...] | None,
+    ) -> list[Result]:
+        """A result for each question: its objects are those of its generation, in order."""
+        ends = np.cumsum([len(generation.seg_states) for generation in generations])[:-1]
+        parts = zip(*(np.split(found.prediction[name], ends) for name in _PREDICTION), strict=True)
+        answers = [
+            Answer(question, generation, *part, 1, {**ms, **found.ms})
+            for question, generation, part in zip(questions, generations, parts, strict=True)
+        ]
+        return [dataclasses.replace(self.finish(pixels, answer), propagated_from=propagated_from) for answer in answers]
