@@ -1,10 +1,11 @@
-"""Writes SAM2's stages of a bundle, those of cines included: traces its modules and writes their weights and graphs. Does not know the checkpoint."""
+"""Writes SAM2's stages of a bundle, with those of cines: traces its modules, writes weights and graphs. Does not know the checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,7 @@ def write_sam2_stages(
     """
     precision = recipe.precision
     opened = open_sam2(str(sam2))
-    model = opened.build({name: torch.from_numpy(array) for name, array in updates.items()})
+    model: Any = opened.build({name: torch.from_numpy(array) for name, array in updates.items()})
     hidden_size = prompt_head["0.weight"].shape[0]
     if fault := tracking_fault(model):
         raise BaseModelError(f"{sam2}: {fault}; cines are tracked only with SAM 2.0's own settings, check --sam2 and its .yaml")

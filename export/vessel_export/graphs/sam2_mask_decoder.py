@@ -121,6 +121,4 @@ def trace_sam2_tracking_decoder(sam2_model: Any, dtype: torch.dtype, *, opset: i
         "conditioned_features": torch.zeros(1, channels, side, side, dtype=dtype),
     }
     size = mask_decoder_bytes(side, channels, dtype.itemsize)
-    return trace(
-        "sam2_tracking_decoder", module, inputs, _OUTPUTS, {}, opset=opset, activation_bytes=size, weights_of="sam2_mask_decoder"
-    )
+    return trace("sam2_tracking_decoder", module, inputs, _OUTPUTS, {}, opset=opset, activation_bytes=size, weights_of="sam2_mask_decoder")

@@ -15,7 +15,7 @@ from vessel_export.graphs.assemble import Graph
 from vessel_export.graphs.torch_export import trace
 from vessel_export.io.safetensors_writer import OutputTensor
 
-__all__ = ["Sam2MemoryAttention", "Sam2MemoryEncoder", "tracking_fault", "trace_sam2_memory_attention", "trace_sam2_memory_encoder"]
+__all__ = ["Sam2MemoryAttention", "Sam2MemoryEncoder", "trace_sam2_memory_attention", "trace_sam2_memory_encoder", "tracking_fault"]
 
 # What the graphs, the runtime's memory bank and Sa2VA's inference take for granted of SAM2's configuration.
 _SETTINGS = {
@@ -113,7 +113,7 @@ class Sam2MemoryAttention(nn.Module):
             x = x + own(normed, normed, normed)
             x = x + cross(layer.norm2(x), keys, values, pointers.shape[1])
             x = x + layer.linear2(layer.activation(layer.linear1(layer.norm3(x))))
-        return self.norm(x).transpose(1, 2).reshape(image_features.shape)  # type: ignore[no-any-return]
+        return self.norm(x).transpose(1, 2).reshape(image_features.shape)
 
 
 class _RotaryAttention(nn.Module):
@@ -136,12 +136,11 @@ class _RotaryAttention(nn.Module):
         """q [1, H * W, C], k and v [1, keys, width], of which the last `fixed` are not rotated (None: all are) -> [1, H * W, C]."""
         q, k, v = (self._heads(linear(x)) for linear, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
         q = _rotated(q, self.cos, self.sin)
-        turned, still = k.split([k.shape[2] - fixed, fixed], dim=2) if fixed is not None else (k, None)
-        turned = turned.reshape(self.heads, -1, *q.shape[2:])
-        k = _rotated(turned, self.cos, self.sin).reshape(1, self.heads, -1, q.shape[-1])
-        k = k if still is None else torch.cat([k, still], dim=2)
+        end = k.shape[2] - (fixed or 0)
+        turned = _rotated(k[:, :, :end].reshape(self.heads, -1, *q.shape[2:]), self.cos, self.sin).reshape(1, self.heads, -1, q.shape[-1])
+        k = turned if fixed is None else torch.cat([turned, k[:, :, end:]], dim=2)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(1, x.shape[1], self.heads, -1).transpose(1, 2)

@@ -56,11 +56,11 @@ def trace(
             optimize=False,
             verbose=False,
         )
-    if program is None:
-        raise RuntimeError(f"{name}: the exporter returned no program")
-    model = program.model
-    parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
-    _simplify(model, parameters)
+        if program is None:
+            raise RuntimeError(f"{name}: the exporter returned no program")
+        model = program.model
+        parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
+        _simplify(model, parameters)
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     model.metadata_props.clear()
     return Graph(name, model, activation_bytes, unit_flops(model)), _move_weights_out(name, model, parameters, weights_of)
@@ -123,12 +123,13 @@ def _name_matrices(graph: ir.Graph, parameters: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the exporter's progress and its notes on version conversion, which are not for users."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Hide the exporter's progress and its notes on version conversion and folding, which are not for users."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("torch.onnx", "onnxscript.optimizer"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

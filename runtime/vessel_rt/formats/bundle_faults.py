@@ -17,7 +17,9 @@ _Shapes: TypeAlias = "dict[str, tuple[int | str, ...]]"
 
 _PIXELS = 2**26  # of all tiles of an image; the largest image that is read has as many
 _FEATURES = ("fpn_0", "fpn_1", "image_features")
-_INTEGERS = frozenset({"position_ids", "write_indices", "kv_positions", "gather_positions", "next_ids", "image_index", "temporal_positions"})
+_INTEGERS = frozenset(
+    {"position_ids", "write_indices", "kv_positions", "gather_positions", "next_ids", "image_index", "temporal_positions"}
+)
 _FLOATS = ("float32", "float16")  # of what NumPy holds
 _CACHE = ("past_", "present_")  # stays on the device, so it may be what NumPy has not
 
@@ -109,7 +111,11 @@ def _expected(bundle: BundleFile) -> Mapping[str, tuple[_Shapes, _Shapes]]:
     prediction["object_pointer"] = ("masks", channels)
     remembered = {spec.name: spec.shape for spec in bundle.cine.stages["sam2_memory_encoder"].outputs}.get("memory", ())[1:2]
     of_one: _Shapes = {name: (1, *shape[1:]) for name, shape in (features | prediction).items()}
-    attended = {"memories": ("memories", *remembered, *size), "temporal_positions": ("memories",), "object_pointers": ("pointers", channels)}
+    attended = {
+        "memories": ("memories", *remembered, *size),
+        "temporal_positions": ("memories",),
+        "object_pointers": ("pointers", channels),
+    }
     conditioned = {"conditioned_features": of_one["image_features"]}
     return stages | {
         "sam2_memory_attention": ({"image_features": of_one["image_features"], **attended}, conditioned),

@@ -196,8 +196,8 @@ class CineSegmenter(Segmenter):
 
     def _tracked(self, predictions: Sequence[Mapping[str, npt.NDArray[Any]]], memories: Sequence[Memory], ms: dict[str, float]) -> Tracked:
         side = self._bundle.mask.low_res_size
-        empty = {"low_res_logits": (0, side, side), "iou": (0,), "object_score": (0,)}
-        prediction = {name: np.concatenate([np.empty(empty[name], np.float32), *(each[name] for each in predictions)]) for name in _PREDICTION}
+        none = {name: np.empty((0, side, side) if name == "low_res_logits" else 0, np.float32) for name in _PREDICTION}
+        prediction = {name: np.concatenate([empty, *(each[name] for each in predictions)]) for name, empty in none.items()}
         if not all(np.isfinite(array).all() for array in prediction.values()):
             raise ImageError(f"its masks are not finite in {self._bundle.precision}; export the bundle with --precision fp32")
         return Tracked(prediction, tuple(memories), ms)
@@ -215,7 +215,7 @@ class CineSegmenter(Segmenter):
         ends = np.cumsum([len(generation.seg_states) for generation in generations])[:-1]
         parts = zip(*(np.split(found.prediction[name], ends) for name in _PREDICTION), strict=True)
         answers = [
-            Answer(question, generation, *part, 1, {**ms, **found.ms})
-            for question, generation, part in zip(questions, generations, parts, strict=True)
+            Answer(question, generation, logits, iou, object_score, 1, {**ms, **found.ms})
+            for question, generation, (logits, iou, object_score) in zip(questions, generations, parts, strict=True)
         ]
         return [dataclasses.replace(self.finish(pixels, answer), propagated_from=propagated_from) for answer in answers]

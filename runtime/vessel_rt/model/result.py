@@ -80,4 +80,4 @@ class Result:
     images: int
     ms: dict[str, float]
     masks: tuple[Mask, ...]
-    propagated_from: tuple[int, ...] | None = None
+    propagated_from: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
