@@ -69,6 +69,12 @@ def add_infer(commands: Any) -> None:
         metavar="LOW:HIGH",
         help="also take gray images of more than 8 bits: LOW becomes black, HIGH white (without a value: each file's own range)",
     )
+    which.add_argument(
+        "--propagate",
+        choices=["sa2va"],
+        help="track the answer's objects through each cine: sa2va asks about its first 5 frames and tracks forward from them, as Sa2VA "
+        "does; the pages of a TIFF are frames, too",
+    )
     which.add_argument("--recursive", action="store_true", help="also search the subfolders of folders; a/b/x.png gives masks/a__b__x.png")
     which.add_argument("--num-images", type=types.positive, metavar="N", help="only the first N frames")
     which.add_argument("--num-shards", type=types.positive, metavar="K", help="split the files between K runs (see vessel-rt merge-shards)")
@@ -140,8 +146,11 @@ def run_infer(arguments: argparse.Namespace) -> int:
             batch=arguments.batch,
             draft=not arguments.no_draft,
             rescale=arguments.rescale,
+            propagate=arguments.propagate,
         ),
-        selection=Selection(arguments.frames, arguments.num_images, shards, shard, arguments.recursive),
+        selection=Selection(
+            arguments.frames or (slice(None) if arguments.propagate else None), arguments.num_images, shards, shard, arguments.recursive
+        ),
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,
         overwrite=arguments.overwrite,

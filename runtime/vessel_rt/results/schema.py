@@ -104,6 +104,8 @@ class ResultLine(TypedDict):
         files: the SHA-256 of each output file of the frame, by its path in the output folder.
         input: the SHA-256 of the input file; null after an error.
         settings: a hash of everything that determines the results: version, bundle, kind of device, questions, options.
+        propagated_from: the numbers of the frames from which the masks were tracked; null if the model was asked about this frame. Absent
+            without `--propagate`.
     """
 
     schema: NotRequired[_Schema]
@@ -122,6 +124,7 @@ class ResultLine(TypedDict):
     files: dict[str, str]
     input: str | None
     settings: str
+    propagated_from: NotRequired[list[_Count] | None]
 
 
 class TimingLine(TypedDict):

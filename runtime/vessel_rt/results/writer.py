@@ -82,14 +82,16 @@ class FrameWriter:
         folder: with masks/, overlays/ and previews/ in it.
         names: of all frames of the run, including other shards.
         settings: the hash of the settings, for every line.
+        cines: whether objects are tracked, so that lines have `propagated_from`.
     """
 
-    def __init__(self, folder: Path, names: Collection[str], settings: str) -> None:
+    def __init__(self, folder: Path, names: Collection[str], settings: str, *, cines: bool = False) -> None:
         self._folder, self._names, self._settings = folder, frozenset(name.casefold() for name in names), settings
+        self._cines = cines
 
     def absolute(self) -> FrameWriter:
         """A copy for a process with another current folder."""
-        return FrameWriter(self._folder.absolute(), self._names, self._settings)
+        return FrameWriter(self._folder.absolute(), self._names, self._settings, cines=self._cines)
 
     def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result]) -> Entry:
         """Write the files of a frame whose input has the hash `sha256`. After an error none of them is left.
@@ -121,11 +123,18 @@ class FrameWriter:
             result_line(frame, result.question, image.size, result.answer, of_result, _files(of_result, written) | pictures, made)
             for result, of_result in zip(results, records, strict=True)
         ]
+        if self._cines:
+            for line, result in zip(lines, results, strict=True):
+                line["propagated_from"] = None if result.propagated_from is None else list(result.propagated_from)
         return Entry(frame.name, lines, [_timing(line, result) for line, result in zip(lines, results, strict=True)])
 
     def failure(self, frame: Frame, questions: Sequence[str], error: str) -> Entry:
         """The entry of a frame that could not be segmented; no file is written."""
-        return failure(frame, questions, error, self._settings)
+        entry = failure(frame, questions, error, self._settings)
+        if self._cines:
+            for line in entry.lines:
+                line["propagated_from"] = None
+        return entry
 
     def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> MaskRecord:
         self._save(name, _stencil(mask.pixels), written, format="PNG")
@@ -206,7 +215,8 @@ def result_line(
         "answer": answer,
         "masks": masks,
         "files": files,
-        **made,
+        "input": made["input"],
+        "settings": made["settings"],
     }
 
 

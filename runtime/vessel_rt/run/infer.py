@@ -102,6 +102,8 @@ def infer(bundle: Bundle, options: InferOptions) -> Summary:
 
 
 def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float) -> Summary:
+    if options.work.propagate and (len(options.devices) > 1 or options.ray):
+        raise VesselError("--propagate uses one device; split the files between several with --num-shards and --shard-id")
     started, stop, say = datetime.datetime.now(datetime.UTC), Stop(), _Console(options)
     earlier = read_earlier(options.output)
     frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines(), options.output)
@@ -114,7 +116,7 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     record = Record(lock, earlier, frames, options.overwrite, options.prune)
     devices = _choose(bundle, options)
     settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
-    left = record.resume(settings, options.work.questions)
+    left = record.resume(settings, options.work.questions, cines=options.work.propagate is not None)
     summary = _summary_of(record, frames, len(names), say)
     summary.skipped = skipped
     if summary.unread and options.fail_fast:
@@ -124,7 +126,7 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     for warning in earlier.warnings:
         say(f"warning: {warning}")
     if left:
-        work, writer = _share(options.work, devices), FrameWriter(options.output, names, settings)
+        work, writer = _share(options.work, devices), FrameWriter(options.output, names, settings, cines=options.work.propagate is not None)
         jobs = [Job(bundle, device, work, writer, len(names), options.naming.show_names) for device in devices]
         with _workers(jobs, options.ray, stop, say) as workers:
             _announce(options, devices, bundle)
@@ -268,6 +270,9 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
         "rescale": dataclasses.asdict(options.work.rescale) if options.work.rescale else None,
         "pseudonymize": options.naming.codes.key_id if options.naming.pseudonymize else None,
     }
+    if options.work.propagate:  # a frame depends on the others of its cine
+        frames = options.selection.frames
+        decisive["propagate"] = [options.work.propagate, repr(frames), options.selection.num_images]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

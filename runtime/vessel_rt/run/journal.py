@@ -71,8 +71,8 @@ class Record:
             self._check_gone()
         self._files.check_inputs(self._earlier.values())
 
-    def resume(self, settings: str, questions: Sequence[str]) -> list[Frame]:
-        """The frames that are left to do with these settings.
+    def resume(self, settings: str, questions: Sequence[str], *, cines: bool = False) -> list[Frame]:
+        """The frames that are left to do with these settings. With `cines`, the frames of a file are done all or not at all.
 
         `unread` then has the frames whose results are kept although their inputs cannot be read: the error, by name.
 
@@ -87,6 +87,10 @@ class Record:
                     "choose another output folder with -o, or replace them with --overwrite"
                 )
             self._kept = {entry.name: entry for entry in self._unchanged(list(questions))}
+            if cines:
+                left = {frame.path for frame in self._frames.values() if frame.name not in self._kept}
+                self._kept = {name: entry for name, entry in self._kept.items() if self._frames[name].path not in left}
+                self.unread = {name: error for name, error in self.unread.items() if name in self._kept}
             self._stale -= set(self._kept)
         return [frame for frame in self._frames.values() if frame.name not in self._kept]
 

@@ -21,7 +21,7 @@ from vessel_rt.errors import ImageError, OutOfMemory
 from vessel_rt.model.result import Answer, Pixels, Result
 from vessel_rt.model.segmenter import Segmenter
 
-__all__ = ["Picture", "Pipeline"]
+__all__ = ["Picture", "Pipeline", "ahead", "pool"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -75,11 +75,11 @@ class Pipeline(Generic[S, T]):
 
     def run(self, items: Iterable[S]) -> Iterator[T]:
         """Process every item. The caller's thread iterates over `items`, some items ahead of the results."""
-        with ThreadPoolExecutor(1, "write") as writer, _pool(self._streams, "run") as runners, _pool(_READERS, "read") as readers:
+        with ThreadPoolExecutor(1, "write") as writer, pool(self._streams, "run") as runners, pool(_READERS, "read") as readers:
             going = (item for item in items if not self._stop.is_set())
-            read = _ahead(readers, self._prepared, going, self.least_batch * self._streams + _READERS)
-            answered = _ahead(runners, self._answered, self._batches(read), self._streams)
-            for finished in _ahead(writer, self._finished, answered, self._streams):
+            read = ahead(readers, self._prepared, going, self.least_batch * self._streams + _READERS)
+            answered = ahead(runners, self._answered, self._batches(read), self._streams)
+            for finished in ahead(writer, self._finished, answered, self._streams):
                 yield from finished
 
     def _prepared(self, item: S) -> _Read[S]:
@@ -152,7 +152,7 @@ def _spent(read: _Read[S]) -> _Read[S]:
     return dataclasses.replace(read, pixels=read.pixels.spent()) if read.pixels else read
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], bound: int) -> Iterator[T]:
+def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S], bound: int) -> Iterator[T]:
     """Apply `function` to `items` in `pool`, and yield the results in order; at most `bound` of them wait.
 
     If `items` raises an error, the results of items that were started come before it.
@@ -172,7 +172,7 @@ def _ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable
 
 
 @contextmanager
-def _pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
+def pool(threads: int, name: str) -> Iterator[ThreadPoolExecutor]:
     """A pool for the block. When the block ends, calls in progress are finished and the others are cancelled."""
     pool = ThreadPoolExecutor(threads, name)
     try:

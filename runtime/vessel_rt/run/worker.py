@@ -19,9 +19,11 @@ from vessel_rt.inputs.frames import Frame, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale
 from vessel_rt.inputs.pseudonyms import remember
 from vessel_rt.io.checked_files import CheckedFiles
+from vessel_rt.model.cine import CineSegmenter
 from vessel_rt.model.result import Result
 from vessel_rt.model.segmenter import Segmenter
 from vessel_rt.results.writer import Entry, FrameWriter
+from vessel_rt.run.cine_pipeline import CinePipeline
 from vessel_rt.run.pipeline import Picture, Pipeline
 
 __all__ = ["Job", "WorkOptions", "Worker", "cores"]
@@ -34,7 +36,8 @@ _LARGE = 1 << 30  # bytes of weights of a bundle whose streams would take gigaby
 class WorkOptions:
     """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None are chosen automatically.
 
-    `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`.
+    `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`. With `propagate`, the frames of a file are a
+    cine, and objects are tracked through it; `sa2va` is the only mode.
     """
 
     questions: tuple[str, ...]
@@ -43,12 +46,15 @@ class WorkOptions:
     batch: int | None = None
     draft: bool = True
     rescale: Rescale | None = None
+    propagate: str | None = None
 
     def streams_on(self, kind: str, frames: int, bundle: Bundle) -> int:
         """How many batches of `frames` in total run at the same time on a kind of device.
 
         On a CPU, a small model is faster with one core for each batch than with all cores for one (docs/performance.md).
         """
+        if self.propagate:  # each frame depends on those before it
+            return 1
         several = kind == "cpu" and sum(map(bundle.weight_bytes, bundle.stages)) < _LARGE
         return min(self.streams or (min(self.threads or cores(), _STREAMS) if several else 1), frames)
 
@@ -87,22 +93,30 @@ class Worker:
         self.streams = options.streams_on(deployment.device.kind, total, deployment.bundle)
         self.batch = deployment.batch
         self._hash = input_hasher()
+        threads = options.threads_of(self.streams)
         with ExitStack() as stack:
-            segmenter = stack.enter_context(Segmenter(deployment, options.threads_of(self.streams), draft=options.draft))
+            self._pipeline: Pipeline[Frame, Entry] | CinePipeline[Entry]
+            if options.propagate:
+                tracker = stack.enter_context(CineSegmenter(deployment, threads, draft=options.draft))
+                segmenter: Segmenter = tracker
+                self.batch = 1
+                self._pipeline = CinePipeline(tracker, options.questions, read=self._read, finish=self._write, fail=self._fail, stop=stop)
+            else:
+                segmenter = stack.enter_context(Segmenter(deployment, threads, draft=options.draft))
+                self._pipeline = Pipeline(
+                    segmenter,
+                    options.questions,
+                    read=self._read,
+                    finish=self._write,
+                    fail=self._fail,
+                    streams=self.streams,
+                    batch=self.batch,
+                    stop=stop,
+                    say=say,
+                )
             for question in options.questions:
                 segmenter.prepare_question(question)
             self._stack = stack.pop_all()
-        self._pipeline: Pipeline[Frame, Entry] = Pipeline(
-            segmenter,
-            options.questions,
-            read=self._read,
-            finish=self._write,
-            fail=self._fail,
-            streams=self.streams,
-            batch=self.batch,
-            stop=stop,
-            say=say,
-        )
 
     def __enter__(self) -> Self:
         return self
