@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import vessel_rt
 from vessel_rt.cli.arguments import device
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
-from vessel_rt.formats.bundle import STAGES
+from vessel_rt.formats.bundle import CINE_STAGES, STAGES
 from vessel_rt.formats.engine_sidecar import BUILDERS
 from vessel_rt.formats.recipe import DEFAULT_RECIPE, PRECISIONS, recipe_names
 from vessel_rt.io.streams import standard_streams
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from vessel_rt.formats.recipe import Recipe
 
 __all__ = ["main"]
+
+CINE_FRAMES = 30  # of `verify --cine`
 
 _EXAMPLES = """examples:
   vessel-export export --ckpt work_dirs/iter_12192.pth
@@ -126,7 +129,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ampere-plus", action="store_true", help="with --builder tensorrt: for any GPU of RTX 30 or newer, a little slower"
     )
-    parser.add_argument("--stage", action="append", choices=STAGES, help="build only this stage; may be repeated (default: all)")
+    parser.add_argument(
+        "--stage", action="append", choices=(*STAGES, *CINE_STAGES), help="build only this stage; may be repeated (default: all)"
+    )
     parser.add_argument("--rebuild", action="store_true", help="replace engines that were built from other files, shapes or versions")
     parser.set_defaults(run=_build)
 
@@ -154,6 +159,14 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", action="store_true", help="use the golden frames and questions, and write the reference's answers into the bundle"
     )
+    parser.add_argument(
+        "--cine",
+        nargs="?",
+        const=CINE_FRAMES,
+        type=_positive_count,
+        metavar="N",
+        help=f"compare a cine of N drawn frames instead, tracked as Sa2VA does (default: {CINE_FRAMES})",
+    )
     parser.set_defaults(run=_verify, usage_error=parser.error)
 
 
@@ -162,6 +175,12 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, nargs="+", default=[], metavar="PATH", help="images or folders (default: three drawn frames)"
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads for one operator (default: all cores)")
+
+
+def _positive_count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
+    return int(text)
 
 
 def _positive_number(text: str) -> float:
@@ -264,7 +283,7 @@ def _build(arguments: argparse.Namespace) -> int:
         recipe=load_recipe(arguments.recipe),
         builder=arguments.builder,
         stub_gpu=arguments.describe,
-        stages=tuple(stage for stage in STAGES if stage in (arguments.stage or STAGES)),
+        stages=tuple(stage for stage in (*STAGES, *CINE_STAGES) if stage in arguments.stage) if arguments.stage else None,
         rebuild=arguments.rebuild,
         ampere_plus=arguments.ampere_plus,
     )
@@ -302,6 +321,7 @@ def _ranges(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from vessel_export.parity.verify import VerifyRequest, sensitivity_of, verify_bundle
+    from vessel_export.parity.verify_cine import verify_cine
 
     request = VerifyRequest(
         bundle=arguments.bundle,
@@ -318,10 +338,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
     if arguments.record and (arguments.images or arguments.prompt or arguments.by_matrix):
         arguments.usage_error("--record has frames and questions of its own: leave out --images, --prompt and --by-matrix")
+    if arguments.cine and (arguments.images or arguments.record or arguments.by_matrix):
+        arguments.usage_error("--cine has frames of its own: leave out --images, --record and --by-matrix")
     if arguments.by_matrix:
         print(sensitivity_of(request))
         return 0
-    report = verify_bundle(request)
+    report = verify_cine(request, arguments.cine) if arguments.cine else verify_bundle(request)
     print(report.table())
     if arguments.record:
         print(f"{arguments.bundle}: goldens recorded")

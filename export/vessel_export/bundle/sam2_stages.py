@@ -27,6 +27,7 @@ __all__ = ["Written", "write_sam2_stages"]
 
 # The first with a fused Attention, for which TensorRT has kernels, and which is faster on the CPU (docs/performance.md)
 _ATTENTION_OPSET = 23
+_FEWEST_QUERIES = 4096  # of a single head, for the fused Attention
 # The mask decoders' heads can be too narrow for that kernel, and it would not be faster. TensorRT-RTX 1.7 has no BF16 transposed
 # convolution, so the decoders of a BF16 bundle are FP32. They are small, and the inputs and outputs of a BF16 graph are FP32 anyway.
 _DECODER_OPSET = 20
@@ -75,7 +76,7 @@ def write_sam2_stages(
         trace_sam2_mask_decoder(model, _prompt_head(prompt_head), hidden_size, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
         trace_sam2_tracking_decoder(model, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
         trace_sam2_memory_encoder(model, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
-        trace_sam2_memory_attention(model, DTYPES[precision], opset=_ATTENTION_OPSET),
+        trace_sam2_memory_attention(model, DTYPES[precision], opset=_memory_attention_opset(model)),
     ]
     stages: dict[str, StageSpec] = {}
     matrices: dict[str, dict[str, int]] = {}
@@ -100,6 +101,11 @@ def write_sam2_stages(
         stages={name: stages.pop(name) for name in CINE_STAGES},
     )
     return Written(stages, cine, files, matrices, kept)
+
+
+def _memory_attention_opset(model: Any) -> int:
+    """TensorRT-RTX 1.7 has no kernel of one head for few queries: none for 1,024, as in the tiny model, but one for 4,096."""
+    return _ATTENTION_OPSET if model.sam_image_embedding_size**2 >= _FEWEST_QUERIES else _DECODER_OPSET
 
 
 def _prompt_head(arrays: Arrays) -> torch.nn.Sequential:

@@ -94,7 +94,12 @@ def build_engines(request: BuildRequest, report: Callable[[Build], object] = lam
     engines = engine_recipe(request.recipe)
     target = target_of(request)
     driver = None if request.stub_gpu else driver_version()
-    jobs = [_job(bundle, stage, stage_profile(bundle, bundle.stages[stage], workload), engines, target, driver) for stage in request.stages]
+    stages = bundle.all_stages
+    if absent := [stage for stage in request.stages or () if stage not in stages]:
+        raise BundleError(f"{bundle.folder}: has no {', '.join(absent)}: an older version exported it; export it again")
+    jobs = [
+        _job(bundle, stage, stage_profile(bundle, stages[stage], workload), engines, target, driver) for stage in request.stages or stages
+    ]
     found = find_up_to_date(bundle, target, [Expected(job.sidecar, job.partitions) for job in jobs], rebuild=request.rebuild)
     builds = [Build(found[job.stage], None) for job in jobs if job.stage in found]
     for build in builds:
@@ -121,7 +126,7 @@ def build_engines(request: BuildRequest, report: Callable[[Build], object] = lam
 
 
 def _job(bundle: Bundle, stage: str, profile: Profile, engines: EngineRecipe, target: Target, driver: str | None) -> _Job:
-    file = bundle.stages[stage].file
+    file = bundle.all_stages[stage].file
     _check_files(bundle, [file])  # before it is parsed
     graph = onnx.load(bundle.folder / file, load_external_data=False)
     cuts = layer_cuts(bundle.language_model.layers, engines.language_model_partitions) if stage == _PARTITIONED_STAGE else []

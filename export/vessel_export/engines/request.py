@@ -11,7 +11,6 @@ from pathlib import Path
 from vessel_export.engines.stub_gpu import ARCHITECTURES
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.errors import EngineError, RecipeError, VesselError
-from vessel_rt.formats.bundle import STAGES
 from vessel_rt.formats.engine_sidecar import Target, builder_version
 from vessel_rt.formats.profiles import engine_recipe
 from vessel_rt.formats.recipe import EngineRecipe, Recipe
@@ -23,7 +22,7 @@ __all__ = ["BuildRequest", "driver_version", "obstacle_here", "target_of"]
 class BuildRequest:
     """What to build.
 
-    `stub_gpu`: the architecture of a GPU that this machine does not have; None builds on its own GPU. `rebuild`: replace engines that are
+    `stages` of the bundle; None: all, those of cines included. `stub_gpu`: the architecture of a GPU that this machine does not have; None builds on its own GPU. `rebuild`: replace engines that are
     out of date. `ampere_plus`: build TensorRT engines for any GPU of the RTX 30 series or newer.
     """
 
@@ -31,7 +30,7 @@ class BuildRequest:
     recipe: Recipe
     builder: str = "rtx"
     stub_gpu: str | None = None
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] | None = None
     rebuild: bool = False
     ampere_plus: bool = False
 

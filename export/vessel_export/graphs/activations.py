@@ -67,10 +67,8 @@ def memory_encoder_bytes(side: int, channels: int) -> int:
 
 
 def memory_attention_bytes(side: int, channels: int, memory_channels: int, b: int) -> int:
-    """For a memory: its keys' scores and their softmax by each of `side` x `side` queries, and keys and values before and after projection.
+    """For a memory: at each of `side` x `side` positions, keys and values before and after projection, and rotated keys in FP32.
 
-    Attention is counted as not fused: heads of 256 channels are too wide for most fused kernels. The frame's attention to itself takes as
-    much as one more memory.
+    The frame's attention to itself takes as much as one more memory.
     """
-    tokens = side**2
-    return b * (2 * tokens**2 + tokens * (2 * memory_channels + 4 * channels))
+    return side**2 * (b * (2 * memory_channels + 3 * channels) + 2 * _FP32 * channels)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["ALONE", "QUANTIZED_TOLERANCES", "TOLERANCES", "Check", "Measurement", "Report", "Tolerances", "worst_of"]
+__all__ = ["ALONE", "CINE_IOU", "QUANTIZED_TOLERANCES", "TOLERANCES", "Check", "Measurement", "Report", "Tolerances", "worst_of"]
 
 ALONE = "mean mask IoU, alone"  # of the reference's masks with the outputs of one stage of the bundle
 
@@ -42,6 +42,10 @@ QUANTIZED_TOLERANCES = {
     "int8": Tolerances(relative_error=6e-2, mask_iou=0.9, mean_iou=0.995, mean_dice=0.997),
     "int4": Tolerances(relative_error=4e-1, mask_iou=0.85, mean_iou=0.985, mean_dice=0.992),
 }
+
+
+# The minimum IoU of a mask on each frame of a cine, by the type of the matrices: errors go from frame to frame with the memories.
+CINE_IOU = {"fp32": 0.9999, "fp16": 0.98, "bf16": 0.9, "int8": 0.85, "int4": 0.8}
 
 
 @dataclasses.dataclass(frozen=True)

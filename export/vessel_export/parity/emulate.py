@@ -10,7 +10,7 @@ Knows graphs and their types. Does not know what the graphs compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.providers import Device, onnxruntime
 from vessel_rt.device.session import Session
-from vessel_rt.formats.bundle import Bundle, TensorSpec
+from vessel_rt.formats.bundle import Bundle, StageSpec, TensorSpec
 
 __all__ = [
     "MOVES",
@@ -204,9 +204,13 @@ def emulate(bundle: Bundle) -> EmulatedDeployment:
         BundleError: a file of the bundle is missing or was changed.
     """
     bundle.verify_files()
-    stages = {name: replace(stage, inputs=_wide(stage.inputs), outputs=_wide(stage.outputs)) for name, stage in bundle.stages.items()}
-    graphs = {name: bundle.folder / stage.file for name, stage in bundle.stages.items()}
-    return EmulatedDeployment(replace(bundle, stages=stages), Device("cpu"), graphs)
+    cine = replace(bundle.cine, stages=_wide_stages(bundle.cine.stages)) if bundle.cine else None
+    graphs = {name: bundle.folder / stage.file for name, stage in bundle.all_stages.items()}
+    return EmulatedDeployment(replace(bundle, stages=_wide_stages(bundle.stages), cine=cine), Device("cpu"), graphs)
+
+
+def _wide_stages(stages: Mapping[str, StageSpec]) -> dict[str, StageSpec]:
+    return {name: replace(stage, inputs=_wide(stage.inputs), outputs=_wide(stage.outputs)) for name, stage in stages.items()}
 
 
 def _wide(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

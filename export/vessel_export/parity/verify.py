@@ -45,6 +45,7 @@ __all__ = [
     "Case",
     "VerifyRequest",
     "compare_stage",
+    "deployment_of",
     "load_reference",
     "memory_for_reference",
     "record_after_export",
@@ -88,13 +89,18 @@ def verify_bundle(request: VerifyRequest) -> Report:
         VesselError: an input is missing or damaged, or the bundle was made from another checkpoint.
     """
     bundle = Bundle.load(request.bundle)
-    emulated = request.emulate or (bundle.precision == "bf16" and request.device.kind == "cpu")
-    deployment = emulate(bundle) if emulated else deploy(bundle, request.device)
+    deployment = deployment_of(request, bundle)
     reference = load_reference(request, bundle)
     if request.record:
         return _verify_and_record(deployment, reference, request.threads)
     samples = samples_of(request.images)
     return verify(deployment, reference, samples, request.questions or (bundle.prompt.default_question,), threads=request.threads)
+
+
+def deployment_of(request: VerifyRequest, bundle: Bundle) -> Deployment:
+    """`bundle` on the device of `request`, or emulated. Raises VesselError."""
+    emulated = request.emulate or (bundle.precision == "bf16" and request.device.kind == "cpu")
+    return emulate(bundle) if emulated else deploy(bundle, request.device)
 
 
 def record_after_export(request: VerifyRequest, *, stream: bool) -> bool:

@@ -8,6 +8,8 @@ It uses bundle.json alone; no graph and no weights are read. With b bytes for a 
 - activations: the exporter's estimate of each stage (vessel_export.graphs.activations) times the tiles, tokens, images or masks of the
   workload's max shapes. For the language model also the mask, b * batch * capacity^2, and the logits, b * batch * MOST_KEPT * vocabulary.
   The stages' activations are added up, since ONNX Runtime's arenas do not return memory while a session lives.
+- cines: the weights and activations of the stages that track objects, for one object and frame at a time, and the memories and object
+  pointers that they attend to at most.
 - overhead: CUDA's context, the libraries' code and workspaces. OVERHEAD is an assumption; it has not been measured on a GPU.
 """
 
@@ -20,7 +22,7 @@ from bisect import bisect_right
 
 import msgspec
 
-from vessel_rt.errors import RecipeError
+from vessel_rt.errors import BundleError, RecipeError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import Workload, stage_profile
 
@@ -31,7 +33,14 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _STEP = 256  # tokens; the step of the search for a capacity that fits
 _GB = 1e9
 # The input whose first axis counts a stage's tiles, images or masks.
-_UNITS = {"vision_encoder": "pixel_values", "sam2_image_encoder": "pixel_values", "sam2_mask_decoder": "image_index"}
+_UNITS = {
+    "vision_encoder": "pixel_values",
+    "sam2_image_encoder": "pixel_values",
+    "sam2_mask_decoder": "image_index",
+    "sam2_memory_attention": "memories",
+    "sam2_memory_encoder": "image_features",
+    "sam2_tracking_decoder": "conditioned_features",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +53,17 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The memory that `bundle` takes with `batch` images at once, item by item, and the card's `memory`; all in bytes."""
+    """The memory that `bundle` takes with `batch` images at once, item by item, and the card's `memory`; all in bytes.
+
+    `cines`: whether it can track objects, too.
+    """
 
     bundle: str
     batch: int
     capacity: int
     memory: int
     items: tuple[Item, ...]
+    cines: bool = False
 
     @property
     def total(self) -> int:
@@ -74,26 +87,38 @@ class Plan:
         return json.dumps({**dataclasses.asdict(self), "total": self.total, "fits": self.fits}, indent=1)
 
 
-def make_plan(bundle: Bundle, batch: int, memory: int) -> Plan:
-    """Estimate what `bundle` takes with `batch` images at once, for a card of `memory` bytes.
+def make_plan(bundle: Bundle, batch: int, memory: int, *, cines: bool = False) -> Plan:
+    """Estimate what `bundle` takes with `batch` images at once, for a card of `memory` bytes; with `cines`, also to track objects.
 
     Raises:
-        BundleError: an older version exported the bundle, without the sizes that a plan needs.
+        BundleError: an older version exported the bundle, without the sizes that a plan needs, or without the stages of cines.
     """
     sizes, stages, b = bundle.language_model, bundle.sized_stages(), BYTES[bundle.precision]
     quantized = bundle.quantization.matrices if bundle.quantization else {}
     items = [Item(f"weights: {name}" + (f", {bundle.weights}" if name in quantized else ""), bundle.weight_bytes(name)) for name in stages]
     items.append(Item("cache", b * 2 * sizes.layers * batch * sizes.kv_heads * sizes.capacity * sizes.head_dim))
     items += [Item(f"activations: {name}", _activations(bundle, name, batch, b)) for name in stages]
+    if cines:
+        items += _of_cines(bundle, b)
     items.append(Item("overhead (assumed)", OVERHEAD))
-    return Plan(str(bundle.folder), batch, sizes.capacity, memory, tuple(items))
+    return Plan(str(bundle.folder), batch, sizes.capacity, memory, tuple(items), cines)
+
+
+def _of_cines(bundle: Bundle, b: int) -> list[Item]:
+    if bundle.cine is None:
+        raise BundleError(f"{bundle.folder}: an older version exported it, without the graphs of cines; export it again")
+    shapes = stage_profile(bundle, bundle.cine.stages["sam2_memory_attention"], Workload()).max
+    bank = b * sum(math.prod(shapes[name]) for name in ("memories", "object_pointers"))
+    items = [Item(f"weights: {name}", bundle.weight_bytes(name)) for name in bundle.cine.stages]
+    items += [Item(f"activations: {name}", _activations(bundle, name, 1, b)) for name in bundle.cine.stages]
+    return [*items, Item("memory bank", bank)]
 
 
 def _activations(bundle: Bundle, name: str, batch: int, b: int) -> int:
-    shapes = stage_profile(bundle, bundle.stages[name], Workload(max_batch=batch)).max
-    one = bundle.stages[name].activation_bytes
+    stage = bundle.all_stages[name]
+    shapes, one = stage_profile(bundle, stage, Workload(max_batch=batch)).max, stage.activation_bytes
     if name != "language_model":
-        return shapes[_UNITS[name]][0] * one
+        return (shapes[_UNITS[name]][0] + (name == "sam2_memory_attention")) * one  # its frame counts as one more memory
     tokens, kept = math.prod(shapes["position_ids"]), math.prod(shapes["gather_positions"])
     return tokens * one + b * (tokens * bundle.language_model.capacity + kept * bundle.language_model.vocabulary)
 
@@ -110,13 +135,13 @@ def require_fit(bundle: Bundle, plan: Plan) -> None:
 
 def _fix(bundle: Bundle, plan: Plan) -> str:
     """What to lower: the batch, if a smaller one fits; else the capacity, as long as it holds the tiles of one image and an answer."""
-    batch = bisect_right(range(1, plan.batch), plan.memory, key=lambda batch: make_plan(bundle, batch, plan.memory).total)
+    batch = bisect_right(range(1, plan.batch), plan.memory, key=lambda batch: make_plan(bundle, batch, plan.memory, cines=plan.cines).total)
     if batch:  # the largest that fits
         return f"lower engines.max_batch (--batch) to {batch}"
     sizes = bundle.language_model
     needed = bundle.tiles.most * bundle.tiles.tokens_per_tile + sizes.max_new_tokens
     for capacity in range(sizes.capacity - _STEP, needed, -_STEP):
         smaller = msgspec.structs.replace(bundle, language_model=msgspec.structs.replace(sizes, capacity=capacity))
-        if make_plan(smaller, 1, plan.memory).fits:
+        if make_plan(smaller, 1, plan.memory, cines=plan.cines).fits:
             return f"lower language_model.capacity to {capacity} and the batch to 1, and export it again"
     return "no batch or capacity is small enough; export it in a smaller precision, or use a larger card"
