@@ -22,8 +22,9 @@ __all__ = ["BuildRequest", "driver_version", "obstacle_here", "target_of"]
 class BuildRequest:
     """What to build.
 
-    `stages` of the bundle; None: all, those of cines included. `stub_gpu`: the architecture of a GPU that this machine does not have; None builds on its own GPU. `rebuild`: replace engines that are
-    out of date. `ampere_plus`: build TensorRT engines for any GPU of the RTX 30 series or newer.
+    `stages` of the bundle; None: all, those of cines included. `stub_gpu`: the architecture of a GPU that this machine does not have; None
+    builds on its own GPU. `rebuild`: replace engines that are out of date. `ampere_plus`: build TensorRT engines for any GPU of the RTX 30
+    series or newer.
     """
 
     bundle: Path

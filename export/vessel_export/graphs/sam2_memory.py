@@ -44,6 +44,9 @@ def tracking_fault(sam2_model: Any) -> str | None:
         if (found := getattr(sam2_model, name)) != value:
             return f"{name} is {found}, not {value}"
     attention = sam2_model.memory_attention
+    rotations = [part.compute_cis.keywords for layer in attention.layers for part in (layer.self_attn, layer.cross_attn_image)]
+    if any(rotation != rotations[0] for rotation in rotations):
+        return "the layers of memory_attention differ in rope_theta or in the width of heads"
     for layer in attention.layers:
         if (layer.pos_enc_at_attn, layer.pos_enc_at_cross_attn_queries, layer.pos_enc_at_cross_attn_keys) != (False, False, True):
             return "memory_attention adds positions elsewhere than to the keys"
@@ -83,6 +86,8 @@ class Sam2MemoryAttention(nn.Module):
 
     spatial: Tensor  # [H * W, M]
     position: Tensor  # [1, H * W, C]
+    cos: Tensor  # float32 [H * W, head_dim / 2]
+    sin: Tensor
 
     def __init__(self, sam2_model: Any) -> None:
         super().__init__()
@@ -96,8 +101,11 @@ class Sam2MemoryAttention(nn.Module):
             own, spatial = (encoding(torch.zeros(1, 1, side, side)).flatten(2).transpose(1, 2) for encoding in positions)
         self.register_buffer("position", 0.1 * own)  # as in MemoryAttention.forward
         self.register_buffer("spatial", spatial[0])
-        self.self_attentions = nn.ModuleList(_RotaryAttention(layer.self_attn, side) for layer in self.layers)
-        self.cross_attentions = nn.ModuleList(_RotaryAttention(layer.cross_attn_image, side) for layer in self.layers)
+        self.self_attentions = nn.ModuleList(_RotaryAttention(layer.self_attn) for layer in self.layers)
+        self.cross_attentions = nn.ModuleList(_RotaryAttention(layer.cross_attn_image) for layer in self.layers)
+        angles = self.layers[0].self_attn.compute_cis(end_x=side, end_y=side).angle()
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
 
     def forward(self, image_features: Tensor, memories: Tensor, temporal_positions: Tensor, object_pointers: Tensor) -> Tensor:
         """image_features [1, C, H, W], memories [memories, M, H, W], temporal_positions int64 [memories], object_pointers [pointers, C]
@@ -110,8 +118,8 @@ class Sam2MemoryAttention(nn.Module):
         x = features + self.position
         for layer, own, cross in zip(self.layers, self.self_attentions, self.cross_attentions, strict=True):
             normed = layer.norm1(x)
-            x = x + own(normed, normed, normed)
-            x = x + cross(layer.norm2(x), keys, values, pointers.shape[1])
+            x = x + own(normed, normed, normed, self.cos, self.sin)
+            x = x + cross(layer.norm2(x), keys, values, self.cos, self.sin, pointers.shape[1])
             x = x + layer.linear2(layer.activation(layer.linear1(layer.norm3(x))))
         return self.norm(x).transpose(1, 2).reshape(image_features.shape)
 
@@ -119,25 +127,19 @@ class Sam2MemoryAttention(nn.Module):
 class _RotaryAttention(nn.Module):
     """sam2's RoPEAttention in real arithmetic, with FP32 rotations."""
 
-    cos: Tensor  # float32 [H * W, head_dim / 2]
-    sin: Tensor
-
-    def __init__(self, source: Any, side: int) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.heads, width = source.num_heads, source.internal_dim
         order = torch.arange(width).reshape(self.heads, -1, 2).transpose(1, 2).flatten()  # of each head: the even channels, then the odd
         self.q_proj, self.k_proj = (_reordered(linear, order) for linear in (source.q_proj, source.k_proj))
         self.v_proj, self.out_proj = source.v_proj, source.out_proj
-        angles = source.compute_cis(end_x=side, end_y=side).angle()
-        self.register_buffer("cos", angles.cos())
-        self.register_buffer("sin", angles.sin())
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, fixed: int | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, fixed: int | None = None) -> Tensor:
         """q [1, H * W, C], k and v [1, keys, width], of which the last `fixed` are not rotated (None: all are) -> [1, H * W, C]."""
         q, k, v = (self._heads(linear(x)) for linear, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
-        q = _rotated(q, self.cos, self.sin)
+        q = _rotated(q, cos, sin)
         end = k.shape[2] - (fixed or 0)
-        turned = _rotated(k[:, :, :end].reshape(self.heads, -1, *q.shape[2:]), self.cos, self.sin).reshape(1, self.heads, -1, q.shape[-1])
+        turned = _rotated(k[:, :, :end].reshape(self.heads, -1, *q.shape[2:]), cos, sin).reshape(1, self.heads, -1, q.shape[-1])
         k = turned if fixed is None else torch.cat([turned, k[:, :, end:]], dim=2)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -171,10 +173,10 @@ def trace_sam2_memory_encoder(sam2_model: Any, dtype: torch.dtype, *, opset: int
 def trace_sam2_memory_attention(sam2_model: Any, dtype: torch.dtype, *, opset: int) -> tuple[Graph, list[OutputTensor]]:
     """The stage's graph and weights in `dtype`; the numbers of memories and of object pointers are dynamic."""
     channels, side = sam2_model.sam_prompt_embed_dim, sam2_model.sam_image_embedding_size
-    module = Sam2MemoryAttention(sam2_model).to(dtype)
-    for part in module.modules():
-        if isinstance(part, _RotaryAttention):
-            part.cos.data, part.sin.data = part.cos.float(), part.sin.float()
+    module = Sam2MemoryAttention(sam2_model)
+    cos, sin = module.cos.clone(), module.sin.clone()
+    module.to(dtype)
+    module.cos, module.sin = cos, sin
     inputs = {
         "image_features": torch.zeros(1, channels, side, side, dtype=dtype),
         "memories": torch.zeros(3, sam2_model.mem_dim, side, side, dtype=dtype),
