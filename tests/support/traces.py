@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vessel_export.bundle import bundle_writer
-from vessel_export.graphs import sam2_image_encoder, sam2_mask_decoder, torch_export
+from vessel_export.graphs import sam2_image_encoder, sam2_mask_decoder, sam2_memory, torch_export
 from vessel_export.graphs.assemble import Graph
 from vessel_export.io.safetensors_writer import OutputTensor
 from vessel_export.io.subprocess_call import SubprocessCall
@@ -32,6 +32,7 @@ def traced_once() -> Iterator[None]:
         patch.setattr(bundle_writer, "subprocess_call", _here)
         patch.setattr(sam2_image_encoder, "trace", _trace)
         patch.setattr(sam2_mask_decoder, "trace", _trace)
+        patch.setattr(sam2_memory, "trace", _trace)
         yield
 
 

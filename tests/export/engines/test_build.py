@@ -36,13 +36,14 @@ from vessel_export.engines.stub_gpu import ARCHITECTURES, stub_provider
 from vessel_export.sources.checkpoint import open_checkpoint
 from vessel_rt.device.cuda_driver import list_gpus
 from vessel_rt.errors import BundleError, EngineError, RecipeError, VesselError
-from vessel_rt.formats.bundle import STAGES, Bundle
+from vessel_rt.formats.bundle import CINE_STAGES, STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import Engine, EngineSet, Target, builder_version
 from vessel_rt.formats.profiles import Profile
 from vessel_rt.formats.recipe import Recipe, load_recipe
 from vessel_rt.io.checked_files import sha256_of
 
-FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors")
+FROZEN_STAGES = ("sam2_image_encoder", "sam2_memory_encoder", "sam2_memory_attention")
+FROZEN = tuple(f"weights/{name}.safetensors" for name in ("vision_model", *FROZEN_STAGES))
 RECIPE = ROOT / "engines" / "rtx3090.toml"
 SMALL = "sam2_mask_decoder", "vision_encoder"  # the quickest to build
 
@@ -64,7 +65,7 @@ def recipe() -> Recipe:
 
 
 def _request(bundle: Path, recipe: Recipe, *stages: str, rebuild: bool = False) -> BuildRequest:
-    return BuildRequest(bundle, recipe, stub_gpu="sm86", stages=stages or STAGES, rebuild=rebuild)
+    return BuildRequest(bundle, recipe, stub_gpu="sm86", stages=stages or None, rebuild=rebuild)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def built(fp16_bundle: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFa
     bundle = tmp_path_factory.mktemp("engines") / "bundle"
     shutil.copytree(fp16_bundle, bundle)
     builds = build_engines(_request(bundle, recipe))
-    assert [build.engine.stage for build in builds] == list(STAGES)
+    assert [build.engine.stage for build in builds] == [*STAGES, *CINE_STAGES]
     assert all(build.seconds is not None for build in builds)
     return bundle
 
@@ -114,13 +115,18 @@ def test_every_stage_compiles_whole(built: Path, recipe: Recipe) -> None:
     assert recipe.engines is not None
     assert len(engines.engines["language_model"].files) - 1 == min(recipe.engines.language_model_partitions, bundle.language_model.layers)
     assert [path.name for path in (built / "engines").iterdir()] == ["rtx-sm86"]
-    files = {f"{stage}.json" for stage in STAGES} | engines.files.keys()
+    files = {f"{stage}.json" for stage in engines.engines} | engines.files.keys()
     assert {path.name for path in engines.folder.iterdir()} == files
     assert Bundle.load(built).files.keys() == bundle.files.keys()
 
 
 def _quantized(weights: str) -> Recipe:
     return msgspec.structs.replace(load_recipe("rtx3090-int8"), weights=weights)
+
+
+def test_engines_of_cines_are_not_needed_for_frames(bundle: Path) -> None:
+    (_engines(bundle) / "sam2_memory_attention.json").unlink()
+    assert EngineSet.open(Bundle.load(bundle), _target()).engines.keys() == set(STAGES)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -153,7 +159,7 @@ def test_engines_that_are_up_to_date_are_not_built(
     monkeypatch.setenv("PATH", "")  # no compiler is looked for when nothing is built
     assert main(["build", "--bundle", str(bundle), "--recipe", str(RECIPE), "--describe", "sm86"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(STAGES)
+    assert len(lines) == len((*STAGES, *CINE_STAGES))
     assert all(re.fullmatch(r"rtx-sm86/\w+: up to date, [\d.]+ MB(, \d partitions)?", line) for line in lines), lines
     assert {path.name: path.stat().st_mtime_ns for path in _engines(bundle).iterdir()} == before
     assert all(build.seconds is None for build in build_engines(_request(bundle, recipe, rebuild=True)))
@@ -444,8 +450,8 @@ def test_the_next_checkpoint_takes_over_what_training_froze(
     written = sum(record.bytes for name, record in files.items() if name not in FROZEN)
     assert f"({written / 1e6:.1f} MB written)" in printed
     builds = build_engines(_request(out, recipe))
-    assert [build.engine.stage for build in builds if build.seconds is None] == ["sam2_image_encoder"]
-    assert len(builds) == len(STAGES)
+    assert [build.engine.stage for build in builds if build.seconds is None] == ["sam2_image_encoder", *CINE_STAGES[:2]]
+    assert len(builds) == len((*STAGES, *CINE_STAGES))
     frozen = "engines/rtx-sm86/sam2_image_encoder.engine"
     assert (out / frozen).samefile(bundle / frozen)
     EngineSet.open(Bundle.load(out), _target()).verify()
@@ -460,7 +466,7 @@ def test_every_stage_compiles_whole_at_full_width(full_width: ExportRequest, rec
     assert len(engines.engines["language_model"].files) == 3  # two partitions and the model that chains them
     weights = sum(
         int(np.prod(tensor.dims)) * 2
-        for stage in STAGES
+        for stage in (*STAGES, *CINE_STAGES)
         for tensor in onnx.load(full_width_bundle / f"{stage}.onnx", load_external_data=False).graph.initializer
     )
     assert 0.9 < sum(record.bytes for record in engines.files.values()) / weights < 1.2

@@ -24,9 +24,9 @@ TOLERANCE = {"fp32": {"language_model": 1e-5, "other": 1e-5}, "fp16": {"language
 # TensorRT's parser takes all of these (onnx-tensorrt, docs/operators.md), with the limits named in docs/architecture.md.
 OPERATORS = {
     "Add", "ArgMax", "Attention", "Cast", "Concat", "Conv", "ConvTranspose", "Div", "Expand", "Gather", "GatherElements",
-    "GatherND", "Gelu", "Gemm", "LayerNormalization", "LessOrEqual", "MatMul", "Max", "Mul", "Pow", "RMSNormalization",
+    "GatherND", "Gelu", "Gemm", "Greater", "LayerNormalization", "LessOrEqual", "MatMul", "Max", "Mul", "Pow", "RMSNormalization",
     "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
-    "Squeeze", "Sub", "TensorScatter", "Tile", "Transpose", "Unsqueeze",
+    "Squeeze", "Sub", "TensorScatter", "Tile", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_language_model_padded_batch_equals_single_rows(small_bundle: Path, refe
 
 
 def test_graphs_are_what_both_runtimes_take(small_bundle: Path) -> None:
-    for name, stage in Bundle.load(small_bundle).stages.items():
+    for name, stage in Bundle.load(small_bundle).all_stages.items():
         model = onnx.load(small_bundle / stage.file, load_external_data=False)
         onnx.checker.check_model(str(small_bundle / stage.file), full_check=True)
         assert [(entry.domain, entry.version <= 24) for entry in model.opset_import] == [("", True)]
@@ -194,7 +194,7 @@ def test_graphs_are_what_both_runtimes_take(small_bundle: Path) -> None:
 
 def test_outputs_are_as_described(small_bundle: Path) -> None:
     """bundle.json's dtypes and shapes are those that ONNX Runtime infers."""
-    for name, stage in Bundle.load(small_bundle).stages.items():
+    for name, stage in Bundle.load(small_bundle).all_stages.items():
         session = Stage(small_bundle, name).session
         for described, actual in zip((*stage.inputs, *stage.outputs), (*session.get_inputs(), *session.get_outputs()), strict=True):
             assert described.name == actual.name

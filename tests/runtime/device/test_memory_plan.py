@@ -29,8 +29,22 @@ def test_weights_are_the_files_that_the_graphs_name(bundle: Bundle) -> None:
     assert found["weights: vision_encoder"] == size["vision_model"] + size["projector"]
     assert found["weights: language_model"] == size["language_model"]
     embed_tokens = size["embed_tokens"]
-    total = sum(record.bytes for name, record in bundle.files.items() if name.startswith("weights/"))
+    of_frames = {file for stage in bundle.stages.values() for file in stage.weights} | {bundle.embed_tokens.file}
+    total = sum(bundle.files[file].bytes for file in of_frames)
     assert sum(value for name, value in found.items() if name.startswith("weights")) == total - embed_tokens
+
+
+def test_cines_come_on_top(bundle: Bundle, standin: Bundle) -> None:
+    frames, cines = sizes(make_plan(bundle, 1, CARD)), sizes(make_plan(bundle, 1, CARD, cines=True))
+    assert bundle.cine is not None
+    channels, remembered, side = 64, 16, 32  # of examples/tiny
+    assert cines["memory bank"] == 2 * (14 * remembered * side**2 + 23 * channels)  # of 8 conditioning frames, and 6 or 15 others
+    assert cines["activations: sam2_memory_attention"] == 15 * bundle.cine.stages["sam2_memory_attention"].activation_bytes
+    added = {f"{kind}: {stage}" for kind in ("weights", "activations") for stage in bundle.cine.stages} | {"memory bank"}
+    assert cines.keys() - frames.keys() == added
+    assert all(cines[name] == size for name, size in frames.items())
+    with pytest.raises(BundleError):
+        make_plan(standin, 1, CARD, cines=True)
 
 
 def test_quantized_weights_say_so(int8_bundle: Path, fp32_bundle: Path) -> None:

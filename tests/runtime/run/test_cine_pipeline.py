@@ -1,0 +1,143 @@
+"""Runs with --propagate: the frames of a file are one cine, done as a whole, and resumed as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.runs import files, lines, options, same_results
+from vessel_export.parity.verify_cine import drawn_cine
+from vessel_rt.cli import main
+from vessel_rt.device.providers import Device
+from vessel_rt.errors import ImageError, VesselError
+from vessel_rt.formats.bundle import Bundle
+from vessel_rt.inputs.frames import Selection
+from vessel_rt.results.writer import FrameWriter
+from vessel_rt.run import worker
+from vessel_rt.run.infer import InferOptions, infer
+
+FRAMES = 7
+
+
+@pytest.fixture(scope="module")
+def cine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cines") / "cine.tif"
+    first, *others = (frame.convert("L") for frame in drawn_cine(FRAMES))
+    first.save(path, save_all=True, append_images=others)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(fp32_bundle: Path) -> Bundle:
+    return Bundle.load(fp32_bundle)
+
+
+def asked(cine: Path, output: Path, **more: Any) -> InferOptions:
+    found = options(cine, output, selection=Selection(slice(None)), devices=(Device("cpu"),), quiet=True, **more)
+    return dataclasses.replace(found, work=dataclasses.replace(found.work, propagate="sa2va"))
+
+
+@pytest.fixture(scope="module")
+def done(bundle: Bundle, cine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a whole run; not to be changed."""
+    output = tmp_path_factory.mktemp("done") / "out"
+    summary = infer(bundle, asked(cine, output))
+    assert (summary.images, summary.failed, summary.masks, summary.streams, summary.batch) == (FRAMES, 0, FRAMES, 1, 1)
+    return output
+
+
+def test_what_a_run_leaves(done: Path) -> None:
+    found = lines(done)
+    assert [line["frame"] for line in found] == list(range(FRAMES))
+    assert [line["propagated_from"] for line in found] == [None] * 5 + [[0, 1, 2, 3, 4]] * 2
+    assert len({line["answer"] for line in found}) == 1
+    with Image.open(done / "cines" / "cine.tif") as tiff:
+        assert tiff.n_frames == FRAMES
+        for number, line in enumerate(found):
+            tiff.seek(number)
+            with Image.open(done / line["masks"][0]["file"]) as mask:
+                assert np.array_equal(np.array(tiff), np.array(mask))
+    assert json.loads((done / "run.json").read_text())["options"]["propagate"] == "sa2va"
+
+
+def test_numbers_are_those_of_the_file(bundle: Bundle, cine: Path, tmp_path: Path) -> None:
+    infer(bundle, dataclasses.replace(asked(cine, tmp_path / "out"), selection=Selection(slice(1, None))))
+    assert [line["propagated_from"] for line in lines(tmp_path / "out")] == [None] * 5 + [[1, 2, 3, 4, 5]]
+
+
+def test_a_cine_that_was_stopped_in_the_middle_is_done_again_as_a_whole(
+    bundle: Bundle, cine: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "out", FrameWriter.write
+
+    def full_disk(self: FrameWriter, frame: Any, *args: Any) -> Any:
+        if frame.number == 5:
+            raise VesselError("no space left")
+        return write(self, frame, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameWriter, "write", full_disk)
+        with pytest.raises(VesselError, match="no space"):
+            infer(bundle, asked(cine, output))
+    assert 0 < len(lines(output)) < FRAMES
+    again = infer(bundle, asked(cine, output))
+    assert (again.images, again.kept) == (FRAMES, 0)
+    same_results(output, done)
+    assert infer(bundle, asked(cine, output)).kept == FRAMES
+
+
+def test_a_mask_that_is_gone_is_made_again_with_its_cine(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    infer(bundle, asked(cine, output))
+    (output / lines(output)[6]["masks"][0]["file"]).unlink()
+    assert infer(bundle, asked(cine, output)).kept == 0
+    same_results(output, done)
+
+
+def test_a_frame_that_cannot_be_read_fails_with_those_after_it(
+    bundle: Bundle, cine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = worker.read_frame
+
+    def damaged(frame: Any, *args: Any) -> Any:
+        if frame.number == 5:
+            raise ImageError("damaged")
+        return read(frame, *args)
+
+    monkeypatch.setattr(worker, "read_frame", damaged)
+    summary = infer(bundle, asked(cine, tmp_path / "out"))
+    assert (summary.images, summary.failed) == (FRAMES, 2)
+    found = lines(tmp_path / "out")
+    assert [line["status"] for line in found] == ["ok"] * 5 + ["error"] * 2
+    assert "frame 5" in found[6]["error"]
+    assert found[6]["propagated_from"] is None
+    assert not (tmp_path / "out" / "cines" / "cine.tif").exists()
+
+
+def test_two_cines_do_not_share_memories(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "cine.tif").write_bytes(cine.read_bytes())
+    Image.open(cine).save(folder / "a.png")
+    infer(bundle, asked(folder, tmp_path / "out"))
+    found = {name: content for name, content in files(tmp_path / "out").items() if name.startswith("masks/cine")}
+    assert found == {name: content for name, content in files(done).items() if name.startswith("masks/")}
+
+
+def test_what_is_refused(bundle: Bundle, standin: Bundle, cine: Path, tmp_path: Path) -> None:
+    with pytest.raises(VesselError, match="--num-shards"):
+        infer(bundle, dataclasses.replace(asked(cine, tmp_path / "out"), devices=(Device("cpu"), Device("cpu"))))
+    with pytest.raises(VesselError, match="older version"):
+        infer(standin, asked(cine, tmp_path / "old"))
+
+
+def test_the_command(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> None:
+    command = ["infer", str(cine), "--bundle", str(bundle.folder), "-o", str(tmp_path / "out"), "--device", "cpu", "-q"]
+    assert main([*command, "--propagate", "sa2va"]) == 0
+    assert [line["masks"][0]["area"] for line in lines(tmp_path / "out")] == [line["masks"][0]["area"] for line in lines(done)]
