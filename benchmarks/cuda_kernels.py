@@ -48,6 +48,7 @@ _ATTENTIONS = {
     "language_model, one token": (28, 4, 128, 1, 3408, True),
     "sam2_image_encoder, a window": (2, 2, 72, 64, 64, False),
     "sam2_image_encoder, the whole image": (8, 8, 72, 4096, 4096, False),
+    "sam2_memory_attention, 11 memories and 20 pointers": (1, 1, 256, 4096, 45136, False),
 }
 # How Attention is computed, by a part of its kernel's name.
 _WAYS = {"flash_fwd": "flash", "attention_kernel_batched_impl": "memory-efficient", "UnfusedSoftmaxKernel": "scores in memory"}
@@ -138,9 +139,12 @@ def _fused(path: Path) -> tuple[set[str], list[str]]:
 
 def _run(bundle: Bundle, stub: StubCuda) -> Iterator[tuple[str, int, int]]:
     """Run every stage: what ran, and the bytes that were copied to the device and to the host, which were not its inputs and outputs."""
-    for name, stage in bundle.stages.items():
+    for name, stage in bundle.all_stages.items():
         with Session(bundle.folder / stage.file, _CUDA, 1) as session:
-            runs = {f"{images} images": {"tiles": images, "images": images, "masks": images} for images in (1, 2)}
+            runs = {
+                f"{images} images": {"tiles": images, "images": images, "masks": images, "memories": images, "pointers": images}
+                for images in (1, 2)
+            }
             if name == "language_model":
                 runs = {
                     f"{what}, {batch} rows": {"batch": batch, "sequence": tokens, "kept": min(tokens, 16), "live": 320}
@@ -225,7 +229,7 @@ def main() -> int:
     copies: dict[str, Mapping[str, tuple[int, int]]] = {}
     for folder in arguments.bundles:
         bundle = Bundle.load(folder)
-        for stage in bundle.stages.values():
+        for stage in bundle.all_stages.values():
             path = folder / stage.file
             try:
                 found = _kernels(path)

@@ -83,8 +83,10 @@ def test_every_tensor_is_aligned_to_its_own_size(small_bundle: Path) -> None:
             assert begin % (size & -size) == 0, name
 
 
-SAM2 = ("weights/sam2_image_encoder.safetensors", "weights/sam2_mask_decoder.safetensors")
-FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors")
+MEMORY = ("weights/sam2_memory_encoder.safetensors", "weights/sam2_memory_attention.safetensors")
+DECODERS = ("weights/sam2_mask_decoder.safetensors", "weights/sam2_tracking_decoder.safetensors")
+SAM2 = ("weights/sam2_image_encoder.safetensors", *DECODERS, *MEMORY)
+FROZEN = ("weights/vision_model.safetensors", "weights/sam2_image_encoder.safetensors", *MEMORY)
 
 
 @pytest.fixture
