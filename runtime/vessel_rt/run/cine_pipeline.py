@@ -57,13 +57,15 @@ class CinePipeline(Generic[T]):
     def run(self, frames: Iterable[Frame]) -> Iterator[T]:
         """Process every frame; those of one file follow one another. If one fails, so do those after it in its cine."""
         for _, cine in itertools.groupby(frames, lambda frame: frame.path):
-            yield from self._run_cine(list(cine))
+            if not self._stop.is_set():
+                yield from self._run_cine(list(cine))
 
     def _run_cine(self, frames: Sequence[Frame]) -> Iterator[T]:
         left, read = deque(frames), deque[Picture]()
         writing: deque[Future[T]] = deque()
-        try:
-            with pool(1, "write") as writer, pool(1, "read") as reader:
+        error: ImageError | None = None
+        with pool(1, "write") as writer, pool(1, "read") as reader:
+            try:
                 for results in self._segmenter.run_cine(self._pixels(reader, frames, read), self._questions):
                     named = [self._named(result, frames) for result in results]
                     writing.append(writer.submit(self._finish, left.popleft(), read.popleft(), named))
@@ -71,28 +73,28 @@ class CinePipeline(Generic[T]):
                         yield writing.popleft().result()
                     if self._stop.is_set():
                         break
-                while writing:
-                    yield writing.popleft().result()
-        except ImageError as e:
-            error = type(e)(str(e))  # without its traceback, which would keep arrays in memory
-            for future in writing:
-                yield future.result()
+            except ImageError as e:
+                error = type(e)(str(e))  # without its traceback, which would keep arrays in memory
+            while writing:
+                yield writing.popleft().result()
+        if error:
             yield from (self._fail(frame, error) for frame in left)
 
     def _pixels(self, reader: ThreadPoolExecutor, frames: Sequence[Frame], read: deque[Picture]) -> Iterator[Pixels]:
         """The frames' pixels; their pictures are appended to `read`."""
-        going = itertools.takewhile(lambda _: not self._stop.is_set(), enumerate(frames))
-        for picture, pixels in ahead(reader, self._prepared, going, _READ_AHEAD):
-            read.append(picture)
-            yield pixels
+        for found in ahead(reader, self._prepared, enumerate(frames), _READ_AHEAD):
+            if isinstance(found, ImageError):
+                raise found
+            read.append(found[0])
+            yield found[1]
 
-    def _prepared(self, placed: tuple[int, Frame]) -> tuple[Picture, Pixels]:
+    def _prepared(self, placed: tuple[int, Frame]) -> tuple[Picture, Pixels] | ImageError:
         place, frame = placed
         try:
             picture = self._read(frame)
             return picture, self._segmenter.prepare_frame(picture.image, place)
-        except ImageError as e:
-            raise ImageError(f"frame {frame.number or 0} of its cine: {e}") from e
+        except ImageError as e:  # not raised here: `ahead` would first yield the frames after it
+            return ImageError(f"frame {frame.number or 0} of its cine: {e}")
 
     def _named(self, result: Result, frames: Sequence[Frame]) -> Result:
         """`result` with numbers of frames in the file in place of places in the cine."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,28 @@ def test_a_cine_that_was_stopped_in_the_middle_is_done_again_as_a_whole(
     assert (again.images, again.kept) == (FRAMES, 0)
     same_results(output, done)
     assert infer(bundle, asked(cine, output)).kept == FRAMES
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_leaves_the_rest_of_the_cine(
+    bundle: Bundle, cine: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told so while the first frame is written; frames that are done are those of a whole run."""
+    write = FrameWriter.write
+
+    def told(self: FrameWriter, frame: Any, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(self, frame, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameWriter, "write", told)
+        summary = infer(bundle, asked(cine, tmp_path / "out"))
+    assert summary.stopped == signal.SIGTERM
+    found = lines(tmp_path / "out")
+    assert 0 < len(found) < FRAMES
+    assert [line["answer"] for line in found] == [line["answer"] for line in lines(done)][: len(found)]
+    assert infer(bundle, asked(cine, tmp_path / "out")).kept == 0
+    same_results(tmp_path / "out", done)
 
 
 def test_a_mask_that_is_gone_is_made_again_with_its_cine(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> None:
