@@ -61,9 +61,10 @@ def trace(
         model = program.model
         parameters = {key for key, _ in (*module.named_parameters(), *module.named_buffers())}
         _simplify(model, parameters)
+        flops = unit_flops(model)
     model.graph.name, model.producer_name, model.producer_version = name, "vessel-rt", None
     model.metadata_props.clear()
-    return Graph(name, model, activation_bytes, unit_flops(model)), _move_weights_out(name, model, parameters, weights_of)
+    return Graph(name, model, activation_bytes, flops), _move_weights_out(name, model, parameters, weights_of)
 
 
 def _move_weights_out(name: str, model: ir.Model, parameters: Collection[str], weights_of: str | None) -> list[OutputTensor]:
