@@ -88,7 +88,7 @@ def test_every_place_that_can_name_a_file_is_found(tmp_path: Path) -> None:
 
 def test_the_bundles_graphs_name_their_weights(fp32_bundle: Path) -> None:
     bundle = Bundle.load(fp32_bundle)
-    found = set().union(*(named_files(fp32_bundle / stage.file) for stage in bundle.stages.values()))
+    found = set().union(*(named_files(fp32_bundle / stage.file) for stage in bundle.all_stages.values()))
     assert found == {name for name in bundle.files if name.startswith("weights/")} - {bundle.embed_tokens.file}
 
 
