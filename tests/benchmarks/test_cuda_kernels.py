@@ -39,10 +39,15 @@ def test_the_kernels_are_those_of_the_oldest_version_that_is_admitted(result: An
 
 
 def test_nothing_but_inputs_and_outputs_was_copied(result: Any) -> None:
-    """At most some shapes, to the device; not the cache, and nothing that grows with the images."""
+    """At most some shapes, to the device; not the cache, and nothing that grows with the images. Concat copies a table of 8 bytes for each
+    position along its axis: of the keys of memories, in the three Concats of the tiny sam2_memory_attention."""
     for bundle, runs in result["copied_besides_inputs_and_outputs"].items():
         assert len(runs) == 16, bundle
         for what, (to_device, to_host) in runs.items():
+            if what.startswith("sam2_memory_attention"):
+                keys = (1024 + 4) * int(what.split()[1])
+                assert (to_device < 4096 + 3 * 8 * keys, to_host) == (True, 0), (bundle, what)
+                continue
             assert (to_device < 4096, to_host) == (True, 0), (bundle, what)
             assert runs[what.replace("2 ", "1 ")] == [to_device, to_host]
 
