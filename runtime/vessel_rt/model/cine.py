@@ -148,7 +148,7 @@ class CineSegmenter(Segmenter):
         Args:
             chosen: places of frames in the cine, the best first.
             places: of all frames to segment, in order of time; the chosen ones among them.
-            frames: gets frames. Each is read once.
+            frames: gets frames.
             questions: each is asked about each chosen frame.
 
         Yields:
