@@ -17,7 +17,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["LORA_TARGETS", "InternViT", "MaskBranch", "TinyConfig", "VisionLanguageModel", "add_lora", "build_sam2", "prompt_head"]
+__all__ = [
+    "LORA_TARGETS", "MEMORY_PARTS", "Decoded", "Features", "InternViT", "MaskBranch", "TinyConfig", "Tracker", "VisionLanguageModel",
+    "add_lora", "build_sam2", "prompt_head",
+]  # fmt: skip
+
+MEMORY_PARTS = ("memory_attention", "memory_encoder", "maskmem_tpos_enc", "obj_ptr_proj", "no_obj_ptr")
+"""What of SAM2 only cines need: the beginnings of the tensors' names."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -183,34 +189,129 @@ def build_sam2(yaml: str) -> Any:
     return instantiate(OmegaConf.create(yaml).model, _recursive_=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Three masks of each object: low-res `logits` [objects, 3, side, side], `iou` [objects, 3], `tokens` [objects, 3, d_model]; and the
+    objects' `score` [objects]."""
+
+    logits: Tensor
+    iou: Tensor
+    score: Tensor
+    tokens: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """The logits [objects, side, side] of the mask of the highest predicted IoU."""
+        return self.logits[torch.arange(len(self.iou)), self.iou.argmax(dim=1)]
+
+    @property
+    def token(self) -> Tensor:
+        """The token [objects, d_model] of the same mask."""
+        return self.tokens[torch.arange(len(self.iou)), self.iou.argmax(dim=1)]
+
+
+Features = tuple[Tensor, Tensor, Tensor]
+
+
 class MaskBranch(nn.Module):
-    """SAM2 on still images with a language prompt, along the path that Sa2VA takes through SAM2Base."""
+    """SAM2 on still images and cines with a language prompt, along the path that Sa2VA takes through SAM2Base."""
 
     def __init__(self, sam2: Any) -> None:
         super().__init__()
         self.sam2 = sam2
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, pixels: Tensor) -> Features:
         """[images, 3, size, size] -> FPN features at strides 4 and 8, and at stride 16 with no_mem_embed added; all d_model wide."""
         fine, middle, coarse = self.sam2.image_encoder(pixels)["backbone_fpn"]
-        return fine, middle, coarse + self.sam2.no_mem_embed.view(1, -1, 1, 1)
+        return fine, middle, coarse + self._no_memory
 
-    def decode(self, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, features: Features, prompts: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masks of `prompts` [masks, d_model] on the images `image` [masks]: low-res logits [masks, 3, side, side], IoU [masks, 3],
         object score [masks]."""
-        sam2, decoder = self.sam2, self.sam2.sam_mask_decoder
         fine, middle, coarse = features
-        high = [decoder.conv_s0(fine)[image], decoder.conv_s1(middle)[image]]
-        count = len(prompts)
-        points = (prompts.new_zeros(count, 1, 2), -torch.ones(count, 1, dtype=torch.int32))
+        decoder = self.sam2.sam_mask_decoder
+        decoded = self._decode((decoder.conv_s0(fine)[image], decoder.conv_s1(middle)[image], coarse[image]), prompts)
+        return decoded.logits, decoded.iou, decoded.score
+
+    def encode_frames(self, pixels: Tensor) -> Features:
+        """[frames, 3, size, size] -> features for `decode_frames`, at strides 4 and 8 (as narrow as the decoder wants them) and 16."""
+        fine, middle, coarse = self.sam2.image_encoder(pixels)["backbone_fpn"]
+        return self.sam2.sam_mask_decoder.conv_s0(fine), self.sam2.sam_mask_decoder.conv_s1(middle), coarse
+
+    def decode_frames(self, features: Features, prompts: Tensor) -> Decoded:
+        """Masks of `prompts` [objects, d_model], one on each frame, as on still images."""
+        fine, middle, coarse = features
+        return self._decode((fine, middle, coarse + self._no_memory), prompts)
+
+    @property
+    def _no_memory(self) -> Tensor:
+        embed: Tensor = self.sam2.no_mem_embed
+        return embed.view(1, -1, 1, 1)
+
+    def _decode(self, features: Features, prompts: Tensor | None) -> Decoded:
+        """Without `prompts` what is on a frame is known from the memories in its features."""
+        sam2 = self.sam2
+        fine, middle, coarse = features
+        count = len(coarse)
+        points = (coarse.new_zeros(count, 1, 2), -torch.ones(count, 1, dtype=torch.int32))
         sparse, dense = sam2.sam_prompt_encoder(points=points, boxes=None, masks=None)
-        logits, iou, _, score = decoder(
-            image_embeddings=coarse[image],
+        logits, iou, tokens, score = sam2.sam_mask_decoder(
+            image_embeddings=coarse,
             image_pe=sam2.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=torch.cat([sparse, prompts[:, None]], dim=1),
+            sparse_prompt_embeddings=sparse if prompts is None else torch.cat([sparse, prompts[:, None]], dim=1),
             dense_prompt_embeddings=dense,
             multimask_output=True,
             repeat_image=False,
-            high_res_features=high,
+            high_res_features=[fine, middle],
         )
-        return logits, iou, score[:, 0]
+        return Decoded(logits, iou, score[:, 0], tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracker:
+    """Carries masks of some frames of a cine of `length` frames to the others, through SAM2's memory.
+
+    The memory is read and written as by SAM2Base.track_step, except that the object score does not blank a mask: Sa2VA's copy of sam2 has
+    no such rule. Gradients reach what writes the memory, but not the masks that are written.
+    """
+
+    branch: MaskBranch
+    length: int
+    prompted: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    propagated: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def remember(self, place: int, coarse: Tensor, mask: Tensor, token: Tensor, score: Tensor) -> None:
+        """Take frame `place` as a prompted one: its features [objects, ...] at stride 16, and `mask`, `token` and `score` as in Decoded."""
+        self.prompted[place] = self._memory(coarse, mask, token, score)
+
+    def propagate(self, place: int, features: Features, backwards: bool = False) -> Decoded:
+        """The masks on frame `place`, from the prompted frames and the last six before it (after it, if `backwards`), which are then in
+        the memory too. `features` are for each object."""
+        fine, middle, coarse = features
+        position = self.branch.sam2.image_encoder.neck.position_encoding(coarse[:1])
+        recalled = self.branch.sam2._prepare_memory_conditioned_features(
+            frame_idx=place,
+            is_init_cond_frame=False,
+            current_vision_feats=[_sequence(coarse)],
+            current_vision_pos_embeds=[_sequence(position.expand_as(coarse))],
+            feat_sizes=[tuple(coarse.shape[-2:])],
+            output_dict={"cond_frame_outputs": self.prompted, "non_cond_frame_outputs": self.propagated},
+            num_frames=self.length,
+            track_in_reverse=backwards,
+        )
+        decoded = self.branch._decode((fine, middle, recalled), None)
+        self.propagated[place] = self._memory(coarse, decoded.mask.detach(), decoded.token.detach(), decoded.score.detach())
+        return decoded
+
+    def _memory(self, coarse: Tensor, mask: Tensor, token: Tensor, score: Tensor) -> dict[str, Any]:
+        sam2 = self.branch.sam2
+        high = F.interpolate(mask[:, None], size=(sam2.image_size,) * 2, mode="bilinear", align_corners=False)
+        features, position = sam2._encode_new_memory([_sequence(coarse)], [tuple(coarse.shape[-2:])], high, score[:, None], False)
+        present = (score[:, None] > 0).float()
+        pointer = present * sam2.obj_ptr_proj(token) + (1 - present) * sam2.no_obj_ptr
+        return {"maskmem_features": features, "maskmem_pos_enc": position, "obj_ptr": pointer}
+
+
+def _sequence(features: Tensor) -> Tensor:
+    """[objects, d_model, height, width] -> [height * width, objects, d_model]"""
+    return features.flatten(2).permute(2, 0, 1)

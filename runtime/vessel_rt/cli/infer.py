@@ -22,6 +22,7 @@ _THREADS_PER_CORE = 4
 _INFER = """examples:
   vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
   vessel-rt infer cine.dcm --frames 10:60:5               frames 10, 15, ... 55 of each cine; the first is 0
+  vessel-rt infer cine.dcm --propagate                    ask about a few frames, track their objects through the others
   vessel-rt infer frames/ --devices 0,1,2,3               four GPUs; cpu:2 is two processes on the CPU
   vessel-rt infer frames/ --num-shards 4 --shard-id 0     the first of four hosts
   vessel-rt merge-shards shard0 shard1 shard2 shard3 -o all   then combine their results
@@ -71,9 +72,12 @@ def add_infer(commands: Any) -> None:
     )
     which.add_argument(
         "--propagate",
-        choices=["sa2va"],
-        help="track the answer's objects through each cine: sa2va asks about its first 5 frames and tracks forward from them, as Sa2VA "
-        "does; the pages of a TIFF are frames, too",
+        nargs="?",
+        const="best-frame",
+        choices=["best-frame", "sa2va"],
+        help="track the answer's objects through each cine: best-frame (without a value) asks about up to 3 frames with most contrast "
+        "and tracks from them in both directions; sa2va asks about the first 5 frames and tracks forward, exactly as Sa2VA does; the pages "
+        "of a TIFF are frames, too",
     )
     which.add_argument("--recursive", action="store_true", help="also search the subfolders of folders; a/b/x.png gives masks/a__b__x.png")
     which.add_argument("--num-images", type=types.positive, metavar="N", help="only the first N frames")

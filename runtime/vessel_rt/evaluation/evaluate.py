@@ -15,17 +15,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from vessel_rt.errors import VesselError
+from vessel_rt.evaluation.cines import CineScore, CineScores, mean_score
 from vessel_rt.evaluation.ground_truth import GroundTruth, check_concepts, matched, read_truth
-from vessel_rt.evaluation.metrics import METRICS, bootstrap_interval
+from vessel_rt.evaluation.metrics import METRICS, Mask, bootstrap_interval
+from vessel_rt.inputs.frames import cine_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.files import replacing, writing
-from vessel_rt.results.reader import EVALUATION_FILE, MEANS_FILE, METRICS_FILE, RESULTS_FILE, RUN_FILE, mask_of, read_results
+from vessel_rt.results.reader import (
+    CINE_METRICS_FILE,
+    EVALUATION_FILE,
+    MEANS_FILE,
+    METRICS_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    mask_of,
+    read_results,
+)
 from vessel_rt.results.rle import encode_rle
-from vessel_rt.results.schema import SCHEMA, ComparedMask, EvaluationFile, ResultLine, Rle, ScoreRecord
+from vessel_rt.results.schema import SCHEMA, CineRecord, ComparedMask, EvaluationFile, ResultLine, Rle, ScoreRecord
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
@@ -38,6 +48,7 @@ _TITLES = {
     "cldice": "clDice (Zhang)",
     "hd95": "HD95, pixels",
 }
+_CINE_METRICS = ("j", "f", "jf", "stability", "true_stability")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +81,15 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """All comparisons and scores. `failed` images have no answer, `without_truth` no ground truth; `stopped`: the run is not finished."""
+    """All comparisons and scores; `cines` has one for each object of a cine.
+
+    `failed` images have no answer, `without_truth` no ground truth; `stopped`: the run is not finished.
+    """
 
     truth: str
     comparisons: tuple[Comparison, ...]
     scores: tuple[Score, ...]
+    cines: tuple[CineScore, ...]
     failed: int
     without_truth: int
     stopped: bool
@@ -87,6 +102,8 @@ class Evaluation:
             asked = f", asked {score.question!r}" if several else ""
             lines.append(f"{score.concept}, {score.images} images{asked}")
             lines += [self._row(score, name) for name in METRICS]
+        if self.cines:
+            lines += self._cine_rows()
         lines.append(f"images that failed: {self.failed}, without ground truth: {self.without_truth}; they are not counted")
         if self.stopped:
             lines.append("the run was stopped before its end: only finished images are included")
@@ -94,6 +111,17 @@ class Evaluation:
             asked = f", asked {score.question!r}" if several else ""
             lines.append(f"mean Dice {score.concept}: {score.mean['dice']:.3f} over {score.images} images{asked}")
         return "\n".join(lines)
+
+    def _cine_rows(self) -> list[str]:
+        lines = [f"{'cines':28} {'frames':>6} {'J':>7} {'F':>7} {'J&F':>7}  stability (of the ground truth)"]
+        for question in dict.fromkeys(score.question for score in self.cines):
+            asked = [score for score in self.cines if score.question == question]
+            mean = dataclasses.replace(mean_score(asked), code="mean", concept=f"{len(asked)} objects")
+            for score in (*asked, mean):
+                name = f"{score.code} {score.concept}"
+                values = f"{score.j:7.3f} {score.f:7.3f} {score.jf:7.3f}  {score.stability:.3f} ({score.true_stability:.3f})"
+                lines.append(f"{name:28} {score.frames:6} {values}")
+        return lines
 
     @staticmethod
     def _row(score: Score, name: str) -> str:
@@ -105,7 +133,8 @@ class Evaluation:
 
 
 def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show_names: bool = False) -> Evaluation:
-    """Score the run in `output` against `truth` (see read_truth), and write metrics.csv, metrics_mean.csv and evaluation.json there.
+    """Score the run in `output` against `truth` (see read_truth), and write metrics.csv, metrics_mean.csv, evaluation.json
+    and, for cines, metrics_cines.csv there.
 
     The concepts are those that a question names, in its order: the first mask of an answer belongs to the first concept, and so on. A mask
     that an answer lacks counts as empty. Masks in a folder have no concept: all masks of an answer together are compared with them.
@@ -116,7 +145,8 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     drawn, lines = read_truth(truth, codes), read_results(output)
     questions = list(dict.fromkeys(line["question"] for line in lines))
     good = [line for line in lines if line["status"] == "ok"]
-    comparisons = tuple(_comparisons(output, good, drawn))
+    cines = CineScores()
+    comparisons = tuple(_comparisons(output, good, drawn, cines))
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
     for question in questions:
@@ -132,6 +162,7 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
         stopped=not (output / RUN_FILE).exists(),
         comparisons=comparisons,
         scores=tuple(_score(question, concept, group) for (question, concept), group in groups.items()),
+        cines=cines.scores(),
         failed=len({line["index"] for line in lines if line["status"] != "ok"}),
         without_truth=len({line["index"] for line in good} - compared),
     )
@@ -139,18 +170,20 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     return evaluation
 
 
-def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth) -> Iterator[Comparison]:
+def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth, cines: CineScores) -> Iterator[Comparison]:
+    """A comparison for each line and concept with a ground truth; those of cines are added to `cines`, too."""
     for line in tqdm(lines, desc="comparing", unit="answer", disable=None, delay=2, leave=False):
         for number, concept, masks, truth in matched(drawn, line["question"], line, line["masks"]):
             predicted = np.zeros_like(truth)
             for mask in masks:
                 predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
-            yield _compare(line, concept, number, predicted, truth)
+            found = _compare(line, concept, number, predicted, truth)
+            if line["frame"] is not None:
+                cines.add(cine_of(line["code"], line["frame"]), line["image"], line["question"], found.concept, predicted, truth)
+            yield found
 
 
-def _compare(
-    line: ResultLine, concept: str | None, number: int, predicted: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]
-) -> Comparison:
+def _compare(line: ResultLine, concept: str | None, number: int, predicted: Mask, truth: Mask) -> Comparison:
     return Comparison(
         index=line["index"],
         code=line["code"],
@@ -183,6 +216,8 @@ def _write(evaluation: Evaluation, output: Path, show_names: bool) -> None:
         MEANS_FILE: _csv(_means_rows(evaluation.scores)),
         EVALUATION_FILE: json.dumps(_as_json(evaluation), allow_nan=False) + "\n",
     }
+    if evaluation.cines:
+        texts[CINE_METRICS_FILE] = _csv(_cine_rows(evaluation.cines, show_names))
     for name, text in texts.items():
         with writing(output / name), replacing(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
@@ -206,6 +241,13 @@ def _means_rows(scores: Sequence[Score]) -> Iterator[list[Any]]:
             ]  # fmt: skip
 
 
+def _cine_rows(scores: Sequence[CineScore], show_names: bool) -> Iterator[list[Any]]:
+    yield ["code", *(["image"] if show_names else []), "question", "concept", "frames", *_CINE_METRICS]
+    for score in scores:
+        values = [_rounded(getattr(score, name)) for name in _CINE_METRICS]
+        yield [score.code, *([score.image] if show_names else []), score.question, score.concept, score.frames, *values]
+
+
 def _as_json(evaluation: Evaluation) -> EvaluationFile:
     """The content of evaluation.json: that of metrics.csv, and the ground-truth masks, for report.html."""
     return {
@@ -214,6 +256,7 @@ def _as_json(evaluation: Evaluation) -> EvaluationFile:
         "metrics": list(METRICS),
         "images": [_image(c) for c in evaluation.comparisons],
         "summary": [_summary(score) for score in evaluation.scores],
+        "cines": [_cine(score) for score in evaluation.cines],
         "failed": evaluation.failed,
         "without_truth": evaluation.without_truth,
     }
@@ -241,6 +284,11 @@ def _summary(score: Score) -> ScoreRecord:
         "ci95": {name: [_rounded(end) for end in ends] if ends else None for name, ends in score.ci95.items()},
         "left_out": score.left_out,
     }
+
+
+def _cine(score: CineScore) -> CineRecord:
+    names = {"code": score.code, "question": score.question, "concept": score.concept, "frames": score.frames}
+    return cast(CineRecord, names | {name: _rounded(getattr(score, name)) for name in _CINE_METRICS})
 
 
 def _rounded(value: float | None) -> float | None:

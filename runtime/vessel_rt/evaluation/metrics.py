@@ -6,6 +6,7 @@ NaN means that a metric is not defined for a pair; means leave such pairs out an
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -14,10 +15,23 @@ import numpy.typing as npt
 
 from vessel_rt.model.postprocess import eroded
 
-__all__ = ["METRICS", "bootstrap_interval", "cldice", "dice", "hd95", "iou", "sensitivity", "skeletonize", "specificity"]
+__all__ = [
+    "METRICS",
+    "Mask",
+    "bootstrap_interval",
+    "boundary_f",
+    "cldice",
+    "dice",
+    "hd95",
+    "iou",
+    "sensitivity",
+    "skeletonize",
+    "specificity",
+]
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
+_TOLERANCE = 0.008  # of the image's diagonal, as in DAVIS
 _RESAMPLES = 10_000
 _AT_ONCE = 2**22  # values resampled at once
 
@@ -66,6 +80,20 @@ def hd95(predicted: Mask, truth: Mask) -> float:
         return float("nan") if predicted.any() or truth.any() else 0.0
     one, other = predicted & ~eroded(predicted), truth & ~eroded(truth)
     return float(max(np.percentile(_distances(one, other), 95), np.percentile(_distances(other, one), 95)))
+
+
+def boundary_f(predicted: Mask, truth: Mask) -> float:
+    """F of DAVIS (Perazzi et al., CVPR 2016), as in davis2017-evaluation: how well the boundaries of two masks agree.
+
+    The harmonic mean of two fractions: of the predicted boundary near the true one, and of the true boundary near the predicted one. Near
+    is at a distance of at most 0.008 of the image's diagonal, rounded up to pixels. 1 if both masks have no boundary, 0 if one has none.
+    """
+    reach = math.ceil(_TOLERANCE * math.hypot(*truth.shape))
+    one, other = _boundary(predicted), _boundary(truth)
+    if not (one.any() and other.any()):
+        return float(not (one.any() or other.any()))
+    precision, found = float((_distances(one, other) <= reach).mean()), float((_distances(other, one) <= reach).mean())
+    return 2 * precision * found / (precision + found) if precision + found else 0.0
 
 
 METRICS: Mapping[str, Callable[[Mask, Mask], float]] = {
@@ -145,6 +173,14 @@ def _removable() -> tuple[Mask, Mask]:
 def _share(inside: Mask, of: Mask) -> float:
     total = int(of.sum())
     return int((inside & of).sum()) / total if total else float("nan")
+
+
+def _boundary(mask: Mask) -> Mask:
+    """The pixels that differ from their right, lower, or lower right neighbour; so the image's border is no boundary (DAVIS' seg2bmap)."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), "edge")
+    boundary = (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1])
+    boundary[:-1, :-1] |= mask[:-1, :-1] ^ mask[1:, 1:]
+    return boundary
 
 
 def _distances(points: Mask, others: Mask) -> npt.NDArray[np.float64]:

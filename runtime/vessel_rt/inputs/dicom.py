@@ -5,6 +5,7 @@ Does not know how the file is read (dicom_file.py). Nothing but pixels leaves th
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import threading
@@ -19,7 +20,7 @@ from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.inputs.dicom_file import declared_frames, error_kind, load_pydicom, open_dataset, read_header
 from vessel_rt.inputs.images import require_regular
 
-__all__ = ["DICOM_SUFFIXES", "frame_count", "is_dicom", "parse_frames", "read_dicom"]
+__all__ = ["DICOM_SUFFIXES", "frame_count", "frame_times", "is_dicom", "parse_frames", "read_dicom"]
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 
@@ -31,6 +32,7 @@ _XRAY = (  # their modality LUT leads back to the beam's intensity and is not fo
     "1.2.840.10008.5.1.4.1.1.12.2",
     "1.2.840.10008.5.1.4.1.1.12.3",
 )
+_MAX_FRAME_MS = 3.6e6
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS, after 0xFF
 
 _reading = threading.Lock()  # held while a file is read: pydicom parses what is looked at into the data set
@@ -66,6 +68,32 @@ def frame_count(path: Path) -> int | None:
     """
     header, room = read_header(path)
     return count if 1 < (count := declared_frames(header)) <= room else None
+
+
+def frame_times(path: Path) -> list[float] | None:
+    """The time of each frame from the first one, in ms: by FrameTimeVector, else FrameTime, else CineRate, else
+    RecommendedDisplayFrameRate (PS3.3 C.7.6.5). None for a single picture, and where none of them makes sense.
+
+    Raises:
+        ImageError: not a DICOM file.
+        VesselError: pydicom is not installed.
+    """
+    header, room = read_header(path)
+    if not 1 < (count := declared_frames(header)) <= room:
+        return None
+    for name, of in (
+        ("FrameTimeVector", lambda value: [0.0, *map(float, value[1:])]),
+        ("FrameTime", lambda value: [0.0] + [float(value)] * (count - 1)),
+        ("CineRate", lambda value: [0.0] + [1000 / float(value)] * (count - 1)),
+        ("RecommendedDisplayFrameRate", lambda value: [0.0] + [1000 / float(value)] * (count - 1)),
+    ):
+        try:
+            increments = of(header[name].value)
+        except Exception:  # absent, zero, or no numbers
+            continue
+        if len(increments) == count and all(0 < each < _MAX_FRAME_MS for each in increments[1:]):
+            return [round(time, 3) for time in itertools.accumulate(increments)]
+    return None
 
 
 def read_dicom(path: Path, number: int | None) -> Image.Image:

@@ -23,6 +23,7 @@ __all__ = ["declared_frames", "error_kind", "load_pydicom", "open_dataset", "rea
 
 _SIZES = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
 _SEQUENCES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ModalityLUTSequence", "VOILUTSequence")
+_TIMES = ("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate")
 _ITEM, _ITEM_OF_BIG_ENDIAN = b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"  # the tag that begins an item of a sequence, or a fragment
 _MAX_ELEMENTS = 150_000  # elements of a header: each takes microseconds and a kilobyte; an enhanced file of 1,000 frames has about 60,000
 _MAX_INFLATED = 30  # times the size of a deflated file; 64 MiB are always allowed
@@ -136,9 +137,9 @@ def _parsed(source: _Source, **how: Any) -> Any:
 
 
 def read_header(path: Path) -> tuple[Any, int]:
-    """The attributes of a header that describe its pixels, and for how many frames there is room after it. Raises ImageError."""
+    """What a header says of pixels and the times of frames, and for how many frames there is room after it. Raises ImageError."""
     with _source(path) as source:
-        header = _parsed(source, stop_before_pixels=True, specific_tags=["NumberOfFrames", *_SIZES])
+        header = _parsed(source, stop_before_pixels=True, specific_tags=["NumberOfFrames", *_SIZES, *_TIMES])
         is_implicit, _ = header.original_encoding
         return header, _room(header, source.file, source.tell() + (8 if is_implicit else 12))  # tag, type and length come before the pixels
 

@@ -33,6 +33,7 @@ __all__ = [
     "find_frames",
     "frame_count",
     "frame_suffix",
+    "frame_times",
     "input_hasher",
     "input_sha256",
     "read_frame",
@@ -142,6 +143,11 @@ def read_frame(frame: Frame, rescale: Rescale | None = None) -> Image.Image:
 def frame_count(path: Path) -> int | None:
     """How many frames a multi-frame DICOM file has, or pages a TIFF; None for a file with one picture. Raises ImageError."""
     return dicom.frame_count(path) if is_dicom(path) else page_count(path)
+
+
+def frame_times(path: Path) -> list[float] | None:
+    """The time of each frame of a multi-frame DICOM file from the first one, in ms; None if it does not say. Raises ImageError."""
+    return dicom.frame_times(path) if is_dicom(path) else None
 
 
 def input_sha256(path: Path) -> str:

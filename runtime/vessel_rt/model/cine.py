@@ -1,9 +1,13 @@
 """Cines: the objects of an answer, tracked through the frames of an angiographic sequence by SAM2's memory.
 
 `condition` makes the masks and memories of frames from [SEG] states, `propagate` tracks the objects from any set of such conditioning
-frames, in either direction. `segment` is the video path of Sa2VA's own inference (projects/sa2va/hf/models/modeling_sa2va_chat.py,
-`predict_forward`): the language model sees the first frames, one tile each; every [SEG] state prompts each of these frames; the frames
-after them are tracked forward. docs/cines.md has the facts. Does not know about files or runs.
+frames, in either direction. Two ways through a cine are made of them:
+
+- `run_cine` is the video path of Sa2VA's own inference (projects/sa2va/hf/models/modeling_sa2va_chat.py, `predict_forward`): the language
+  model sees the first frames, one tile each; every [SEG] state prompts each of these frames; the frames after them are tracked forward.
+- `run_from` asks about each of some chosen frames as about an image, and tracks backward and forward from them.
+
+docs/cines.md has the facts. Does not know about files or runs, nor how frames are chosen.
 """
 
 from __future__ import annotations
@@ -11,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -32,9 +36,13 @@ from vessel_rt.model.segmenter import Segmenter, timed
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-__all__ = ["CineSegmenter", "Tracked"]
+__all__ = ["CineSegmenter", "PlacedFrames", "Tracked"]
 
 _PREDICTION = ("low_res_logits", "iou", "object_score")
+_NO_OBJECT = -1024.0  # logit of an object that is not there: NO_OBJ_SCORE of sam2
+
+# The frames of a cine at these places, in this order, each prepared by the function; a frame that cannot be read is left out.
+PlacedFrames: TypeAlias = Callable[[Sequence[int], Callable[[Image.Image], Pixels]], Iterable[tuple[int, Pixels]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,12 +90,19 @@ class CineSegmenter(Segmenter):
         yield from (result for [result] in self.run_cine(prepared, [question]))
 
     def prepare_frame(self, image: Image.Image, place: int) -> Pixels:
-        """The inputs of the graphs for frame `place` of a cine: a tile only if the language model sees it."""
+        """The inputs of the graphs for frame `place` of a cine, for `run_cine`: a tile only if the language model sees it."""
+        if place >= self._cine.prompted_frames:
+            return self.prepare_tracked(image)
         ms: dict[str, float] = {}
-        dtype = self._input_dtype("vision_encoder")
         with timed(ms, "tiles"):
             spec = msgspec.structs.replace(self._bundle.tiles, min_tiles=1, max_tiles=1)
-            tiles = tile_pixels(image, spec, dtype) if place < self._cine.prompted_frames else np.empty((0, 3, spec.size, spec.size), dtype)
+            tiles = tile_pixels(image, spec, self._input_dtype("vision_encoder"))
+        return dataclasses.replace(self.prepare_tracked(image, ms), tiles=tiles)
+
+    def prepare_tracked(self, image: Image.Image, ms: dict[str, float] | None = None) -> Pixels:
+        """The inputs of the graphs for a frame that the language model does not see; `ms` is the time that was spent on it before."""
+        ms, size = {} if ms is None else ms, self._bundle.tiles.size
+        tiles = np.empty((0, 3, size, size), self._input_dtype("vision_encoder"))
         with timed(ms, "square"):
             square = mask_pixels(image, self._bundle.mask, self._input_dtype("sam2_image_encoder"))
         return Pixels(image.width, image.height, tiles, square, ms)
@@ -121,6 +136,55 @@ class CineSegmenter(Segmenter):
             _, pixels, found = following
             yield self._results(pixels, questions, generations, found, {}, places)
 
+    def run_from(
+        self, chosen: Sequence[int], places: Sequence[int], frames: PlacedFrames, questions: Sequence[str]
+    ) -> Iterator[tuple[int, list[Result]]]:
+        """Ask about each of the `chosen` frames by itself, as `run` does about an image, and track their objects through the others.
+
+        The frames between and after the chosen ones are tracked forward from the first of them, those before it backward. Where SAM2 finds
+        that an object is not on a tracked frame (its score is not above 0), its mask is empty, and so it is remembered. A chosen frame
+        whose answers have other numbers of [SEG] than the best one's is tracked like the others. Tracked frames have the best one's answer.
+
+        Args:
+            chosen: places of frames in the cine, the best first.
+            places: of all frames to segment, in order of time; the chosen ones among them.
+            frames: gets frames.
+            questions: each is asked about each chosen frame.
+
+        Yields:
+            The place of a frame, and a result for each question: first the chosen frames, then those before the first of them, in reverse,
+            then the others in order.
+
+        Raises:
+            VesselError, ImageError, OutOfMemory, DeviceError, BundleError: as `run_cine`; ImageError also if no chosen frame can be read.
+        """
+        asked: list[int] = []
+        best: list[Generation] = []
+        conditioning: list[dict[int, Memory]] = []
+        for place, pixels in frames(chosen, self.prepare):
+            ms: dict[str, float] = {}
+            [generations] = self._carefully(questions[0], functools.partial(self._generate, [pixels], questions, ms))
+            if not best:
+                best, conditioning = generations, [{} for generation in generations for _ in generation.seg_states]
+            if [len(one.seg_states) for one in generations] != [len(one.seg_states) for one in best]:
+                continue
+            states = np.concatenate([generation.seg_states for generation in generations])
+            found = self._carefully(questions[0], functools.partial(self.condition, pixels, states))
+            for of_object, memory in zip(conditioning, found.memories, strict=True):
+                of_object[place] = memory
+            asked.append(place)
+            yield place, self._results(pixels, questions, generations, found, ms, None)
+        if not asked:
+            raise ImageError("none of the frames to ask about can be read")
+        first, origins = min(asked), tuple(sorted(asked))
+        before = [place for place in reversed(places) if place < first]
+        after = [place for place in places if place > first and place not in asked]
+        for order, reverse in ((before, True), (after, False)):
+            tracked = self.propagate(conditioning, frames(order, self.prepare_tracked), reverse=reverse, hide=True)
+            while following := self._carefully(questions[0], functools.partial(next, tracked, None)):
+                place, pixels, found = following
+                yield place, self._results(pixels, questions, best, found, {}, origins)
+
     def ask(self, prompted: Sequence[Pixels], questions: Sequence[str]) -> tuple[list[Generation], dict[str, float]]:
         """The answer to each question about `prompted`, the frames that the language model sees, and the time of each step."""
         ms: dict[str, float] = {}
@@ -148,7 +212,12 @@ class CineSegmenter(Segmenter):
         return self._tracked(predictions, memories, ms)
 
     def propagate(
-        self, conditioning: Sequence[Mapping[int, Memory]], frames: Iterable[tuple[int, Pixels]], *, reverse: bool = False
+        self,
+        conditioning: Sequence[Mapping[int, Memory]],
+        frames: Iterable[tuple[int, Pixels]],
+        *,
+        reverse: bool = False,
+        hide: bool = False,
     ) -> Iterator[tuple[int, Pixels, Tracked]]:
         """Track objects through `frames`.
 
@@ -156,6 +225,8 @@ class CineSegmenter(Segmenter):
             conditioning: for each object the memories of its conditioning frames, by place in the cine: the same places for each object.
             frames: the frames to track, each with its place in the cine, in the order of tracking; without the conditioning frames.
             reverse: whether places decrease. A pass in one direction knows nothing of a pass in the other.
+            hide: whether an object whose score is not above 0 has an empty mask on the frame, and in its memory, as in sam2; Sa2VA's copy
+                of sam2 ignores the score.
 
         Yields:
             The place, the frame, and the objects on it, as soon as it is tracked.
@@ -177,7 +248,8 @@ class CineSegmenter(Segmenter):
                     conditioned = self._sessions["sam2_memory_attention"].run(feeds, keep=("conditioned_features",))
                 with timed(ms, "sam2_tracking_decoder"):
                     fine = {name: features[name] for name in ("fpn_0", "fpn_1")}
-                    predictions.append(self._sessions["sam2_tracking_decoder"].run(fine | conditioned))
+                    prediction = self._sessions["sam2_tracking_decoder"].run(fine | conditioned)
+                predictions.append(_hidden(prediction) if hide else prediction)
                 memories.append(self._remembered(features, predictions[-1], ms))
                 bank.add(place, memories[-1])
             yield place, pixels, self._tracked(predictions, memories, ms)
@@ -219,3 +291,9 @@ class CineSegmenter(Segmenter):
             for question, generation, (logits, iou, object_score) in zip(questions, generations, parts, strict=True)
         ]
         return [dataclasses.replace(self.finish(pixels, answer), propagated_from=propagated_from) for answer in answers]
+
+
+def _hidden(prediction: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """`prediction` with an empty mask for each object that is not there."""
+    there = prediction["object_score"][:, None, None] > 0
+    return {**prediction, "low_res_logits": np.where(there, prediction["low_res_logits"], np.float32(_NO_OBJECT))}

@@ -1,10 +1,13 @@
-"""The masks of a multi-frame file in one TIFF: cines/<stem>.tif, one page per processed frame.
+"""The masks of a multi-frame file in one TIFF: cines/<stem>.tif, one page per processed frame. Of a tracked cine also its overlays as an
+animation: cines/<stem>.webp.
 
-Does not know how the masks were made; it reads them from the output folder.
+Does not know how the masks were made; it reads them and the overlays from the output folder.
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,18 +18,26 @@ from PIL.TiffImagePlugin import AppendingTiffWriter
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, replacing, writing
+from vessel_rt.results.animation import write_animation
 from vessel_rt.results.reader import iter_frames
-from vessel_rt.results.schema import CINES, ResultLine
+from vessel_rt.results.schema import CINES, OVERLAYS, ResultLine
 from vessel_rt.results.writer import numbered
 
-__all__ = ["write_cines"]
+__all__ = ["animation_file", "write_cines"]
+
+_USUAL_MS = 1000 / 15  # a frame, if the file does not say: most angiograms have 15 frames a second
+
+
+def animation_file(cine: str) -> str:
+    """The animation of a cine whose outputs have this name."""
+    return f"{CINES}/{cine}.webp"
 
 
 def write_cines(output: Path) -> None:
     """Write a TIFF for each cine of the run in `output`, and another (`<stem>_1.tif`, ...) for each further mask of its answers.
 
     The pages are in the order of the frames. A frame without a mask has an empty page. A cine with a failed frame has no TIFF, since its
-    pages would not match its frames. Raises VesselError.
+    pages would not match its frames; its animation has the others. Raises VesselError.
     """
     cines: dict[str, dict[int, list[ResultLine]]] = defaultdict(dict)
     for lines in iter_frames(output):
@@ -38,6 +49,27 @@ def write_cines(output: Path) -> None:
         whole = [lines for _, lines in sorted(frames.items())]
         if all(line["status"] == "ok" for lines in whole for line in lines):
             _write_cine(output, numbered(cine, taken), whole)
+        good = [lines[0] for lines in whole if lines[0]["status"] == "ok"]
+        if len(good) > 1 and "propagated_from" in good[0]:
+            _write_overlays(output, cine, good)
+
+
+def _write_overlays(output: Path, cine: str, frames: Sequence[ResultLine]) -> None:
+    """The overlays of these frames, in order, at the speed of the cine."""
+    times = [line.get("time_ms") for line in frames]
+    known = [time for time in times if time is not None]
+    gaps = [after - before for before, after in itertools.pairwise(known)] if len(known) == len(frames) else []
+    durations = [*gaps, statistics.median(gaps)] if gaps else [_USUAL_MS] * len(frames)
+
+    def picture(number: int) -> Image.Image:
+        line = frames[number]
+        name = next(name for name in line["files"] if name.startswith(f"{OVERLAYS}/"))
+        return _read(output, name, "JPEG", f"the overlay of {line['code']} cannot be read for the animation of its cine")
+
+    with writing(f"{output}: the animation of a cine"):
+        (output / CINES).mkdir(exist_ok=True)
+        with replacing(output / animation_file(cine), sync=True) as temporary, temporary.open("wb") as target:
+            write_animation(target, picture, durations)
 
 
 def _write_cine(output: Path, names: Iterator[str], frames: Sequence[Sequence[ResultLine]]) -> None:
@@ -62,14 +94,15 @@ def _pages(output: Path, frames: Sequence[Sequence[ResultLine]], question: int, 
     for lines in frames:
         line = lines[question]
         if mask < len(line["masks"]):
-            yield _mask(output, line["masks"][mask]["file"], line["code"])
+            name, problem = line["masks"][mask]["file"], f"a mask of {line['code']} cannot be read for the TIFF of its cine"
+            yield _read(output, name, "PNG", problem)
         else:
             yield Image.new("L", (line["width"] or 0, line["height"] or 0))  # a frame with an answer has both
 
 
-def _mask(output: Path, name: str, code: str) -> Image.Image:
+def _read(output: Path, name: str, kind: str, problem: str) -> Image.Image:
     try:
-        with open_regular(output / name) as file, Image.open(file, formats=("PNG",)) as page:
-            return page.copy()
+        with open_regular(output / name) as file, Image.open(file, formats=(kind,)) as picture:
+            return picture.copy()
     except Exception as e:  # a decoder may raise anything if the file was changed
-        raise VesselError(f"{output}: a mask of {code} cannot be read for the TIFF of its cine; repeat the command") from e
+        raise VesselError(f"{output}: {problem}; repeat the command") from e

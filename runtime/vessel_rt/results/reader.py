@@ -33,6 +33,7 @@ from vessel_rt.results.schema import (
 )
 
 __all__ = [
+    "CINE_METRICS_FILE",
     "EVALUATION_FILE",
     "JOURNAL_FILE",
     "MEANS_FILE",
@@ -59,6 +60,7 @@ RUN_FILE = "run.json"
 EVALUATION_FILE = "evaluation.json"
 METRICS_FILE = "metrics.csv"
 MEANS_FILE = "metrics_mean.csv"
+CINE_METRICS_FILE = "metrics_cines.csv"
 REPORT_FILE = "report.html"
 
 _LARGEST = 2**30  # bytes of a JSON file; what is made of it takes several times as much memory

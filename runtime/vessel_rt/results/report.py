@@ -3,7 +3,7 @@
 It is made from the files of the output folder alone, so the same files give the same bytes. The page itself is report.html next to this
 module. Here it gets its data as JSON scripts: one for the `run`, and two for each frame: `facts`, which the page reads when it opens, and
 `shapes`, the picture and masks, which it reads when it shows them. At most EMBEDDED pictures are in the page; the page loads the others
-from previews/ when it shows them.
+from previews/ when it shows them. Tracked cines have one more each, `cine`, with the animation of its overlays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from urllib.parse import quote
 from PIL import Image
 
 from vessel_rt.errors import VesselError
-from vessel_rt.io.files import open_regular, replacing, writing
+from vessel_rt.inputs.frames import cine_of
+from vessel_rt.io.files import open_regular, read_regular, replacing, writing
+from vessel_rt.results.cines import animation_file
 from vessel_rt.results.reader import (
     EVALUATION_FILE,
     REPORT_FILE,
@@ -46,6 +48,8 @@ EMBEDDED = 300  # pictures in the page, at most
 
 _MARK = "<!-- DATA -->"
 _PICTURES = 30_000_000  # bytes of all pictures in the page together, at most; a third more in base64
+_ANIMATIONS = 30_000_000  # bytes of all animations in the page together, at most; the first cines have theirs
+_MOST_ANIMATION = 4_000_000  # bytes of one
 _SMALLER = ((512, 65), (384, 65), (320, 60), (256, 55), (192, 50))  # longer side and JPEG quality, tried in turn
 
 
@@ -68,6 +72,7 @@ def write_report(output: Path) -> Path:
     scores = _scores(output, truths if evaluation is not None else None)
     embedded = chosen(scores)
     share = _PICTURES // max(1, len(embedded))
+    cines: dict[str, tuple[str, str]] = {}  # name and image of each tracked cine, by study code
     with writing(path), replacing(path, sync=True) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
         page.write(before)
         _write_data(page, "run", {"run": run, "evaluation": _summary(evaluation) if evaluation is not None else None})
@@ -76,6 +81,16 @@ def write_report(output: Path) -> Path:
             picture = _picture(output, lines[0], share) if place in embedded else _link(output, lines[0])
             _write_data(page, "facts", _facts(lines, timings, of_frame, show_names) | {"linked": "file" in picture})
             _write_data(page, "shapes", picture | _masks(output, lines, of_frame))
+            if (number := lines[0]["frame"]) is not None and "propagated_from" in lines[0]:
+                cines.setdefault(cine_of(lines[0]["code"], number), (cine_of(lines[0]["name"], number), lines[0]["image"]))
+        room = _ANIMATIONS
+        for code, (cine, image) in cines.items():
+            animation = _animation(output, cine, code)
+            if len(animation) > room:
+                animation = b""
+            room -= len(animation)
+            shown = {"cine": code, "label": image if show_names else code, "animation": base64.b64encode(animation).decode("ascii")}
+            _write_data(page, "cine", shown)
         page.write(after)
     return path
 
@@ -145,7 +160,27 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
             for line in lines
         ],
         "truths": [{key: value for key, value in truth.items() if key not in ("index", "truth_rle")} for truth in truths],
+        **_moment(first),
     }
+
+
+def _moment(line: ResultLine) -> dict[str, Any]:
+    """Where in a tracked cine a frame is, and whether the model was asked about it; nothing for other frames."""
+    if line["frame"] is None or "propagated_from" not in line:
+        return {}
+    cine = cine_of(line["code"], line["frame"])
+    return {"cine": cine, "number": line["frame"], "time": line.get("time_ms"), "asked": line["propagated_from"] is None}
+
+
+def _animation(output: Path, cine: str, code: str) -> bytes:
+    """The animation of a cine; nothing if it has none, as when only one of its frames is done."""
+    path = output / animation_file(cine)
+    if not path.exists():
+        return b""
+    try:
+        return read_regular(path, _MOST_ANIMATION)
+    except (OSError, VesselError) as e:
+        raise VesselError(f"{output}: the animation of {code} cannot be read; repeat the run's command") from e
 
 
 def _mask_facts(mask: MaskRecord, show_names: bool) -> dict[str, Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "OVERLAYS",
     "PREVIEWS",
     "SCHEMA",
+    "CineRecord",
     "ComparedMask",
     "EvaluationFile",
     "JournalEntry",
@@ -106,6 +107,8 @@ class ResultLine(TypedDict):
         settings: a hash of everything that determines the results: version, bundle, kind of device, questions, options.
         propagated_from: the numbers of the frames from which the masks were tracked; null if the model was asked about this frame. Absent
             without `--propagate`.
+        time_ms: the time from the first frame of the file to this one, in milliseconds; null if the file does not say. Absent without
+            `--propagate`.
     """
 
     schema: NotRequired[_Schema]
@@ -125,6 +128,7 @@ class ResultLine(TypedDict):
     input: str | None
     settings: str
     propagated_from: NotRequired[list[_Count] | None]
+    time_ms: NotRequired[_Number | None]
 
 
 class TimingLine(TypedDict):
@@ -315,6 +319,32 @@ class ScoreRecord(TypedDict):
     left_out: dict[str, _Count]
 
 
+class CineRecord(TypedDict):
+    """The scores of an object of a cine, in evaluation.json: of one concept, asked for by one question.
+
+    Attributes:
+        code: the study code of the cine.
+        question: as in results.jsonl.
+        concept: the concept, such as `vessel`.
+        frames: the number of frames.
+        j: the mean IoU.
+        f: the mean F-measure of the boundaries.
+        jf: the mean of `j` and `f`.
+        stability: the mean IoU of the masks of consecutive frames; null if they are all empty.
+        true_stability: the same of the ground truth.
+    """
+
+    code: str
+    question: str
+    concept: str
+    frames: _Count
+    j: _Number
+    f: _Number
+    jf: _Number
+    stability: _Number | None
+    true_stability: _Number | None
+
+
 class EvaluationFile(TypedDict):
     """evaluation.json.
 
@@ -324,6 +354,7 @@ class EvaluationFile(TypedDict):
         metrics: the metrics, in the order of the tables.
         images: the compared masks.
         summary: the means.
+        cines: the scores of cines; absent in files from older versions.
         failed: the number of images without an answer.
         without_truth: the number of images without ground truth.
     """
@@ -333,6 +364,7 @@ class EvaluationFile(TypedDict):
     metrics: list[str]
     images: list[ComparedMask]
     summary: list[ScoreRecord]
+    cines: NotRequired[list[CineRecord]]
     failed: _Count
     without_truth: _Count
 

@@ -82,7 +82,7 @@ class FrameWriter:
         folder: with masks/, overlays/ and previews/ in it.
         names: of all frames of the run, including other shards.
         settings: the hash of the settings, for every line.
-        cines: whether objects are tracked, so that lines have `propagated_from`.
+        cines: whether objects are tracked, so that lines have `propagated_from` and `time_ms`.
     """
 
     def __init__(self, folder: Path, names: Collection[str], settings: str, *, cines: bool = False) -> None:
@@ -93,8 +93,9 @@ class FrameWriter:
         """A copy for a process with another current folder."""
         return FrameWriter(self._folder.absolute(), self._names, self._settings, cines=self._cines)
 
-    def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result]) -> Entry:
-        """Write the files of a frame whose input has the hash `sha256`. After an error none of them is left.
+    def write(self, frame: Frame, sha256: str, image: Image.Image, results: Sequence[Result], time_ms: float | None = None) -> Entry:
+        """Write the files of a frame whose input has the hash `sha256`. After an error none of them is left. `time_ms` is its time in its
+        cine, if it is known.
 
         Raises:
             ImageError: the frame's name is too long for its output files.
@@ -126,6 +127,7 @@ class FrameWriter:
         if self._cines:
             for line, result in zip(lines, results, strict=True):
                 line["propagated_from"] = None if result.propagated_from is None else list(result.propagated_from)
+                line["time_ms"] = time_ms
         return Entry(frame.name, lines, [_timing(line, result) for line, result in zip(lines, results, strict=True)])
 
     def failure(self, frame: Frame, questions: Sequence[str], error: str) -> Entry:
@@ -133,7 +135,7 @@ class FrameWriter:
         entry = failure(frame, questions, error, self._settings)
         if self._cines:
             for line in entry.lines:
-                line["propagated_from"] = None
+                line["propagated_from"] = line["time_ms"] = None
         return entry
 
     def _write_mask(self, name: str, mask: Mask, written: dict[str, str]) -> MaskRecord:

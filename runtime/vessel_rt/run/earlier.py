@@ -13,6 +13,7 @@ from pathlib import Path
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import cine_of
 from vessel_rt.results.reader import (
+    CINE_METRICS_FILE,
     EVALUATION_FILE,
     JOURNAL_FILE,
     MEANS_FILE,
@@ -31,7 +32,8 @@ from vessel_rt.results.writer import Entry, unknown_timing
 
 __all__ = ["DERIVED", "Earlier", "read_earlier"]
 
-DERIVED = (RUN_FILE, REPORT_FILE, EVALUATION_FILE, METRICS_FILE, MEANS_FILE)  # made from all results, so out of date when one changes
+# Made from all results, so out of date when one changes.
+DERIVED = (RUN_FILE, REPORT_FILE, EVALUATION_FILE, METRICS_FILE, MEANS_FILE, CINE_METRICS_FILE)
 
 
 @dataclasses.dataclass(frozen=True)

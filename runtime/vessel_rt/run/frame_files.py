@@ -87,12 +87,12 @@ class FrameFiles:
                     path.unlink()
 
     def remove_cines(self, entries: Iterable[Entry]) -> None:
-        """Remove the TIFFs of the multi-frame files that `entries` are of."""
+        """Remove the TIFFs and animations of the multi-frame files that `entries` are of."""
         lines = [(entry.name, line["frame"]) for entry in entries for line in entry.lines]
         cines = {cine_of(name, number) for name, number in lines if number is not None}
-        for path in (self._folder / CINES).glob("*.tif"):
+        for path in (self._folder / CINES).glob("*"):
             first, _, number = path.stem.rpartition("_")
-            if path.stem in cines or (first in cines and number.isdecimal()):
+            if path.suffix in (".tif", ".webp") and (path.stem in cines or (first in cines and number.isdecimal())):
                 path.unlink()
 
     def remove_unfinished(self, done: Collection[str]) -> None:

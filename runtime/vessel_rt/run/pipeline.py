@@ -31,10 +31,11 @@ _READERS = 1  # threads: reading and resizing an image takes less time than its 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """An RGB image, and the SHA-256 of its file, if it has one."""
+    """An RGB image, the SHA-256 of its file, if it has one, and its time in its cine in ms, if it is known."""
 
     image: Image.Image
     sha256: str | None
+    time_ms: float | None = None
 
 
 class Pipeline(Generic[S, T]):

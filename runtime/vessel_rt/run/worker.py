@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 import threading
@@ -15,7 +16,7 @@ from vessel_rt.device.deployment import Deployment, deploy_on
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.inputs.frames import Frame, input_hasher, read_frame
+from vessel_rt.inputs.frames import Frame, frame_times, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale
 from vessel_rt.inputs.pseudonyms import remember
 from vessel_rt.io.checked_files import CheckedFiles
@@ -37,7 +38,7 @@ class WorkOptions:
     """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None are chosen automatically.
 
     `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`. With `propagate`, the frames of a file are a
-    cine, and objects are tracked through it; `sa2va` is the only mode.
+    cine, and objects are tracked through it, as `best-frame` or `sa2va` (docs/cines.md).
     """
 
     questions: tuple[str, ...]
@@ -93,6 +94,7 @@ class Worker:
         self.streams = options.streams_on(deployment.device.kind, total, deployment.bundle)
         self.batch = deployment.batch
         self._hash = input_hasher()
+        self._times = functools.lru_cache(1)(frame_times)
         threads = options.threads_of(self.streams)
         with ExitStack() as stack:
             self._pipeline: Pipeline[Frame, Entry] | CinePipeline[Entry]
@@ -100,7 +102,9 @@ class Worker:
                 tracker = stack.enter_context(CineSegmenter(deployment, threads, draft=options.draft))
                 segmenter: Segmenter = tracker
                 self.batch = 1
-                self._pipeline = CinePipeline(tracker, options.questions, read=self._read, finish=self._write, fail=self._fail, stop=stop)
+                self._pipeline = CinePipeline(
+                    tracker, options.propagate, options.questions, read=self._read, finish=self._write, fail=self._fail, stop=stop
+                )
             else:
                 segmenter = stack.enter_context(Segmenter(deployment, threads, draft=options.draft))
                 self._pipeline = Pipeline(
@@ -139,11 +143,13 @@ class Worker:
 
     def _read(self, frame: Frame) -> Picture:
         sha256 = self._hash(frame.path)
-        return Picture(read_frame(frame, self._options.rescale), sha256)
+        image = read_frame(frame, self._options.rescale)
+        times = self._times(frame.path) if self._options.propagate else None
+        return Picture(image, sha256, times[frame.number or 0] if times else None)
 
     def _write(self, frame: Frame, picture: Picture, results: Sequence[Result]) -> Entry:
         try:
-            return self._writer.write(frame, str(picture.sha256), picture.image, results)
+            return self._writer.write(frame, str(picture.sha256), picture.image, results, picture.time_ms)
         except ImageError as e:
             return self._fail(frame, e)
 

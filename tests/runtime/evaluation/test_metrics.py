@@ -14,12 +14,23 @@ import skimage.morphology
 import torch
 from monai.metrics import ConfusionMatrixMetric, compute_dice, compute_hausdorff_distance, compute_iou
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_dilation, gaussian_filter
 
 from tests.support.paths import ROOT
 from vessel_rt.evaluation import metrics
 from vessel_rt.evaluation.ground_truth import read_truth
-from vessel_rt.evaluation.metrics import METRICS, bootstrap_interval, cldice, dice, hd95, iou, sensitivity, skeletonize, specificity
+from vessel_rt.evaluation.metrics import (
+    METRICS,
+    bootstrap_interval,
+    boundary_f,
+    cldice,
+    dice,
+    hd95,
+    iou,
+    sensitivity,
+    skeletonize,
+    specificity,
+)
 
 NOTHING = np.zeros((40, 60), np.bool_)
 ALL = np.ones((40, 60), np.bool_)
@@ -74,6 +85,39 @@ def test_overlaps_equal_monais() -> None:
             theirs = metric.aggregate()[0].item()
             if not math.isnan(ours(predicted, truth)):  # where it is not defined, MONAI's aggregate says 0
                 assert ours(predicted, truth) == pytest.approx(theirs, abs=1e-6)
+
+
+def davis_f(foreground: np.ndarray, gt: np.ndarray) -> float:
+    """As f_measure in davis2017-evaluation: boundaries, which are made thicker with a disk."""
+    reach = np.ceil(0.008 * np.linalg.norm(gt.shape))
+    boundaries = []
+    for mask in (foreground, gt):
+        east, south, southeast = np.zeros_like(mask), np.zeros_like(mask), np.zeros_like(mask)
+        east[:, :-1], south[:-1], southeast[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+        boundary = (mask ^ east) | (mask ^ south) | (mask ^ southeast)
+        boundary[-1] = mask[-1] ^ east[-1]
+        boundary[:, -1] = mask[:, -1] ^ south[:, -1]
+        boundary[-1, -1] = False
+        boundaries.append(boundary)
+    one, other = boundaries
+    disk = skimage.morphology.disk(int(reach))
+    near_other, near_one = binary_dilation(other, disk), binary_dilation(one, disk)
+    if not one.any() and other.any():
+        precision, recall = 1.0, 0.0
+    elif one.any() and not other.any():
+        precision, recall = 0.0, 1.0
+    elif not one.any() and not other.any():
+        precision, recall = 1.0, 1.0
+    else:
+        precision, recall = (one & near_other).sum() / one.sum(), (other & near_one).sum() / other.sum()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def test_f_is_that_of_davis() -> None:
+    for predicted, truth in pairs():
+        assert boundary_f(predicted, truth) == pytest.approx(davis_f(predicted, truth), abs=1e-12)
+    for predicted, truth in ((NOTHING, NOTHING), (NOTHING, box(3, 3, 9, 9)), (box(3, 3, 9, 9), NOTHING), (ALL, NOTHING), (ALL, ALL)):
+        assert boundary_f(predicted, truth) == davis_f(predicted, truth)
 
 
 def test_hd95_equals_monais() -> None:

@@ -44,7 +44,7 @@ from tests.support.paths import ROOT
 from vessel_rt.cli import main
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.inputs.dicom import frame_count, is_dicom, parse_frames, read_dicom
+from vessel_rt.inputs.dicom import frame_count, frame_times, is_dicom, parse_frames, read_dicom
 from vessel_rt.inputs.frames import Naming, Selection, find_frames
 from vessel_rt.inputs.images import MAX_SIDE
 
@@ -684,6 +684,24 @@ def test_a_frame_is_named_by_its_file_and_number(tmp_path: Path) -> None:
         ("study-1_frame_000030", 30),
         ("study-2", None),
     ]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "times"),
+    [
+        ({"FrameTime": 66.7}, [0, 66.7, 133.4]),
+        ({"FrameTimeVector": [0, 30, 40], "FrameTime": 66.7}, [0, 30, 70]),
+        ({"FrameTimeVector": [0, 30], "FrameTime": 50}, [0, 50, 100]),  # one of the frames is missing
+        ({"CineRate": 20, "FrameTime": 0}, [0, 50, 100]),
+        ({"RecommendedDisplayFrameRate": 10}, [0, 100, 200]),
+        ({"CineRate": 0}, None),
+        ({"FrameTime": -5}, None),
+        ({}, None),
+    ],
+)
+def test_the_times_of_frames(tmp_path: Path, attributes: dict[str, Any], times: list[float] | None) -> None:
+    assert frame_times(make_dicom(tmp_path / "a.dcm", np.stack([GRAY] * 3), **attributes)) == times
+    assert frame_times(make_dicom(tmp_path / "b.dcm", GRAY, **attributes)) is None
 
 
 real = pytest.mark.skipif(not CINE.exists(), reason="the cine is not here")

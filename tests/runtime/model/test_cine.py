@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from vessel_rt.errors import BundleError, ImageError, VesselError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import MOST_CONDITIONING
 from vessel_rt.model.cine import CineSegmenter
+from vessel_rt.model.decoding import Generation
+from vessel_rt.model.result import Pixels
 from vessel_rt.model.segmenter import Segmenter
 
 QUESTION = "Please segment vessel in this image."
@@ -90,6 +94,76 @@ def test_a_frame_that_cannot_be_read_ends_the_cine(segmenter: CineSegmenter) -> 
     assert len([next(results) for _ in range(6)]) == 6
     with pytest.raises(ImageError, match="damaged"):
         next(results)
+
+
+class Shown:
+    """The frames of a drawn cine for `run_from`; `asked` and `order` are the places that were read, `unreadable` those that cannot be."""
+
+    def __init__(self, count: int, unreadable: Sequence[int] = ()) -> None:
+        self.frames, self.unreadable = drawn_cine(count), unreadable
+        self.asked: list[int] = []
+        self.order: list[int] = []
+
+    def __call__(self, places: Sequence[int], prepare: Callable[[Image.Image], Pixels]) -> Iterator[tuple[int, Pixels]]:
+        for place in places:
+            if place not in self.unreadable:
+                pixels = prepare(self.frames[place])
+                (self.asked if len(pixels.tiles) else self.order).append(place)
+                yield place, pixels
+
+
+def test_chosen_frames_are_asked_about_and_the_others_tracked_from_them(segmenter: CineSegmenter) -> None:
+    shown = Shown(9)
+    found = dict(segmenter.run_from([5, 3], range(9), shown, [QUESTION]))
+    assert (shown.asked, shown.order) == ([5, 3], [2, 1, 0, 4, 6, 7, 8])
+    assert {place for place, [result] in found.items() if result.propagated_from is None} == {3, 5}
+    assert all(result.propagated_from in (None, (3, 5)) for [result] in found.values())
+    alone = segmenter.segment(shown.frames[3], QUESTION)
+    assert found[3][0].answer == alone.answer
+    assert np.array_equal(found[3][0].masks[0].pixels, alone.masks[0].pixels)
+
+
+def test_frames_that_cannot_be_read_are_left_out(segmenter: CineSegmenter) -> None:
+    assert dict(segmenter.run_from([5, 3], range(7), Shown(7, unreadable=[5, 1]), [QUESTION])).keys() == {0, 2, 3, 4, 6}
+    with pytest.raises(ImageError, match="none of the frames"):
+        list(segmenter.run_from([5], range(7), Shown(7, unreadable=[5]), [QUESTION]))
+
+
+def test_a_frame_whose_answer_has_other_objects_is_tracked(segmenter: CineSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = segmenter._generate
+
+    def differs(batch: Sequence[Pixels], questions: Sequence[str], ms: dict[str, float]) -> list[list[Generation]]:
+        [[one]] = generate(batch, questions, ms)
+        return [[dataclasses.replace(one, seg_states=np.repeat(one.seg_states, next(counts), axis=0))]]
+
+    counts = iter([1, 2, 1])
+    monkeypatch.setattr(segmenter, "_generate", differs)
+    found = dict(segmenter.run_from([2, 4, 1], range(6), Shown(6), [QUESTION]))
+    assert {place for place, [result] in found.items() if result.propagated_from is None} == {1, 2}
+    assert found[4][0].propagated_from == (1, 2)
+    assert all(len(result.masks) == 1 for [result] in found.values())
+
+
+@pytest.mark.parametrize("score", [-0.5, 0.0, 0.5])
+def test_an_object_that_is_not_there_has_an_empty_mask(segmenter: CineSegmenter, monkeypatch: pytest.MonkeyPatch, score: float) -> None:
+    """On frames that are tracked, and in their memories. The path of Sa2VA ignores the score."""
+    session, remembered = segmenter._sessions["sam2_tracking_decoder"], []
+    run, remember = session.run, segmenter._remembered
+
+    def scored(*args: Any, **more: Any) -> Any:
+        return {**run(*args, **more), "object_score": np.array([score], np.float32)}
+
+    def spied(features: Any, prediction: Any, ms: Any) -> Any:
+        remembered.append(prediction["low_res_logits"].max() <= -1024)
+        return remember(features, prediction, ms)
+
+    monkeypatch.setattr(session, "run", scored)
+    monkeypatch.setattr(segmenter, "_remembered", spied)
+    found = dict(segmenter.run_from([1], range(3), Shown(3), [QUESTION]))
+    assert found[1][0].masks[0].area > 0
+    assert [found[place][0].masks[0].area > 0 for place in (0, 2)] == [score > 0] * 2
+    assert remembered == [False, score <= 0, score <= 0]
+    assert list(segmenter.segment_cine(drawn_cine(6), QUESTION))[5].masks[0].area > 0
 
 
 def test_what_it_refuses(segmenter: CineSegmenter, standin: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from tests.support.runs import files, lines, options, same_results
 from vessel_export.parity.verify_cine import drawn_cine
@@ -40,9 +41,9 @@ def bundle(fp32_bundle: Path) -> Bundle:
     return Bundle.load(fp32_bundle)
 
 
-def asked(cine: Path, output: Path, **more: Any) -> InferOptions:
+def asked(cine: Path, output: Path, propagate: str = "sa2va", **more: Any) -> InferOptions:
     found = options(cine, output, selection=Selection(slice(None)), devices=(Device("cpu"),), quiet=True, **more)
-    return dataclasses.replace(found, work=dataclasses.replace(found.work, propagate="sa2va"))
+    return dataclasses.replace(found, work=dataclasses.replace(found.work, propagate=propagate))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_what_a_run_leaves(done: Path) -> None:
     found = lines(done)
     assert [line["frame"] for line in found] == list(range(FRAMES))
     assert [line["propagated_from"] for line in found] == [None] * 5 + [[0, 1, 2, 3, 4]] * 2
+    assert [line["time_ms"] for line in found] == [None] * FRAMES  # a TIFF does not say
     assert len({line["answer"] for line in found}) == 1
     with Image.open(done / "cines" / "cine.tif") as tiff:
         assert tiff.n_frames == FRAMES
@@ -144,6 +146,91 @@ def test_a_frame_that_cannot_be_read_fails_with_those_after_it(
     assert not (tmp_path / "out" / "cines" / "cine.tif").exists()
 
 
+@pytest.fixture(scope="module")
+def filling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cine whose frames 8 to 15 of 16 have most contrast."""
+    path = tmp_path_factory.mktemp("cines") / "filling.tif"
+    frames = [frame.convert("L") for frame in drawn_cine(1)] * 16
+    frames = [Image.blend(frame.filter(ImageFilter.BoxBlur(40)), frame, min(1, place / 8)) for place, frame in enumerate(frames)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def best(bundle: Bundle, filling: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a whole run from the best frames; not to be changed."""
+    output = tmp_path_factory.mktemp("best") / "out"
+    summary = infer(bundle, asked(filling, output, "best-frame"))
+    assert (summary.images, summary.failed, summary.streams, summary.batch) == (16, 0, 1, 1)
+    return output
+
+
+def test_what_a_run_from_the_best_frames_leaves(bundle: Bundle, filling: Path, best: Path) -> None:
+    """Results are in the order of frames; those that were asked about are images of their own."""
+    found = lines(best)
+    assert [line["frame"] for line in found] == list(range(16))
+    origins = [line["frame"] for line in found if line["propagated_from"] is None]
+    assert 1 <= len(origins) <= 3
+    assert min(origins) >= 6
+    assert all(line["propagated_from"] == origins for line in found if line["frame"] not in origins)
+    with Image.open(best / "cines" / "filling.tif") as tiff, Image.open(best / "cines" / "filling.webp") as animation:
+        assert (tiff.n_frames, animation.n_frames, animation.size) == (16, 16, (512, 512))
+    page = (best / "report.html").read_text()
+    assert page.count('data-of="cine"') == 1
+    assert base64.b64encode((best / "cines" / "filling.webp").read_bytes()).decode() in page
+
+
+def test_a_frame_that_was_asked_about_has_the_mask_of_an_image(bundle: Bundle, filling: Path, best: Path, tmp_path: Path) -> None:
+    origin = next(line for line in lines(best) if line["propagated_from"] is None)
+    image = dataclasses.replace(asked(filling, tmp_path / "out", ""), selection=Selection(slice(origin["frame"], origin["frame"] + 1)))
+    infer(bundle, image)
+    [line] = lines(tmp_path / "out")
+    assert line["answer"] == origin["answer"]
+    assert [mask["rle"] for mask in line["masks"]] == [mask["rle"] for mask in origin["masks"]]
+
+
+def test_a_run_from_the_best_frames_that_was_stopped_is_done_again(
+    bundle: Bundle, filling: Path, best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "out", FrameWriter.write
+
+    def full_disk(self: FrameWriter, frame: Any, *args: Any) -> Any:
+        if frame.number == 2:
+            raise VesselError("no space left")
+        return write(self, frame, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FrameWriter, "write", full_disk)
+        with pytest.raises(VesselError, match="no space"):
+            infer(bundle, asked(filling, output, "best-frame"))
+    assert 0 < len(lines(output)) < 16
+    assert infer(bundle, asked(filling, output, "best-frame")).kept == 0
+    same_results(output, best)
+
+
+def test_a_frame_that_cannot_be_read_is_left_out(bundle: Bundle, filling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = worker.read_frame
+
+    def damaged(frame: Any, *args: Any) -> Any:
+        if frame.number in (4, 10):
+            raise ImageError("damaged")
+        return read(frame, *args)
+
+    monkeypatch.setattr(worker, "read_frame", damaged)
+    summary = infer(bundle, asked(filling, tmp_path / "out", "best-frame"))
+    assert (summary.images, summary.failed) == (16, 2)
+    assert [line["frame"] for line in lines(tmp_path / "out") if line["error"] == "damaged"] == [4, 10]
+    assert [path.name for path in (tmp_path / "out" / "cines").iterdir()] == ["filling.webp"]
+
+
+def test_a_cine_of_which_no_frame_can_be_read(bundle: Bundle, filling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*_: Any) -> Any:
+        raise ImageError("damaged")
+
+    monkeypatch.setattr(worker, "read_frame", damaged)
+    assert infer(bundle, asked(filling, tmp_path / "out", "best-frame")).failed == 16
+
+
 def test_two_cines_do_not_share_memories(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -165,3 +252,5 @@ def test_the_command(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> 
     command = ["infer", str(cine), "--bundle", str(bundle.folder), "-o", str(tmp_path / "out"), "--device", "cpu", "-q"]
     assert main([*command, "--propagate", "sa2va"]) == 0
     assert [line["masks"][0]["area"] for line in lines(tmp_path / "out")] == [line["masks"][0]["area"] for line in lines(done)]
+    assert main([*command, "--overwrite", "--propagate"]) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["propagate"] == "best-frame"
