@@ -91,9 +91,10 @@ def corpus() -> list[str]:
     return sorted(set(sentences) | {"user", "assistant", "system", _KIND, *_KINDS})
 
 
-def prompt_text(question: str, image_tokens: int) -> str:
-    """The whole prompt, up to where the answer begins."""
-    return f"<|im_start|>user\n<img>{'<IMG_CONTEXT>' * image_tokens}</img>\n{question}<|im_end|>\n<|im_start|>assistant\n"
+def prompt_text(question: str, image_tokens: int, images: int = 1) -> str:
+    """The whole prompt, up to where the answer begins; each image has `image_tokens`."""
+    shown = f"<img>{'<IMG_CONTEXT>' * image_tokens}</img>\n" * images
+    return f"<|im_start|>user\n{shown}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def batch_of(tokenizer: Any, turns: list[Turn], image_tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:

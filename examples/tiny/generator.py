@@ -1,8 +1,9 @@
-"""Generated coronary angiograms: a vessel tree filled with contrast, a catheter, and an X-ray-like background.
+"""Generated coronary angiograms, single frames and cines: a vessel tree filled with contrast, a catheter, and an X-ray-like background.
 
 A frame is drawn from one random generator, so a seed names it. Objects are polygons first: a branch is cut into segments and each
 segment is one polygon, in the manner of hand-drawn annotations. Everything about looks (tone, noise, blur, anatomy, digital
 subtraction) is varied far beyond any one machine, because what learns from these frames must also work on real ones.
+A cine is one such frame over time: contrast flows in, the heart beats, and the noise of each frame is its own.
 Nothing here knows about models or files.
 """
 
@@ -12,12 +13,16 @@ import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage  # type: ignore[import-untyped]
 
-__all__ = ["CONCEPTS", "Frame", "Polygon", "generate"]
+__all__ = ["CONCEPTS", "FRAME_RATE", "Frame", "Polygon", "generate", "generate_cine"]
 
 CONCEPTS = ("vessel", "catheter")
 """The names of the objects of a frame, in the order of `Frame.polygons`."""
+
+FRAME_RATE = 15
+"""Frames of a cine per second."""
 
 Array = NDArray[np.float32]
 Polygon = list[float]
@@ -39,12 +44,15 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True)
 class _Branch:
-    """A centre line [points, 2] (x, y), its radius [points] and its relative filling with contrast [points], all in pixels."""
+    """A centre line [points, 2] (x, y), its radius [points] and its relative filling with contrast [points], all in pixels.
+
+    `began` is the number of points from the root of the tree to the first one, along the branches."""
 
     points: Array
     radius: Array
     filling: Array
     labelled: bool
+    began: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +80,47 @@ def generate(rng: np.random.Generator, height: int, width: int) -> Frame:
     image = background * np.exp(-contrast * depth)
     if catheter is not None:
         image *= _catheter_shadow(rng, _scaled(catheter, scale), height, width, contrast)
-    image = _detector(rng, image, scale, subtracted, collimator)
+    image = _detector(rng, rng, image, scale, subtracted, collimator)
 
     objects = {"vessel": [b for b in branches if b.labelled], "catheter": [] if catheter is None else [catheter]}
     polygons = {name: [p for b in objects[name] for p in _outlines(_scaled(b, scale), height, width, collimator)] for name in CONCEPTS}
     x, y = root / size
     return Frame(image, polygons, (float(x), float(y)), subtracted)
+
+
+def generate_cine(rng: np.random.Generator, frames: int, height: int, width: int, code: str) -> list[Frame]:
+    """Draw a cine of `frames` frames of the given size in pixels, with `code` and the number of the frame burnt in.
+
+    It begins with a catheter and no contrast. The contrast then flows from the root to the ends of the branches, and washes out a little
+    at the end. Only what it has reached is outlined as vessel.
+    """
+    scale = min(height, width) / _UNIT
+    size = np.array([width, height], dtype=np.float32) / scale
+    root, heading = _root(rng, size)
+    branches = [b for b in _tree(rng, root, heading, size) if len(b.points) > 4]
+    catheter = _catheter(rng, root, heading, size)
+    subtracted = bool(rng.random() < 0.2)
+    collimator = _collimator(rng, height, width) if rng.random() < 0.45 else None
+    background = _background(rng, height, width, scale, subtracted)
+    contrast = rng.uniform(0.3, 0.8) * (0.7 if subtracted else 1.0)
+    motion, flow = _Motion.draw(rng, size, frames), _Flow.draw(rng, max(b.began + len(b.points) for b in branches), frames)
+    tone = float(rng.uniform(190, 250))
+    looks = int(rng.integers(2**32))  # what differs from cine to cine, but not from frame to frame, is drawn again for each frame
+
+    drawn = []
+    for time in range(frames):
+        moved = [dataclasses.replace(b, points=motion.of_heart(b.points, time)) for b in branches]
+        tube = dataclasses.replace(catheter, points=motion.of_catheter(catheter.points, time))
+        image = motion.of_background(background, scale, time)
+        filled = [_scaled(flow.fill(b, time), scale) for b in moved]
+        image = image * np.exp(-contrast * _projection(np.random.default_rng([looks, 0]), filled, height, width))
+        image *= _catheter_shadow(np.random.default_rng([looks, 1]), _scaled(tube, scale), height, width, contrast)
+        gray = _detector(np.random.default_rng([looks, 2]), rng, image, scale, subtracted, collimator)
+        objects = {"vessel": [b for b in (flow.reached(b, time) for b in moved) if b.labelled and len(b.points) > 4], "catheter": [tube]}
+        polygons = {name: [p for b in objects[name] for p in _outlines(_scaled(b, scale), height, width, collimator)] for name in CONCEPTS}
+        x, y = moved[0].points[0] / size
+        drawn.append(Frame(_captioned(gray, [code, f"{time + 1}/{frames}"], tone), polygons, (float(x), float(y)), subtracted))
+    return drawn
 
 
 # Anatomy: centre lines and radii, in units.
@@ -123,7 +166,7 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
     tortuous = rng.uniform(0.0, 1.0)
     spread = np.linspace(-0.5, 0.5, mains) * rng.uniform(0.7, 2.0) if mains > 1 else np.zeros(1)
 
-    def grow(start: Array, angle: float, radius: float, length: float, level: int) -> None:
+    def grow(start: Array, angle: float, radius: float, length: float, level: int, began: int) -> None:
         labelled = radius >= 1.15
         bend = rng.normal(0, 0.8)
         if level == 0 and mains == 1:
@@ -133,7 +176,7 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
         filling = np.linspace(1, rng.uniform(0.55, 1.05), len(points), dtype=np.float32) * (1.0 if labelled else faint)
         if branches:  # a branch begins inside another: no dark spot where they meet
             filling *= np.clip(np.arange(len(points)) / (2.5 * radius + 1), 0, 1)
-        branches.append(_Branch(points, radii, filling.astype(np.float32), labelled))
+        branches.append(_Branch(points, radii, filling.astype(np.float32), labelled, began))
         if level >= 3:
             return
         for _ in range(rng.poisson(max(length / reach, 0.2) * (3.2, 2.6, 1.6)[level])):
@@ -146,11 +189,12 @@ def _tree(rng: np.random.Generator, root: Array, heading: float, size: Array) ->
                 float(child),
                 float(length * rng.uniform(0.2, 0.7)),
                 level + 1,
+                began + at,
             )
 
     for turn in spread:
         angle = heading + float(turn) + float(rng.normal(0, 0.15))
-        grow(root, angle, trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.7, 1.5)), 0)
+        grow(root, angle, trunk * float(rng.uniform(0.6, 1)), reach * float(rng.uniform(0.7, 1.5)), 0, 0)
     return branches
 
 
@@ -195,6 +239,111 @@ def _outlines(branch: _Branch, height: int, width: int, collimator: _Circle | No
         if seen and np.ptp(ring, axis=0).min() >= 1:  # wholly outside the frame otherwise
             outlines.append([round(float(v), 1) for v in ring.ravel()])
     return outlines
+
+
+# Time, in frames: how things move, and where the contrast is.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Motion:
+    """The heart beats, the patient breathes, and the table moves. Lengths are in units.
+
+    A beat draws the heart together around `centre` and shifts it by `shift`, and bends it by two waves (a row of `waves` has the
+    amplitude x and y, the wave's vector x and y in radians per unit, and its phase).
+    """
+
+    period: float
+    phase: float
+    centre: Array
+    squeeze: float
+    shift: Array
+    waves: Array
+    breath: float
+    pan: Array
+    frames: int
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, size: Array, frames: int) -> _Motion:
+        angle = rng.uniform(0, 2 * np.pi, 2)
+        number = 2 * np.pi / rng.uniform(120, 300, 2)
+        amplitude, direction = rng.uniform(1, 4, 2), rng.uniform(0, 2 * np.pi, 2)
+        waves = np.stack(
+            [amplitude * np.cos(direction), amplitude * np.sin(direction), number * np.cos(angle), number * np.sin(angle), angle[::-1]], axis=1
+        )
+        return cls(
+            period=float(rng.uniform(12, 18)),
+            phase=float(rng.uniform(0, 1)),
+            centre=(rng.uniform(0.35, 0.65, 2) * size).astype(np.float32),
+            squeeze=float(rng.uniform(0.02, 0.08)),
+            shift=rng.normal(0, 3, 2).astype(np.float32),
+            waves=waves.astype(np.float32),
+            breath=float(rng.uniform(0, 4)),
+            pan=(rng.normal(0, 8, 2) * (rng.random() < 0.4)).astype(np.float32),
+            frames=frames,
+        )
+
+    def _beat(self, points: Array, time: int) -> Array:
+        """The displacement [..., 2] of `points` [..., 2] by the heartbeat; a wave lags behind."""
+        turns = time / self.period + self.phase
+        squeeze, bend = ((0.5 - 0.5 * np.cos(2 * np.pi * (turns - lag))) ** 1.5 for lag in (0, 0.15))
+        moved = squeeze * (self.squeeze * (self.centre - points) + self.shift)
+        for wave in self.waves:
+            moved = moved + bend * wave[:2] * np.sin(points @ wave[2:4] + wave[4])[..., None]
+        return np.asarray(moved, dtype=np.float32)
+
+    def _breath(self, time: int) -> Array:
+        return np.array([0, self.breath * np.sin(2 * np.pi * (time / 55 + self.phase))], dtype=np.float32)
+
+    def _table(self, time: int) -> Array:
+        return np.asarray(self.pan * (0.5 - 0.5 * np.cos(np.pi * time / max(self.frames - 1, 1))), dtype=np.float32)
+
+    def of_heart(self, points: Array, time: int) -> Array:
+        """Where `points` [points, 2] of the vessels are at a time."""
+        return points + self._beat(points, time) + self._breath(time) + self._table(time)
+
+    def of_catheter(self, points: Array, time: int) -> Array:
+        """The tip moves with the vessels, the rest less and less."""
+        weight = np.exp(-np.arange(len(points), dtype=np.float32) / 60)[:, None]
+        return points + weight * (self._beat(points, time) + self._breath(time)) + self._table(time)
+
+    def of_background(self, background: Array, scale: float, time: int) -> Array:
+        """It moves with the table, and a little with the heart in front of it."""
+        height, width = background.shape
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        points = np.stack([x, y], axis=-1) / scale
+        moved = (points - self._table(time) - 0.3 * (self._beat(points, time) + self._breath(time))) * scale
+        return np.asarray(ndimage.map_coordinates(background, [moved[..., 1], moved[..., 0]], order=1, mode="nearest"), dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flow:
+    """The front of the contrast leaves the root at `start` and moves by `speed` units a frame; from `end` on it thins out by `washout`."""
+
+    start: float
+    speed: float
+    end: float
+    washout: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, reach: int, frames: int) -> _Flow:
+        start, filling = rng.uniform(0.1, 0.22) * frames, rng.uniform(0.25, 0.4) * frames
+        return cls(float(start), float(reach / filling), float(start + filling + rng.uniform(0.1, 0.3) * frames), float(rng.uniform(0.1, 0.5)))
+
+    def _front(self, branch: _Branch, time: int) -> Array:
+        """From 1 where the contrast has come through to 0 where it has not been [points]."""
+        along = branch.began + np.arange(len(branch.points))
+        return np.clip((self.speed * (time - self.start) - along) / 12 + 0.5, 0, 1).astype(np.float32)
+
+    def fill(self, branch: _Branch, time: int) -> _Branch:
+        """The branch as full of contrast as it is at a time."""
+        along = branch.began + np.arange(len(branch.points))
+        thinned = np.clip((self.speed * (time - self.end) - along) / (8 * self.speed), 0, 1) * self.washout
+        return dataclasses.replace(branch, filling=branch.filling * self._front(branch, time) * (1 - thinned).astype(np.float32))
+
+    def reached(self, branch: _Branch, time: int) -> _Branch:
+        """The part of the branch that the contrast has reached."""
+        count = int((self._front(branch, time) > 0.5).sum())
+        return dataclasses.replace(branch, points=branch.points[:count], radius=branch.radius[:count], filling=branch.filling[:count])
 
 
 # Optics: what the detector sees.
@@ -297,15 +446,20 @@ def _collimator(rng: np.random.Generator, height: int, width: int) -> _Circle:
 
 
 def _detector(
-    rng: np.random.Generator, transmitted: Array, scale: float, subtracted: bool, collimator: _Circle | None
+    rng: np.random.Generator,
+    noise: np.random.Generator,
+    transmitted: Array,
+    scale: float,
+    subtracted: bool,
+    collimator: _Circle | None,
 ) -> NDArray[np.uint8]:
-    """Blur, tone curve, quantum noise and the collimator's edge: brightness to 8-bit gray values."""
+    """Blur, tone curve, quantum noise and the collimator's edge: brightness to 8-bit gray values. `rng` draws how it looks."""
     height, width = transmitted.shape
     image = ndimage.gaussian_filter(transmitted, rng.uniform(0.3, 1.1) * max(scale, 0.7))
     image = image / np.median(image)
     level = rng.uniform(85, 205)
     image = level * np.sign(image) * np.abs(image) ** rng.uniform(0.6, 1.4)
-    grain = rng.normal(0, 1, image.shape).astype(np.float32)
+    grain = noise.normal(0, 1, image.shape).astype(np.float32)
     grain = ndimage.gaussian_filter(grain, rng.uniform(0.0, 0.9) * max(scale, 0.7))
     grain /= grain.std()
     amount = rng.uniform(0.5, 5.0)
@@ -317,7 +471,17 @@ def _detector(
     if collimator is not None:
         y, x = np.mgrid[:height, :width].astype(np.float32)
         outside = np.hypot(x - collimator.centre[0], y - collimator.centre[1]) - collimator.radius
-        dark = rng.uniform(5, 30) + rng.normal(0, 1, image.shape)
+        dark = rng.uniform(5, 30) + noise.normal(0, 1, image.shape)
         blend = np.clip(outside / (scale * rng.uniform(0.7, 2)) + 0.5, 0, 1)
         image = image * (1 - blend) + dark * blend
     return np.asarray(np.clip(np.rint(image), 0, 255), dtype=np.uint8)
+
+
+def _captioned(gray: NDArray[np.uint8], lines: list[str], tone: float) -> NDArray[np.uint8]:
+    """The frame with text in its upper left corner, as burnt in by the device."""
+    image = Image.fromarray(gray)
+    size = max(min(image.size) // 32, 8)
+    font = ImageFont.load_default(size)
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(image).text((size // 2, size // 2 + row * size * 1.2), line, fill=int(tone), font=font)
+    return np.asarray(image)

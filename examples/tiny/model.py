@@ -17,7 +17,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-__all__ = ["LORA_TARGETS", "InternViT", "MaskBranch", "TinyConfig", "VisionLanguageModel", "add_lora", "build_sam2", "prompt_head"]
+__all__ = [
+    "LORA_TARGETS", "MEMORY_PARTS", "Decoded", "InternViT", "MaskBranch", "TinyConfig", "Tracker", "VisionLanguageModel", "add_lora",
+    "build_sam2", "prompt_head",
+]  # fmt: skip
+
+MEMORY_PARTS = ("memory_attention", "memory_encoder", "maskmem_tpos_enc", "obj_ptr_proj", "no_obj_ptr")
+"""What of SAM2 only cines need: the beginnings of the tensors' names."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -183,34 +189,128 @@ def build_sam2(yaml: str) -> Any:
     return instantiate(OmegaConf.create(yaml).model, _recursive_=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What the mask decoder says: low-res `logits` [masks, 3, side, side], `iou` [masks, 3], object `score` [masks], `tokens` [masks, 3, d_model]."""
+
+    logits: Tensor
+    iou: Tensor
+    score: Tensor
+    tokens: Tensor
+
+    def chosen(self, each: Tensor) -> Tensor:
+        """Of three of each mask, the one whose predicted IoU is the highest."""
+        return each[torch.arange(len(each)), self.iou.argmax(dim=1)]
+
+
 class MaskBranch(nn.Module):
-    """SAM2 on still images with a language prompt, along the path that Sa2VA takes through SAM2Base."""
+    """SAM2 on still images and cines with a language prompt, along the path that Sa2VA takes through SAM2Base."""
 
     def __init__(self, sam2: Any) -> None:
         super().__init__()
         self.sam2 = sam2
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[images, 3, size, size] -> FPN features at strides 4 and 8, and at stride 16 with no_mem_embed added; all d_model wide."""
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[images, 3, size, size] -> FPN features at strides 4, 8 and 16, all d_model wide."""
         fine, middle, coarse = self.sam2.image_encoder(pixels)["backbone_fpn"]
+        return fine, middle, coarse
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The features, with no_mem_embed added at stride 16: what an image without memory is decoded from."""
+        fine, middle, coarse = self.features(pixels)
         return fine, middle, coarse + self.sam2.no_mem_embed.view(1, -1, 1, 1)
 
     def decode(self, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masks of `prompts` [masks, d_model] on the images `image` [masks]: low-res logits [masks, 3, side, side], IoU [masks, 3],
         object score [masks]."""
+        fine, middle, coarse = features
+        decoded = self._decode((fine[image], middle[image], coarse[image]), prompts)
+        return decoded.logits, decoded.iou, decoded.score
+
+    def _decode(self, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor | None) -> Decoded:
+        """As `decode`, with features for each mask; a frame that is reached by propagation has no prompt."""
         sam2, decoder = self.sam2, self.sam2.sam_mask_decoder
         fine, middle, coarse = features
-        high = [decoder.conv_s0(fine)[image], decoder.conv_s1(middle)[image]]
-        count = len(prompts)
-        points = (prompts.new_zeros(count, 1, 2), -torch.ones(count, 1, dtype=torch.int32))
+        count = len(coarse)
+        points = (coarse.new_zeros(count, 1, 2), -torch.ones(count, 1, dtype=torch.int32))
         sparse, dense = sam2.sam_prompt_encoder(points=points, boxes=None, masks=None)
-        logits, iou, _, score = decoder(
-            image_embeddings=coarse[image],
+        logits, iou, tokens, score = decoder(
+            image_embeddings=coarse,
             image_pe=sam2.sam_prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=torch.cat([sparse, prompts[:, None]], dim=1),
+            sparse_prompt_embeddings=sparse if prompts is None else torch.cat([sparse, prompts[:, None]], dim=1),
             dense_prompt_embeddings=dense,
             multimask_output=True,
             repeat_image=False,
-            high_res_features=high,
+            high_res_features=[decoder.conv_s0(fine), decoder.conv_s1(middle)],
         )
-        return logits, iou, score[:, 0]
+        return Decoded(logits, iou, score[:, 0], tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracker:
+    """SAM2's memory of one cine: masks that some frames are prompted for are carried to the other frames.
+
+    `branch`'s memory modules read and write it as SAM2Base.track_step does. With `hide_absent`, a mask whose object score is not positive
+    is empty, as in sam2; Sa2VA's copy of sam2 has no such rule. The memory is not differentiated through masks and mask tokens, only
+    through what encodes them.
+    """
+
+    branch: MaskBranch
+    length: int
+    hide_absent: bool = False
+    prompted: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    propagated: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def prompt(self, place: int, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor) -> Decoded:
+        """The masks of `prompts` [masks, d_model] on frame `place`, as on a still image. `features` [masks, ...] are without no_mem_embed."""
+        fine, middle, coarse = features
+        with torch.no_grad():
+            decoded = self.branch._decode((fine, middle, coarse + self.branch.sam2.no_mem_embed.view(1, -1, 1, 1)), prompts)
+        self.prompted[place] = self._remembered(coarse, decoded)
+        return decoded
+
+    def propagate(self, place: int, features: tuple[Tensor, Tensor, Tensor], backwards: bool = False) -> Decoded:
+        """The masks on frame `place`, from those on the prompted frames and on the last six before it (after it, if `backwards`)."""
+        fine, middle, coarse = features
+        position = self.branch.sam2.image_encoder.neck.position_encoding(coarse[:1])
+        recalled = self.branch.sam2._prepare_memory_conditioned_features(
+            frame_idx=place,
+            is_init_cond_frame=False,
+            current_vision_feats=[_sequence(coarse)],
+            current_vision_pos_embeds=[_sequence(position.expand_as(coarse))],
+            feat_sizes=[tuple(coarse.shape[-2:])],
+            output_dict={"cond_frame_outputs": self.prompted, "non_cond_frame_outputs": self.propagated},
+            num_frames=self.length,
+            track_in_reverse=backwards,
+        )
+        decoded = self.branch._decode((fine, middle, recalled), None)
+        self.propagated[place] = self._remembered(coarse, decoded)
+        return decoded
+
+    def mask(self, decoded: Decoded) -> Tensor:
+        """The low-res logits [masks, 1, side, side] of the masks that `decoded` stands for."""
+        logits = decoded.chosen(decoded.logits)[:, None]
+        return torch.where(decoded.score[:, None, None, None] > 0, logits, _NO_OBJECT) if self.hide_absent else logits
+
+    def _remembered(self, coarse: Tensor, decoded: Decoded) -> dict[str, Any]:
+        """An entry of sam2's memory."""
+        sam2 = self.branch.sam2
+        side = sam2.image_size
+        mask = F.interpolate(self.mask(decoded).detach(), size=(side, side), mode="bilinear", align_corners=False)
+        memory, position = sam2._encode_new_memory([_sequence(coarse)], [tuple(coarse.shape[-2:])], mask, decoded.score[:, None], False)
+        pointer = sam2.obj_ptr_proj(decoded.chosen(decoded.tokens).detach())
+        present = (decoded.score[:, None] > 0).float()
+        return {
+            "maskmem_features": memory,
+            "maskmem_pos_enc": position,
+            "obj_ptr": present * pointer + (1 - present) * sam2.no_obj_ptr,
+        }
+
+
+_NO_OBJECT = -1024.0
+"""The logits of an empty mask (sam2's NO_OBJ_SCORE)."""
+
+
+def _sequence(features: Tensor) -> Tensor:
+    """[masks, d_model, height, width] -> [height * width, masks, d_model]"""
+    return features.flatten(2).permute(2, 0, 1)

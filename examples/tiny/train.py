@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cines import write_cines
 from conversation import IGNORE, SEG, Turn, batch_of, image_turn, segmentation_turn
 from data import HELD_OUT, MASK_SIDE, Pool, Sample, generated_pool, mask_pixels, rasterize, read_real, tile_pixels, warp
 from evaluate import evaluate
@@ -377,7 +378,8 @@ def main() -> None:
     yaml = (Path(__file__).parent / "sam2_tiny.yaml").read_text(encoding="utf-8")
 
     write_frames(made, arguments.seed)
-    print(f"frames written  {time.time() - start:.0f} s", flush=True)
+    write_cines(made, arguments.seed)
+    print(f"frames and cines written  {time.time() - start:.0f} s", flush=True)
     pool = generated_pool(arguments.seed, schedule.pool, 512, os.cpu_count() or 1)
     print(f"{len(pool)} generated frames  {time.time() - start:.0f} s", flush=True)
     setup = Setup(config, schedule, np.random.default_rng(arguments.seed), pool)
