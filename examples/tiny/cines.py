@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, XRayAngiographicImageStorage, generate_uid
 
-__all__ = ["clear_cine", "cine_masks", "read_cine", "write_cines"]
+__all__ = ["cine_masks", "clear_cine", "read_cine", "write_cines"]
 
 _FRAMES, _SIDE, _QUALITY = 27, 384, 60
 _MOST_BYTES = 165_000  # of the compressed frames of a cine: little noise compresses well

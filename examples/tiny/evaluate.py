@@ -20,7 +20,7 @@ from conversation import SEG, prompt_text
 from data import HELD_OUT, mask_pixels, rasterize, tile_pixels
 from formats import load_base, load_finetuned, load_sam2, load_tokenizer
 from generator import CONCEPTS
-from model import MaskBranch, TinyConfig, Tracker, VisionLanguageModel, add_lora, build_sam2, prompt_head
+from model import Features, MaskBranch, TinyConfig, Tracker, VisionLanguageModel, add_lora, build_sam2, prompt_head
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 __all__ = ["Predictor", "evaluate", "evaluate_cines", "main"]
 
 Masks = NDArray[np.bool_]
-Features = tuple[Tensor, Tensor, Tensor]
 
 _NEW_TOKENS = 32
 _SHOWN = 5  # frames of a cine that Sa2VA's language model sees, and that it prompts
@@ -112,22 +111,26 @@ class Predictor:
     @torch.no_grad()
     def features(self, image: Image.Image) -> Features:
         """SAM2's features of a frame, for `carry`."""
-        return self.masks.features(mask_pixels(image, self.masks.sam2.image_size)[None])
+        return self.masks.encode_frames(mask_pixels(image, self.masks.sam2.image_size)[None])
 
     @torch.no_grad()
-    def carry(self, frames: list[Image.Image], features: list[Features], prompts: dict[int, Tensor], hide_absent: bool = False) -> Masks:
+    def carry(self, frames: list[Image.Image], features: list[Features], prompts: dict[int, Tensor]) -> Masks:
         """The masks [frames, height, width] of one object, prompted on some frames by `prompts` [1, d_model] and carried to the others:
         forwards from the first prompted frame, then backwards from it."""
-        forwards = Tracker(self.masks, len(frames), hide_absent)
-        found = {place: forwards.mask(forwards.prompt(place, features[place], prompt)) for place, prompt in prompts.items()}
+        forwards = Tracker(self.masks, len(frames))
+        found = {}
+        for place, prompt in sorted(prompts.items()):
+            decoded = self.masks.decode_frames(features[place], prompt)
+            forwards.remember(place, features[place][2], decoded.mask, decoded.token, decoded.score)
+            found[place] = decoded.mask
         first = min(prompts)
         for place in range(first + 1, len(frames)):
             if place not in prompts:
-                found[place] = forwards.mask(forwards.propagate(place, features[place]))
+                found[place] = forwards.propagate(place, features[place]).mask
         backwards = dataclasses.replace(forwards, propagated={})
         for place in reversed(range(first)):
-            found[place] = backwards.mask(backwards.propagate(place, features[place], backwards=True))
-        return np.concatenate([self._masks(found[place], frame) for place, frame in enumerate(frames)])
+            found[place] = backwards.propagate(place, features[place], backwards=True).mask
+        return np.concatenate([self._masks(found[place][:, None], frame) for place, frame in enumerate(frames)])
 
 
 @torch.no_grad()

@@ -268,7 +268,8 @@ class _Motion:
         number = 2 * np.pi / rng.uniform(120, 300, 2)
         amplitude, direction = rng.uniform(1, 4, 2), rng.uniform(0, 2 * np.pi, 2)
         waves = np.stack(
-            [amplitude * np.cos(direction), amplitude * np.sin(direction), number * np.cos(angle), number * np.sin(angle), angle[::-1]], axis=1
+            [amplitude * np.cos(direction), amplitude * np.sin(direction), number * np.cos(angle), number * np.sin(angle), angle[::-1]],
+            axis=1,
         )
         return cls(
             period=float(rng.uniform(12, 18)),
@@ -327,7 +328,9 @@ class _Flow:
     @classmethod
     def draw(cls, rng: np.random.Generator, reach: int, frames: int) -> _Flow:
         start, filling = rng.uniform(0.1, 0.22) * frames, rng.uniform(0.25, 0.4) * frames
-        return cls(float(start), float(reach / filling), float(start + filling + rng.uniform(0.1, 0.3) * frames), float(rng.uniform(0.1, 0.5)))
+        return cls(
+            float(start), float(reach / filling), float(start + filling + rng.uniform(0.1, 0.3) * frames), float(rng.uniform(0.1, 0.5))
+        )
 
     def _front(self, branch: _Branch, time: int) -> Array:
         """From 1 where the contrast has come through to 0 where it has not been [points]."""

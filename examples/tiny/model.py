@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 __all__ = [
-    "LORA_TARGETS", "MEMORY_PARTS", "Decoded", "InternViT", "MaskBranch", "TinyConfig", "Tracker", "VisionLanguageModel", "add_lora",
-    "build_sam2", "prompt_head",
+    "LORA_TARGETS", "MEMORY_PARTS", "Decoded", "Features", "InternViT", "MaskBranch", "TinyConfig", "Tracker", "VisionLanguageModel",
+    "add_lora", "build_sam2", "prompt_head",
 ]  # fmt: skip
 
 MEMORY_PARTS = ("memory_attention", "memory_encoder", "maskmem_tpos_enc", "obj_ptr_proj", "no_obj_ptr")
@@ -191,16 +191,26 @@ def build_sam2(yaml: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What the mask decoder says: low-res `logits` [masks, 3, side, side], `iou` [masks, 3], object `score` [masks], `tokens` [masks, 3, d_model]."""
+    """Three masks of each object: low-res `logits` [objects, 3, side, side], `iou` [objects, 3], `tokens` [objects, 3, d_model]; and the
+    objects' `score` [objects]."""
 
     logits: Tensor
     iou: Tensor
     score: Tensor
     tokens: Tensor
 
-    def chosen(self, each: Tensor) -> Tensor:
-        """Of three of each mask, the one whose predicted IoU is the highest."""
-        return each[torch.arange(len(each)), self.iou.argmax(dim=1)]
+    @property
+    def mask(self) -> Tensor:
+        """The logits [objects, side, side] of the mask of the highest predicted IoU."""
+        return self.logits[torch.arange(len(self.iou)), self.iou.argmax(dim=1)]
+
+    @property
+    def token(self) -> Tensor:
+        """The token [objects, d_model] of the same mask."""
+        return self.tokens[torch.arange(len(self.iou)), self.iou.argmax(dim=1)]
+
+
+Features = tuple[Tensor, Tensor, Tensor]
 
 
 class MaskBranch(nn.Module):
@@ -210,67 +220,73 @@ class MaskBranch(nn.Module):
         super().__init__()
         self.sam2 = sam2
 
-    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[images, 3, size, size] -> FPN features at strides 4, 8 and 16, all d_model wide."""
+    def encode(self, pixels: Tensor) -> Features:
+        """[images, 3, size, size] -> FPN features at strides 4 and 8, and at stride 16 with no_mem_embed added; all d_model wide."""
         fine, middle, coarse = self.sam2.image_encoder(pixels)["backbone_fpn"]
-        return fine, middle, coarse
+        return fine, middle, coarse + self._no_memory
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The features, with no_mem_embed added at stride 16: what an image without memory is decoded from."""
-        fine, middle, coarse = self.features(pixels)
-        return fine, middle, coarse + self.sam2.no_mem_embed.view(1, -1, 1, 1)
-
-    def decode(self, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, features: Features, prompts: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Masks of `prompts` [masks, d_model] on the images `image` [masks]: low-res logits [masks, 3, side, side], IoU [masks, 3],
         object score [masks]."""
         fine, middle, coarse = features
-        decoded = self._decode((fine[image], middle[image], coarse[image]), prompts)
+        decoder = self.sam2.sam_mask_decoder
+        decoded = self._decode((decoder.conv_s0(fine)[image], decoder.conv_s1(middle)[image], coarse[image]), prompts)
         return decoded.logits, decoded.iou, decoded.score
 
-    def _decode(self, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor | None) -> Decoded:
-        """As `decode`, with features for each mask; a frame that is reached by propagation has no prompt."""
-        sam2, decoder = self.sam2, self.sam2.sam_mask_decoder
+    def encode_frames(self, pixels: Tensor) -> Features:
+        """[frames, 3, size, size] -> features for `decode_frames`, at strides 4 and 8 (as narrow as the decoder wants them) and 16."""
+        fine, middle, coarse = self.sam2.image_encoder(pixels)["backbone_fpn"]
+        return self.sam2.sam_mask_decoder.conv_s0(fine), self.sam2.sam_mask_decoder.conv_s1(middle), coarse
+
+    def decode_frames(self, features: Features, prompts: Tensor) -> Decoded:
+        """Masks of `prompts` [objects, d_model], one on each frame, as on still images."""
+        fine, middle, coarse = features
+        return self._decode((fine, middle, coarse + self._no_memory), prompts)
+
+    @property
+    def _no_memory(self) -> Tensor:
+        embed: Tensor = self.sam2.no_mem_embed
+        return embed.view(1, -1, 1, 1)
+
+    def _decode(self, features: Features, prompts: Tensor | None) -> Decoded:
+        """Without `prompts` what is on a frame is known from the memories in its features."""
+        sam2 = self.sam2
         fine, middle, coarse = features
         count = len(coarse)
         points = (coarse.new_zeros(count, 1, 2), -torch.ones(count, 1, dtype=torch.int32))
         sparse, dense = sam2.sam_prompt_encoder(points=points, boxes=None, masks=None)
-        logits, iou, tokens, score = decoder(
+        logits, iou, tokens, score = sam2.sam_mask_decoder(
             image_embeddings=coarse,
             image_pe=sam2.sam_prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse if prompts is None else torch.cat([sparse, prompts[:, None]], dim=1),
             dense_prompt_embeddings=dense,
             multimask_output=True,
             repeat_image=False,
-            high_res_features=[decoder.conv_s0(fine), decoder.conv_s1(middle)],
+            high_res_features=[fine, middle],
         )
         return Decoded(logits, iou, score[:, 0], tokens)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracker:
-    """SAM2's memory of one cine: masks that some frames are prompted for are carried to the other frames.
+    """Carries masks of some frames of a cine of `length` frames to the others, through SAM2's memory.
 
-    `branch`'s memory modules read and write it as SAM2Base.track_step does. With `hide_absent`, a mask whose object score is not positive
-    is empty, as in sam2; Sa2VA's copy of sam2 has no such rule. The memory is not differentiated through masks and mask tokens, only
-    through what encodes them.
+    The memory is read and written as by SAM2Base.track_step, except that the object score does not blank a mask: Sa2VA's copy of sam2 has
+    no such rule. Gradients reach what writes the memory, but not the masks that are written.
     """
 
     branch: MaskBranch
     length: int
-    hide_absent: bool = False
     prompted: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     propagated: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def prompt(self, place: int, features: tuple[Tensor, Tensor, Tensor], prompts: Tensor) -> Decoded:
-        """The masks of `prompts` [masks, d_model] on frame `place`, as on a still image. `features` [masks, ...] are without no_mem_embed."""
-        fine, middle, coarse = features
-        with torch.no_grad():
-            decoded = self.branch._decode((fine, middle, coarse + self.branch.sam2.no_mem_embed.view(1, -1, 1, 1)), prompts)
-        self.prompted[place] = self._remembered(coarse, decoded)
-        return decoded
+    def remember(self, place: int, coarse: Tensor, mask: Tensor, token: Tensor, score: Tensor) -> None:
+        """Take frame `place` as a prompted one: its features [objects, ...] at stride 16, and `mask`, `token` and `score` as in Decoded."""
+        self.prompted[place] = self._memory(coarse, mask, token, score)
 
-    def propagate(self, place: int, features: tuple[Tensor, Tensor, Tensor], backwards: bool = False) -> Decoded:
-        """The masks on frame `place`, from those on the prompted frames and on the last six before it (after it, if `backwards`)."""
+    def propagate(self, place: int, features: Features, backwards: bool = False) -> Decoded:
+        """The masks on frame `place`, from the prompted frames and the last six before it (after it, if `backwards`), which are then in
+        the memory too. `features` are for each object."""
         fine, middle, coarse = features
         position = self.branch.sam2.image_encoder.neck.position_encoding(coarse[:1])
         recalled = self.branch.sam2._prepare_memory_conditioned_features(
@@ -284,33 +300,18 @@ class Tracker:
             track_in_reverse=backwards,
         )
         decoded = self.branch._decode((fine, middle, recalled), None)
-        self.propagated[place] = self._remembered(coarse, decoded)
+        self.propagated[place] = self._memory(coarse, decoded.mask.detach(), decoded.token.detach(), decoded.score.detach())
         return decoded
 
-    def mask(self, decoded: Decoded) -> Tensor:
-        """The low-res logits [masks, 1, side, side] of the masks that `decoded` stands for."""
-        logits = decoded.chosen(decoded.logits)[:, None]
-        return torch.where(decoded.score[:, None, None, None] > 0, logits, _NO_OBJECT) if self.hide_absent else logits
-
-    def _remembered(self, coarse: Tensor, decoded: Decoded) -> dict[str, Any]:
-        """An entry of sam2's memory."""
+    def _memory(self, coarse: Tensor, mask: Tensor, token: Tensor, score: Tensor) -> dict[str, Any]:
         sam2 = self.branch.sam2
-        side = sam2.image_size
-        mask = F.interpolate(self.mask(decoded).detach(), size=(side, side), mode="bilinear", align_corners=False)
-        memory, position = sam2._encode_new_memory([_sequence(coarse)], [tuple(coarse.shape[-2:])], mask, decoded.score[:, None], False)
-        pointer = sam2.obj_ptr_proj(decoded.chosen(decoded.tokens).detach())
-        present = (decoded.score[:, None] > 0).float()
-        return {
-            "maskmem_features": memory,
-            "maskmem_pos_enc": position,
-            "obj_ptr": present * pointer + (1 - present) * sam2.no_obj_ptr,
-        }
-
-
-_NO_OBJECT = -1024.0
-"""The logits of an empty mask (sam2's NO_OBJ_SCORE)."""
+        high = F.interpolate(mask[:, None], size=(sam2.image_size,) * 2, mode="bilinear", align_corners=False)
+        features, position = sam2._encode_new_memory([_sequence(coarse)], [tuple(coarse.shape[-2:])], high, score[:, None], False)
+        present = (score[:, None] > 0).float()
+        pointer = present * sam2.obj_ptr_proj(token) + (1 - present) * sam2.no_obj_ptr
+        return {"maskmem_features": features, "maskmem_pos_enc": position, "obj_ptr": pointer}
 
 
 def _sequence(features: Tensor) -> Tensor:
-    """[masks, d_model, height, width] -> [height * width, masks, d_model]"""
+    """[objects, d_model, height, width] -> [height * width, objects, d_model]"""
     return features.flatten(2).permute(2, 0, 1)

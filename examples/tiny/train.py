@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from cines import write_cines
 from conversation import IGNORE, SEG, Turn, batch_of, image_turn, segmentation_turn
-from data import HELD_OUT, MASK_SIDE, Pool, Sample, generated_pool, mask_pixels, rasterize, read_real, tile_pixels, warp
+from data import HELD_OUT, Pool, Sample, generated_pool, mask_pixels, rasterize, read_real, tile_pixels, warp
 from evaluate import evaluate
 from formats import load_base, load_sam2, load_tokenizer, save_base, save_finetuned, save_sam2, write_tokenizer
 from generator import CONCEPTS, generate
+from learning import Progress, descend, mask_loss, optimizer_of, rates_of
 from model import MaskBranch, TinyConfig, VisionLanguageModel, add_lora, build_sam2, prompt_head
 from PIL import Image
 from torch import Tensor, nn
@@ -76,46 +75,6 @@ class Setup:
         return [pool[int(i)] for i in self.rng.integers(len(pool), size=count)]
 
 
-def _rates(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A short warm-up, then a cosine to nothing."""
-    warm = max(steps // 25, 1)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1)))
-    )
-
-
-def _optimizer(parameters: Iterable[Tensor], rate: float) -> torch.optim.AdamW:
-    trained = [p for p in parameters if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.999))
-
-
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, rates: torch.optim.lr_scheduler.LambdaLR) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    for group in optimizer.param_groups:
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    rates.step()
-
-
-class _Progress:
-    """Prints running means every 50 steps."""
-
-    def __init__(self, stage: str, steps: int) -> None:
-        self.stage, self.steps, self.start = stage, steps, time.time()
-        self.history: list[dict[str, float]] = []
-
-    def add(self, values: dict[str, float]) -> None:
-        self.history.append(values)
-        if len(self.history) % 50 == 0 or len(self.history) == self.steps:
-            recent = self.history[-50:]
-            names = dict.fromkeys(name for values in recent for name in values)
-            means = "  ".join(f"{name} {np.nanmean([r.get(name, np.nan) for r in recent]):.4f}" for name in names)
-            print(f"{self.stage} {len(self.history)}/{self.steps}  {means}  {time.time() - self.start:.0f} s", flush=True)
-
-
 def concept_prompts(hidden: int) -> Tensor:
     """A fixed prompt for each concept [concepts, hidden]: what stands for the language embedding until there is a language model."""
     return torch.randn(len(CONCEPTS), hidden, generator=torch.Generator().manual_seed(7))
@@ -123,56 +82,6 @@ def concept_prompts(hidden: int) -> Tensor:
 
 def _pixels(grays: list[np.ndarray[Any, Any]], side: int) -> Tensor:
     return torch.stack([mask_pixels(Image.fromarray(gray), side) for gray in grays])
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskLoss:
-    """The parts of a mask loss, each a scalar, and the Dice [masks] of the chosen masks, nan where the object is absent."""
-
-    cross_entropy: Tensor
-    dice: Tensor
-    others: Tensor
-    iou: Tensor
-    score: Tensor
-    chosen_dice: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Sa2VA's weights for its two losses; small ones for what it leaves as pretrained."""
-        return 3.0 * self.cross_entropy + 1.0 * self.dice + 0.1 * self.others + 0.5 * self.iou + 0.05 * self.score
-
-
-def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> MaskLoss:
-    """Losses of `logits` [masks, 3, low, low] against `target` [masks, MASK_SIDE, MASK_SIDE] in 0..1.
-
-    As SAM's three masks are nested (whole, part, subpart), the first learns the object, the second the object with a margin and the third
-    its core, these two lightly. The IoU head learns the true IoU of all three with the object: so the first leads clearly, is the one
-    that inference takes, and rounding never changes the choice. An absent object has neither Dice nor IoU to learn: its Dice would
-    reward a model that sees nothing anywhere.
-    """
-    up = F.interpolate(logits, size=(MASK_SIDE, MASK_SIDE), mode="bilinear", align_corners=False)
-    wide = F.max_pool2d(target[:, None], 7, 1, 3)[:, 0]
-    core = -F.max_pool2d(-target[:, None], 3, 1, 1)[:, 0]
-    goals = torch.stack([target, wide, core], dim=1)
-    entropy = F.binary_cross_entropy_with_logits(up, goals, reduction="none").mean(dim=(2, 3))
-    probability = up.sigmoid()
-    naive = 1 - (2 * (probability * goals).sum(dim=(2, 3)) + 1) / (probability.sum(dim=(2, 3)) + goals.sum(dim=(2, 3)) + 1)
-    with torch.no_grad():
-        hard, truth = up > 0, target[:, None] > 0.5
-        both, total = (hard & truth).sum(dim=(2, 3)), hard.sum(dim=(2, 3)) + truth.sum(dim=(2, 3))
-        true_iou = both / (total - both).clamp(min=1)
-        present = truth.flatten(1).any(dim=1)
-        share = present / present.sum().clamp(min=1)
-        chosen = iou.argmax(dim=1, keepdim=True)
-        dice = torch.where(present, (2 * both / total.clamp(min=1)).gather(1, chosen)[:, 0], torch.nan)
-    return MaskLoss(
-        cross_entropy=entropy[:, 0].mean(),
-        dice=(naive[:, 0] * share).sum(),
-        others=(3 * entropy.mean(dim=0) + (naive * share[:, None]).sum(dim=0))[1:].mean(),
-        iou=((iou - true_iou) ** 2 * share[:, None]).sum() / 3,
-        score=F.binary_cross_entropy_with_logits(score, present.float()),
-        chosen_dice=dice,
-    )
 
 
 # Stage 1: SAM2.
@@ -210,9 +119,9 @@ def train_sam2(setup: Setup, yaml: str) -> Any:
     branch = MaskBranch(sam2)
     concepts = concept_prompts(sam2.hidden_dim)
     guide = _Guide(sam2.hidden_dim)
-    optimizer = _optimizer([*sam2.parameters(), *guide.parameters()], schedule.sam2_rate)
-    rates = _rates(optimizer, schedule.sam2_steps)
-    progress = _Progress("sam2", schedule.sam2_steps)
+    optimizer = optimizer_of([*sam2.parameters(), *guide.parameters()], schedule.sam2_rate)
+    rates = rates_of(optimizer, schedule.sam2_steps)
+    progress = Progress("sam2", schedule.sam2_steps)
     for _ in range(schedule.sam2_steps):
         picked = setup.pick(setup.pool, schedule.sam2_batch)
         warped = [warp(rng, sample, turn=20.0, zoom=1.3) for sample in picked]
@@ -221,7 +130,7 @@ def train_sam2(setup: Setup, yaml: str) -> Any:
         image = torch.arange(len(picked)).repeat_interleave(len(CONCEPTS))
         prompts = concepts.repeat(len(picked), 1)
         loss = mask_loss(*branch.decode(features, prompts + 0.1 * torch.randn_like(prompts), image), target)
-        _descend(loss.total + _plain_loss(guide(features), target), optimizer, rates)
+        descend(loss.total + _plain_loss(guide(features), target), optimizer, rates)
         found = {f"{name} dice": float(loss.chosen_dice[c :: len(CONCEPTS)].nanmean()) for c, name in enumerate(CONCEPTS)}
         progress.add({"loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item(), **found})
     return sam2
@@ -243,9 +152,9 @@ def train_base(setup: Setup, tokenizer: Any) -> VisionLanguageModel:
     config, schedule = setup.config, setup.schedule
     model = VisionLanguageModel(config, len(tokenizer))
     image_token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    optimizer = _optimizer(model.parameters(), schedule.base_rate)
-    rates = _rates(optimizer, schedule.base_steps)
-    progress = _Progress("base", schedule.base_steps)
+    optimizer = optimizer_of(model.parameters(), schedule.base_rate)
+    rates = rates_of(optimizer, schedule.base_steps)
+    progress = Progress("base", schedule.base_steps)
     for _ in range(schedule.base_steps):
         picked = setup.pick(setup.pool, schedule.base_batch)
         turns = [image_turn(setup.rng, sample) for sample in picked]
@@ -253,7 +162,7 @@ def train_base(setup: Setup, tokenizer: Any) -> VisionLanguageModel:
         patches = model.patches(_tile_batch([sample.gray for sample in picked], config.image_size))
         embeds = model.embed(ids, patches, image_token)
         loss = _answer_loss(model.language_model(inputs_embeds=embeds, attention_mask=mask).logits, labels)
-        _descend(loss, optimizer, rates)
+        descend(loss, optimizer, rates)
         progress.add({"llm_loss": loss.item()})
     return model
 
@@ -287,9 +196,9 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
     sam2.sam_mask_decoder.requires_grad_(True)
     fcs = prompt_head(config.hidden, sam2.hidden_dim)
     branch = MaskBranch(sam2)
-    optimizer = _optimizer([*model.parameters(), *fcs.parameters(), *sam2.parameters()], schedule.finetune_rate)
-    rates = _rates(optimizer, schedule.finetune_steps)
-    progress = _Progress("finetune", schedule.finetune_steps)
+    optimizer = optimizer_of([*model.parameters(), *fcs.parameters(), *sam2.parameters()], schedule.finetune_rate)
+    rates = rates_of(optimizer, schedule.finetune_steps)
+    progress = Progress("finetune", schedule.finetune_steps)
     image_token, seg = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), tokenizer.convert_tokens_to_ids(SEG)
     concepts = concept_prompts(sam2.hidden_dim)
     for step in range(schedule.finetune_steps):
@@ -317,7 +226,7 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
             nearness = F.mse_loss(prompts, concepts[[c for _, c in wanted]]) * max(1 - 4 * step / schedule.finetune_steps, 0)
             total = total + loss.total + nearness
             values |= {"loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item()}
-        _descend(total, optimizer, rates)
+        descend(total, optimizer, rates)
         progress.add(values)
     return fcs, progress.history
 

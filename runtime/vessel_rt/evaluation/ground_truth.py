@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.evaluation.annotations import SAME_MASKS, Item, Mask, Polygon, concept_of, polygon_fault, rasterized, read_annotations
+from vessel_rt.inputs.frames import cine_of
 from vessel_rt.inputs.images import SUFFIXES, read_levels
 from vessel_rt.inputs.input_files import flat_stem, stem_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
@@ -100,7 +101,10 @@ def _require_sound(path: Path, items: Sequence[Item]) -> None:
 
 
 class _MaskFolder:
-    """`<stem>_gt`, `<stem>_mask`, or `<stem>` if the folder has none of these. Pixels above half of the maximum are the mask."""
+    """`<stem>_gt`, `<stem>_mask`, or `<stem>` if the folder has none of these. Pixels above half of the maximum are the mask.
+
+    The masks of a cine are a file for each frame, or a TIFF of the cine's stem with a page for each frame.
+    """
 
     def __init__(self, path: Path, codes: StudyCodes | None) -> None:
         self._path = path
@@ -119,12 +123,14 @@ class _MaskFolder:
         return [None]
 
     def mask(self, line: Mapping[str, Any], concept: str | None) -> Mask | None:
-        stem = self._places.get(line["name"])
+        stem, page = self._places.get(line["name"]), None
+        if stem is None and line["frame"] is not None:
+            stem, page = self._places.get(cine_of(line["name"], line["frame"])), line["frame"]
         if stem is None:
             return None
         label = f"{self._path}: the mask of frame {line['index'] + 1} ({line['code']})"
         try:
-            levels = read_levels(self._files[stem])
+            levels = read_levels(self._files[stem], page)
         except ImageError as e:
             raise VesselError(f"{label}: {e}") from e
         if levels.shape != (line["height"], line["width"]):

@@ -111,9 +111,9 @@ def rgb_image(image: Image.Image, rescale: Rescale | None = None) -> Image.Image
         raise ImageError(f"cannot be decoded ({first_line(e)})") from e
 
 
-def read_levels(path: Path) -> npt.NDArray[Any]:
-    """The gray levels [height, width] of an image in the range of the file, for ground-truth masks. Raises ImageError, as `read_image`."""
-    with _opened(path, None) as image:
+def read_levels(path: Path, page: int | None = None) -> npt.NDArray[Any]:
+    """The gray levels [height, width] of an image in the range of the file, for ground-truth masks. See `read_image`."""
+    with _opened(path, page) as image:
         depth = _Depth.of(image)
         if not (depth.is_deep and depth.is_gray):
             return np.asarray(image.convert("RGB").convert("L"))

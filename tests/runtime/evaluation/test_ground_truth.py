@@ -19,7 +19,7 @@ SQUARE = [0, 0, 10, 0, 10, 10, 0, 10]
 
 
 def line(name: str, **more: Any) -> dict[str, Any]:
-    return {"index": 0, "code": "c0de", "name": name, "width": 60, "height": 40, **more}
+    return {"index": 0, "code": "c0de", "name": name, "frame": None, "width": 60, "height": 40, **more}
 
 
 def written(path: Path, content: Any) -> Path:
@@ -68,6 +68,22 @@ def test_a_folder_of_masks(tmp_path: Path) -> None:
     assert truth.mask(line("c"), None) is None
     with pytest.raises(VesselError, match=r"frame 1 \(c0de\) is 60x40 pixels, the frame 61x40"):
         truth.mask(line("a", width=61), None)
+
+
+def test_a_page_for_each_frame_of_a_cine(tmp_path: Path) -> None:
+    pages = np.zeros((3, 40, 60), np.bool_)
+    for number, page in enumerate(pages):
+        page[: 5 * number] = True
+    first, *others = map(Image.fromarray, pages)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=others, compression="group4")
+    truth = read_truth(tmp_path, CODES)
+    for number, page in enumerate(pages):
+        for name in ("a", CODES.code("a")):
+            found = truth.mask(line(f"{name}_frame_{number:06}", frame=number), None)
+            np.testing.assert_array_equal(found, page)
+    assert truth.mask(line("b_frame_000000", frame=0), None) is None
+    with pytest.raises(VesselError, match=r"frame 1 \(c0de\).* 3 pages"):
+        truth.mask(line("a_frame_000003", frame=3), None)
 
 
 def test_folders_that_are_not_taken(tmp_path: Path) -> None:
