@@ -2,8 +2,9 @@
 
     python examples/tiny/train.py --out examples/tiny --data DATA
 
-Three stages, as with the real model: SAM2 learns to segment and the vision-language model learns to answer, each on generated frames;
-then Sa2VA's fine-tune joins them, with both image encoders frozen, on generated and real frames. Two CPU cores suffice.
+Four stages: SAM2 learns to segment and the vision-language model learns to answer, each on generated frames; then Sa2VA's fine-tune
+joins them, with both image encoders frozen, on generated and real frames. At the end, SAM2's memory learns on generated cines.
+Two CPU cores suffice.
 Needs mmengine (to save the checkpoint as Sa2VA's trainer does) and pycocotools beside the exporter's dependencies.
 """
 
@@ -28,6 +29,7 @@ from evaluate import evaluate
 from formats import load_base, load_sam2, load_tokenizer, save_base, save_finetuned, save_sam2, write_tokenizer
 from generator import CONCEPTS, generate
 from learning import Progress, descend, mask_loss, optimizer_of, rates_of
+from memory import QUICK_MEMORY, MemorySchedule, train_memory
 from model import MaskBranch, TinyConfig, VisionLanguageModel, add_lora, build_sam2, prompt_head
 from PIL import Image
 from torch import Tensor, nn
@@ -270,32 +272,26 @@ def publish(made: Path, out: Path) -> None:
     made.rmdir()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the small model's files from a seed.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to (files of the same names are replaced)")
-    parser.add_argument("--data", type=Path, help="folder that holds angiograms/ (real frames); without it only generated frames are used")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything: right formats, useless weights")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reuse-base", action="store_true", help="skip stages 1 and 2: take base/ and sam2_tiny.pt from --out")
-    arguments = parser.parse_args()
+def make(out: Path, data: Path | None, schedule: Schedule, seed: int, reuse_base: bool) -> None:
+    """Stages 1 to 3, with all files. With `reuse_base` only stage 3: the rest is taken from `out`."""
     start = time.time()
-    schedule, config = QUICK if arguments.quick else Schedule(), TinyConfig()
-    torch.manual_seed(arguments.seed)
-    made = arguments.out / ".making"
+    config = TinyConfig()
+    torch.manual_seed(seed)
+    made = out / ".making"
     shutil.rmtree(made, ignore_errors=True)
     (made / "base").mkdir(parents=True)
     yaml = (Path(__file__).parent / "sam2_tiny.yaml").read_text(encoding="utf-8")
 
-    write_frames(made, arguments.seed)
-    write_cines(made, arguments.seed)
+    write_frames(made, seed)
+    write_cines(made, seed)
     print(f"frames and cines written  {time.time() - start:.0f} s", flush=True)
-    pool = generated_pool(arguments.seed, schedule.pool, 512, os.cpu_count() or 1)
+    pool = generated_pool(seed, schedule.pool, 512, os.cpu_count() or 1)
     print(f"{len(pool)} generated frames  {time.time() - start:.0f} s", flush=True)
-    setup = Setup(config, schedule, np.random.default_rng(arguments.seed), pool)
-    if arguments.reuse_base:
+    setup = Setup(config, schedule, np.random.default_rng(seed), pool)
+    if reuse_base:
         shutil.rmtree(made / "base")
-        shutil.copytree(arguments.out / "base", made / "base")
-        shutil.copy(arguments.out / "sam2_tiny.pt", made)
+        shutil.copytree(out / "base", made / "base")
+        shutil.copy(out / "sam2_tiny.pt", made)
     else:
         save_sam2(made / "sam2_tiny.pt", train_sam2(setup, yaml))
         write_tokenizer(made / "base", merges=320)
@@ -306,11 +302,27 @@ def main() -> None:
     sam2, model = build_sam2(yaml), load_base(made / "base", config)
     load_sam2(made / "sam2_tiny.pt", sam2)
     tokenizer = load_tokenizer(made / "base", finetuned=True)
-    frames = read_real(arguments.data / "angiograms", sam2.image_size) if arguments.data else {}
+    frames = read_real(data / "angiograms", sam2.image_size) if data else {}
     real = [sample for number, sample in frames.items() if number not in HELD_OUT]
     fcs, losses = finetune(setup, real, tokenizer, model, sam2)
-    save_finetuned(made / f"iter_{len(losses)}.pth", model, fcs, sam2, config, losses, arguments.seed)
-    publish(made, arguments.out)
+    save_finetuned(made / f"iter_{len(losses)}.pth", model, fcs, sam2, config, losses, seed)
+    publish(made, out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the small model's files from a seed.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to (files of the same names are replaced)")
+    parser.add_argument("--data", type=Path, help="folder that holds angiograms/ (real frames); without it only generated frames are used")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything: right formats, useless weights")
+    parser.add_argument("--seed", type=int, default=0)
+    reuse = parser.add_mutually_exclusive_group()
+    reuse.add_argument("--reuse-base", action="store_true", help="skip stages 1 and 2: take base/ and sam2_tiny.pt from --out")
+    reuse.add_argument("--memory-only", action="store_true", help="only stage 4, on the files in --out; goes on where it was interrupted")
+    arguments = parser.parse_args()
+    start, processes = time.time(), os.cpu_count() or 1
+    if not arguments.memory_only:
+        make(arguments.out, arguments.data, QUICK if arguments.quick else Schedule(), arguments.seed, arguments.reuse_base)
+    train_memory(arguments.out, QUICK_MEMORY if arguments.quick else MemorySchedule(), arguments.seed, processes)
     print(json.dumps({"seconds": round(time.time() - start), **evaluate(arguments.out, arguments.data)}))
 
 
