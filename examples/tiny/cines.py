@@ -17,8 +17,8 @@ from pydicom.uid import JPEGBaseline8Bit, XRayAngiographicImageStorage, generate
 
 __all__ = ["cine_masks", "clear_cine", "read_cine", "write_cines"]
 
-_FRAMES, _SIDE, _QUALITY = 27, 384, 60
-_MOST_BYTES = 165_000  # of the compressed frames of a cine: little noise compresses well
+_FRAMES, _SIDE, _QUALITY = 27, 384, 30
+_MOST_BYTES = 96_000  # of the compressed frames of a cine: little noise compresses well
 _CODES = ("S0101", "S0102")
 
 
