@@ -32,7 +32,8 @@ _XRAY = (  # their modality LUT leads back to the beam's intensity and is not fo
     "1.2.840.10008.5.1.4.1.1.12.2",
     "1.2.840.10008.5.1.4.1.1.12.3",
 )
-_MAX_FRAME_MS = 3.6e6
+_MOST_MS = 3.6e6  # between two frames
+_MOST_NUMBER = 17  # bytes of a number in text, and of what separates it from the next
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS, after 0xFF
 
 _reading = threading.Lock()  # held while a file is read: pydicom parses what is looked at into the data set
@@ -81,19 +82,24 @@ def frame_times(path: Path) -> list[float] | None:
     header, room = read_header(path)
     if not 1 < (count := declared_frames(header)) <= room:
         return None
-    for name, of in (
-        ("FrameTimeVector", lambda value: [0.0, *map(float, value[1:])]),
-        ("FrameTime", lambda value: [0.0] + [float(value)] * (count - 1)),
-        ("CineRate", lambda value: [0.0] + [1000 / float(value)] * (count - 1)),
-        ("RecommendedDisplayFrameRate", lambda value: [0.0] + [1000 / float(value)] * (count - 1)),
-    ):
+    for name in ("FrameTimeVector", "FrameTime", "CineRate", "RecommendedDisplayFrameRate"):
         try:
-            increments = of(header[name].value)
+            increments = _increments(header, name, count)
         except Exception:  # absent, zero, or no numbers
             continue
-        if len(increments) == count and all(0 < each < _MAX_FRAME_MS for each in increments[1:]):
-            return [round(time, 3) for time in itertools.accumulate(increments)]
+        if len(increments) == count - 1 and all(0 < each < _MOST_MS for each in increments):
+            return [0.0, *(round(time, 3) for time in itertools.accumulate(increments))]
     return None
+
+
+def _increments(header: Any, name: str, count: int) -> list[float]:
+    """The times from each of `count` frames to the next, in ms, by one attribute."""
+    if len(header.get_item(name).value) > _MOST_NUMBER * count:  # not parsed yet
+        return []
+    value = header[name].value
+    if name == "FrameTimeVector":
+        return [float(each) for each in value[1:]]
+    return [1000 / float(value) if name.endswith("Rate") else float(value)] * (count - 1)
 
 
 def read_dicom(path: Path, number: int | None) -> Image.Image:
