@@ -160,10 +160,12 @@ def test_an_object_that_is_not_there_has_an_empty_mask(segmenter: CineSegmenter,
     monkeypatch.setattr(session, "run", scored)
     monkeypatch.setattr(segmenter, "_remembered", spied)
     found = dict(segmenter.run_from([1], range(3), Shown(3), [QUESTION]))
-    assert found[1][0].masks[0].area > 0
-    assert [found[place][0].masks[0].area > 0 for place in (0, 2)] == [score > 0] * 2
     assert remembered == [False, score <= 0, score <= 0]
-    assert list(segmenter.segment_cine(drawn_cine(6), QUESTION))[5].masks[0].area > 0
+    assert found[1][0].masks[0].area > 0
+    if score <= 0:
+        assert [found[place][0].masks[0].area for place in (0, 2)] == [0, 0]
+    list(segmenter.segment_cine(drawn_cine(6), QUESTION))
+    assert remembered[3:] == [False] * 6
 
 
 def test_what_it_refuses(segmenter: CineSegmenter, standin: Bundle) -> None:

@@ -41,7 +41,7 @@ def bundle(fp32_bundle: Path) -> Bundle:
     return Bundle.load(fp32_bundle)
 
 
-def asked(cine: Path, output: Path, propagate: str = "sa2va", **more: Any) -> InferOptions:
+def asked(cine: Path, output: Path, propagate: str | None = "sa2va", **more: Any) -> InferOptions:
     found = options(cine, output, selection=Selection(slice(None)), devices=(Device("cpu"),), quiet=True, **more)
     return dataclasses.replace(found, work=dataclasses.replace(found.work, propagate=propagate))
 
@@ -182,7 +182,7 @@ def test_what_a_run_from_the_best_frames_leaves(bundle: Bundle, filling: Path, b
 
 def test_a_frame_that_was_asked_about_has_the_mask_of_an_image(bundle: Bundle, filling: Path, best: Path, tmp_path: Path) -> None:
     origin = next(line for line in lines(best) if line["propagated_from"] is None)
-    image = dataclasses.replace(asked(filling, tmp_path / "out", ""), selection=Selection(slice(origin["frame"], origin["frame"] + 1)))
+    image = dataclasses.replace(asked(filling, tmp_path / "out", None), selection=Selection(slice(origin["frame"], origin["frame"] + 1)))
     infer(bundle, image)
     [line] = lines(tmp_path / "out")
     assert line["answer"] == origin["answer"]
