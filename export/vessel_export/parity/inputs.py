@@ -91,14 +91,12 @@ def one_pass(sizes: LanguageModelSpec, embeds: Array, kept: int) -> dict[str, Ar
 def run_language_model(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """language_model's hidden_states and next_ids for the inputs of `one_pass`.
 
-    As in the runtime on a CPU, at most CPU_TOKENS positions run at once, so that the activations of a long prompt fit in memory. The kept
-    positions are in the last pass.
+    As in the runtime on a CPU, at most CPU_TOKENS positions run at once, and the cache is written in place, so that a long prompt fits in
+    memory. The kept positions are in the last pass.
     """
     embeds, gather = feeds["inputs_embeds"], feeds["gather_positions"]
     length, kept = embeds.shape[1], gather.shape[1]
-    past = [name for name in feeds if name.startswith("past_")]
-    present = [name.replace("past_", "present_") for name in past]
-    cache: dict[str, Any] = {name: feeds[name] for name in past}
+    cache = {name: session.zeros(array.shape, session.signature[name][0]) for name, array in feeds.items() if name.startswith("past_")}
     starts = range(0, max(length - kept, 1), CPU_TOKENS)
     for start in starts:
         last = start == starts[-1]
@@ -112,7 +110,6 @@ def run_language_model(session: Session, feeds: Mapping[str, Array]) -> dict[str
                 "gather_positions": gather - start if last else np.zeros((1, 1), np.int64),
                 **cache,
             },
-            keep=present,
+            into={name.replace("past_", "present_"): value for name, value in cache.items()},
         )
-        cache = {name: found.pop(output) for name, output in zip(past, present, strict=True)}
     return found

@@ -56,7 +56,7 @@ __all__ = [
     "verify_cases",
 ]
 
-_AT_ONCE = 4  # cases whose results of a streamed reference are in memory: 200 MB each for the full model
+_AT_ONCE = 2  # cases whose results of a streamed reference are in memory: 200 MB each for the full model
 
 _T = TypeVar("_T")
 
