@@ -36,7 +36,7 @@ class MemorySchedule:
 
     cines: int = 72
     frames: int = 20
-    steps: int = 300
+    steps: int = 200
     batch: int = 2
     rate: float = 1e-3
     checkpoint: int = 20
