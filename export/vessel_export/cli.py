@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import vessel_rt
-from vessel_rt.cli.arguments import device
+from vessel_rt.cli.arguments import device, up_to
 from vessel_rt.completion import add_completion
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.bundle import CINE_STAGES, STAGES
@@ -163,7 +162,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--cine",
         nargs="?",
         const=CINE_FRAMES,
-        type=_positive_count,
+        type=up_to(9999),
         metavar="N",
         help=f"compare a cine of N drawn frames instead, tracked as Sa2VA does (default: {CINE_FRAMES})",
     )
@@ -175,12 +174,6 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
         "--images", type=Path, nargs="+", default=[], metavar="PATH", help="images or folders (default: three drawn frames)"
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads for one operator (default: all cores)")
-
-
-def _positive_count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 9999")
-    return int(text)
 
 
 def _positive_number(text: str) -> float:

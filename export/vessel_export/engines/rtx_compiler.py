@@ -25,10 +25,10 @@ from vessel_export.engines.stub_gpu import ProviderLibrary
 from vessel_rt.device.providers import onnxruntime
 from vessel_rt.errors import EngineError, first_line
 from vessel_rt.formats.profiles import Profile
+from vessel_rt.io.child_process import die_with_parent
 
 __all__ = ["Compiled", "compile_graph"]
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NO_DEVICE = 3  # the exit code
 _DRIVER = r"libcuda\.so|libnvidia-ml\.so|nvcuda\.dll|nvml\.dll"  # its libraries, one of which a message reports as missing
 _STAMP = r"(?:\d{4}-\d\d-\d\d \d\d:|$)"  # the start of the log's next message
@@ -139,8 +139,7 @@ def _cause(code: int, log: str) -> str:
 
 def _compile(request: _Request) -> None:
     """The child process. It ends with the fault as its last line, or with the exit code _NO_DEVICE."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no compiler survives a killed build
+    die_with_parent()  # no compiler survives a killed build
     for library in request.preload:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     ort = onnxruntime()

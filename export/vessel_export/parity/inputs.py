@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,15 +88,15 @@ def one_pass(sizes: LanguageModelSpec, embeds: Array, kept: int) -> dict[str, Ar
     }
 
 
-def run_language_model(session: Session, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """language_model's hidden_states and next_ids for the inputs of `one_pass`.
+def run_language_model(session: Session, sizes: LanguageModelSpec, embeds: Array, kept: int) -> dict[str, Array]:
+    """language_model's hidden_states and next_ids at the last `kept` positions of `embeds` [1, tokens, hidden_size], in the graph's type.
 
     As in the runtime on a CPU, at most CPU_TOKENS positions run at once, and the cache is written in place, so that a long prompt fits in
     memory. The kept positions are in the last pass.
     """
-    embeds, gather = feeds["inputs_embeds"], feeds["gather_positions"]
-    length, kept = embeds.shape[1], gather.shape[1]
-    cache = {name: session.zeros(array.shape, session.signature[name][0]) for name, array in feeds.items() if name.startswith("past_")}
+    length, dtype = embeds.shape[1], session.signature["past_key.0"][0]
+    shape = (1, sizes.kv_heads, sizes.capacity, sizes.head_dim)
+    cache = {f"{part}.{layer}": session.zeros(shape, dtype) for layer in range(sizes.layers) for part in ("key", "value")}
     starts = range(0, max(length - kept, 1), CPU_TOKENS)
     for start in starts:
         last = start == starts[-1]
@@ -104,12 +104,12 @@ def run_language_model(session: Session, feeds: Mapping[str, Array]) -> dict[str
         found = session.run(
             {
                 "inputs_embeds": np.ascontiguousarray(embeds[:, start:end]),
-                "position_ids": feeds["position_ids"][:, start:end].copy(),
+                "position_ids": np.arange(start, end)[None],
                 "write_indices": np.array([start]),
                 "kv_positions": np.arange(end),
-                "gather_positions": gather - start if last else np.zeros((1, 1), np.int64),
-                **cache,
+                "gather_positions": np.arange(length - kept, length)[None] - start if last else np.zeros((1, 1), np.int64),
+                **{f"past_{name}": value for name, value in cache.items()},
             },
-            into={name.replace("past_", "present_"): value for name, value in cache.items()},
+            into={f"present_{name}": value for name, value in cache.items()},
         )
     return found

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from vessel_export.parity.checks import ALONE, QUANTIZED_TOLERANCES, TOLERANCES, Measurement, Report, Tolerances, worst_of
 from vessel_export.parity.emulate import EmulatedDeployment, emulate
-from vessel_export.parity.inputs import Array, Sample, one_pass, run_language_model, samples_of
+from vessel_export.parity.inputs import Array, Sample, run_language_model, samples_of
 from vessel_export.parity.record_golden import GoldenRecorder, record_golden
 from vessel_export.parity.stage_masks import consumed, masks_with
 from vessel_export.parity.stored_matrices import rounding_errors
@@ -309,7 +309,10 @@ def compare_stage(
     limit = (QUANTIZED_TOLERANCES[bundle.weights] if quantized else TOLERANCES[bundle.precision]).relative_error
     dtypes = {spec.name: spec.dtype for spec in bundle.stages[stage].inputs}
     feeds = {name: np.ascontiguousarray(array, dtypes[name]) for name, array in feeds.items()}
-    got = run_language_model(session, feeds) if stage == "language_model" else session.run(feeds)
+    if stage == "language_model":
+        got = run_language_model(session, bundle.language_model, feeds["inputs_embeds"], kept=len(result.answer_ids))
+    else:
+        got = session.run(feeds)
     for name, array in outputs.items():
         yield _error(stage, name, got[name], array, limit, run)
     if stage == "language_model":
@@ -332,7 +335,7 @@ def _feeds_and_outputs(
     if stage == "language_model":
         embeds = _array(consumed(reference, result, result.image_embeds))
         states = {"hidden_states": _array(result.hidden_states)[None]}
-        return one_pass(bundle.language_model, embeds, kept=len(result.answer_ids)), states
+        return {"inputs_embeds": embeds}, states
     if stage == "sam2_image_encoder":
         return {"pixel_values": _array(result.sam2_pixel_values)}, features
     index = np.zeros(len(result.seg_states), np.int64)

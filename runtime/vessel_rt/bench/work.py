@@ -19,6 +19,7 @@ from vessel_rt.errors import BundleError, EngineError, ImageError, OutOfMemory
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.io.checked_files import CheckedFiles
 from vessel_rt.measure.memory import MemoryWatch, gpu_memory_in_use, size
+from vessel_rt.measure.page import tiles_text
 from vessel_rt.measure.timing import repeated, timed_batch
 from vessel_rt.model.segmenter import Segmenter
 
@@ -187,7 +188,7 @@ def _measured(
     positions, masks = list(frames), dict[int, Sequence[PackedMask]]()
 
     def run(number: int) -> Mapping[str, float]:
-        tell(Begun(f"{batch} at once, {tiles} tile{'s' * (tiles > 1)}, run {number}", batch))
+        tell(Begun(f"{batch} at once, {tiles_text(tiles)}, run {number}", batch))
         chosen = [positions[(number * batch + i) % len(positions)] for i in range(batch)]
         times, results = timed_batch(segmenter, [read(frames[position]) for position in chosen], work.question)
         if work.every_frame:

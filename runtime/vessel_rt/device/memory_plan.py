@@ -22,7 +22,7 @@ from bisect import bisect_right
 
 import msgspec
 
-from vessel_rt.errors import BundleError, RecipeError
+from vessel_rt.errors import RecipeError
 from vessel_rt.formats.bundle import Bundle
 from vessel_rt.formats.profiles import Workload, stage_profile
 
@@ -105,12 +105,11 @@ def make_plan(bundle: Bundle, batch: int, memory: int, *, cines: bool = False) -
 
 
 def _of_cines(bundle: Bundle, b: int) -> list[Item]:
-    if bundle.cine is None:
-        raise BundleError(f"{bundle.folder}: an older version exported it, without the graphs of cines; export it again")
-    shapes = stage_profile(bundle, bundle.cine.stages["sam2_memory_attention"], Workload()).max
+    stages = bundle.require_cine().stages
+    shapes = stage_profile(bundle, stages["sam2_memory_attention"], Workload()).max
     bank = b * sum(math.prod(shapes[name]) for name in ("memories", "object_pointers"))
-    items = [Item(f"weights: {name}", bundle.weight_bytes(name)) for name in bundle.cine.stages]
-    items += [Item(f"activations: {name}", _activations(bundle, name, 1, b)) for name in bundle.cine.stages]
+    items = [Item(f"weights: {name}", bundle.weight_bytes(name)) for name in stages]
+    items += [Item(f"activations: {name}", _activations(bundle, name, 1, b)) for name in stages]
     return [*items, Item("memory bank", bank)]
 
 

@@ -354,6 +354,16 @@ class Bundle(BundleFile, frozen=True, kw_only=True):
                 )
         return self.stages
 
+    def require_cine(self) -> CineSpec:
+        """How objects are tracked through cines.
+
+        Raises:
+            BundleError: an older version exported the bundle.
+        """
+        if self.cine is None:
+            raise BundleError(f"{self.folder}: an older version exported it, without the graphs of cines; export it again")
+        return self.cine
+
     @classmethod
     def load(cls, folder: Path) -> Bundle:
         """Read `folder/bundle.json`. Files are not looked at here: see `verify_files`.

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vessel_rt.device.deployment import Deployment
-from vessel_rt.errors import BundleError, ImageError, VesselError
+from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.profiles import MOST_CONDITIONING
 from vessel_rt.model.decoding import Generation
 from vessel_rt.model.memory import Memory, MemoryBank
@@ -58,6 +58,9 @@ class Tracked:
     ms: dict[str, float]
 
 
+_Followed: TypeAlias = tuple[int, Pixels, Tracked]  # a tracked frame: its place, the frame, and the objects on it
+
+
 class CineSegmenter(Segmenter):
     """A Segmenter with the graphs of cines.
 
@@ -66,10 +69,8 @@ class CineSegmenter(Segmenter):
     """
 
     def __init__(self, deployment: Deployment, threads: int = 0, *, draft: bool = True) -> None:
-        if deployment.bundle.cine is None:
-            raise BundleError(f"{deployment.bundle.folder}: an older version exported it, without the graphs of cines; export it again")
+        self._cine = deployment.bundle.require_cine()
         super().__init__(deployment, threads, draft=draft)
-        self._cine = deployment.bundle.cine
         with ExitStack() as stack:
             stack.callback(self._stack.close)
             for name in self._cine.stages:
@@ -126,14 +127,11 @@ class CineSegmenter(Segmenter):
         places = tuple(range(len(prompted)))
         for place in places:
             pixels, prompted[place] = prompted[place], prompted[place].spent()
-            found = self._carefully(questions[0], functools.partial(self.condition, pixels, states))
-            for of_object, memory in zip(conditioning, found.memories, strict=True):
-                of_object[place] = memory
+            found = self._conditioned(questions[0], place, pixels, states, conditioning)
             share = {step: value / len(places) for step, value in ms.items()}
             yield self._results(pixels, questions, generations, found, share, None)
         tracked = self.propagate(conditioning, enumerate(going, start=len(places)))
-        while following := self._carefully(questions[0], lambda: next(tracked, None)):
-            _, pixels, found = following
+        for _, pixels, found in self._each(questions[0], tracked):
             yield self._results(pixels, questions, generations, found, {}, places)
 
     def run_from(
@@ -169,9 +167,7 @@ class CineSegmenter(Segmenter):
             if [len(one.seg_states) for one in generations] != [len(one.seg_states) for one in best]:
                 continue
             states = np.concatenate([generation.seg_states for generation in generations])
-            found = self._carefully(questions[0], functools.partial(self.condition, pixels, states))
-            for of_object, memory in zip(conditioning, found.memories, strict=True):
-                of_object[place] = memory
+            found = self._conditioned(questions[0], place, pixels, states, conditioning)
             asked.append(place)
             yield place, self._results(pixels, questions, generations, found, ms, None)
         if not asked:
@@ -181,9 +177,22 @@ class CineSegmenter(Segmenter):
         after = [place for place in places if place > first and place not in asked]
         for order, reverse in ((before, True), (after, False)):
             tracked = self.propagate(conditioning, frames(order, self.prepare_tracked), reverse=reverse, hide=True)
-            while following := self._carefully(questions[0], functools.partial(next, tracked, None)):
-                place, pixels, found = following
+            for place, pixels, found in self._each(questions[0], tracked):
                 yield place, self._results(pixels, questions, best, found, {}, origins)
+
+    def _conditioned(
+        self, question: str, place: int, pixels: Pixels, states: npt.NDArray[Any], conditioning: Sequence[dict[int, Memory]]
+    ) -> Tracked:
+        """The objects on the frame at `place`, as `condition`; their memories are added to `conditioning`. Raises as `run`."""
+        found = self._carefully(question, lambda: self.condition(pixels, states))
+        for of_object, memory in zip(conditioning, found.memories, strict=True):
+            of_object[place] = memory
+        return found
+
+    def _each(self, question: str, tracked: Iterator[_Followed]) -> Iterator[_Followed]:
+        """What `propagate` yields. Raises as `run`."""
+        while following := self._carefully(question, lambda: next(tracked, None)):
+            yield following
 
     def ask(self, prompted: Sequence[Pixels], questions: Sequence[str]) -> tuple[list[Generation], dict[str, float]]:
         """The answer to each question about `prompted`, the frames that the language model sees, and the time of each step."""
@@ -218,7 +227,7 @@ class CineSegmenter(Segmenter):
         *,
         reverse: bool = False,
         hide: bool = False,
-    ) -> Iterator[tuple[int, Pixels, Tracked]]:
+    ) -> Iterator[_Followed]:
         """Track objects through `frames`.
 
         Args:
