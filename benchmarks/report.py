@@ -145,10 +145,11 @@ def _scaling() -> str:
 
 def _flat() -> str:
     found = _result("scaling")
-    time, memory = found["time_ratio"], found["memory_ratio"]
+    time, memory, growth = found["time_ratio"], found["memory_ratio"], found["resident_growth"]
     rows = [
         ["milliseconds per image", f"{time['images'][0]} over {time['images'][1]} images", time["measured"], ""],
         ["peak memory", f"{memory['images'][0]} over {memory['images'][1]} images", memory["measured"], memory["bound"]],
+        ["resident memory", f"last over second quarter of {growth['images']} images", growth["measured"], growth["bound"]],
     ]
     return _table(["", "", "ratio", "bound"], rows)
 

@@ -3,8 +3,9 @@
     python -m benchmarks.scaling [--bundle DIR] [--sizes 12 100 500 2000] [--threads 1 0] [--batches 1 2 4]
 
 The frames are those of the example, resized to one tile and repeated as hard links. Sizes run with vessel-rt's defaults; threads and
-batches vary one at a time, on the largest folder of at most 100 images. All figures come from run.json; the time does not include loading.
-The last line is JSON.
+batches vary one at a time, on the largest folder of at most 100 images. Times and peaks come from run.json; the time does not include loading.
+A peak is the highest of many readings, and so is higher in a longer run even if nothing grows. So the resident memory is read during the run,
+too: its growth is the median of the last quarter of the run over that of the second. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import argparse
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import publish, square_frames
+from benchmarks.measure import process_field, publish, square_frames
 from vessel_rt.errors import VesselError
 
 _SCRIPT = Path(sys.executable).with_name("vessel-rt")
 _SIDE = 512  # pixels; a square of any side is one tile
 _FRAMES = 14  # distinct ones, which the folders link to
 _CROSSED = 100  # images of the folder for the runs with other threads and batches
-_MEMORY_BOUND = 1.05  # peak memory of the largest folder over that of the crossed one
+_MEMORY_BOUND = 1.05  # peak memory of the largest folder over that of the crossed one; also growth during the largest run
+_INTERVAL = 0.1  # seconds between two readings of the resident memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class _Row:
     ms_per_image: float
     load_seconds: float
     peak_resident_mib: float
+    resident_growth: float
 
 
 def main() -> int:
@@ -79,6 +84,7 @@ def main() -> int:
                 "measured": round(largest.peak_resident_mib / base.peak_resident_mib, 3),
                 "bound": _MEMORY_BOUND,
             },
+            "resident_growth": {"images": largest.images, "measured": largest.resident_growth, "bound": _MEMORY_BOUND},
             "by_threads": [dataclasses.asdict(row) for row in by_threads],
             "by_batch": [dataclasses.asdict(row) for row in by_batch],
         },
@@ -112,7 +118,7 @@ class _Runs:
         options = [*(["--threads", str(threads)] if threads else []), *(["--batch", str(batch)] if batch else [])]
         with tempfile.TemporaryDirectory(dir=self._folder) as output:
             command = [_SCRIPT, "infer", self._input(images), "--bundle", self._bundle, "-o", Path(output), *options]
-            subprocess.run([str(part) for part in command], check=True, stdout=sys.stderr)
+            resident = _resident_while([str(part) for part in command])
             run = json.loads((Path(output) / "run.json").read_text(encoding="utf-8"))
         self.setting = {"bundle": run["bundle"]["name"], "precision": run["bundle"]["precision"], "device": run["device"]}
         return _Row(
@@ -124,6 +130,7 @@ class _Runs:
             ms_per_image=round(run["seconds"]["images"] / images * 1e3, 1),
             load_seconds=run["seconds"]["load"],
             peak_resident_mib=round(run["peak_memory_bytes"] / 2**20, 1),
+            resident_growth=round(_growth(resident), 3),
         )
 
     def _input(self, images: int) -> Path:
@@ -134,6 +141,28 @@ class _Runs:
             for number in range(images):
                 os.link(self._frames[number % len(self._frames)], folder / f"study-{number + 1:04}.png")
         return folder
+
+
+def _resident_while(command: list[str]) -> list[int]:
+    """Run `command`, and read its resident memory, KiB, from the first moment to the last. Linux only.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    readings = []
+    with subprocess.Popen(command, stdout=sys.stderr) as process:
+        while process.poll() is None:
+            readings.append(process_field(process.pid, "status", "VmRSS:"))
+            time.sleep(_INTERVAL)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return readings
+
+
+def _growth(readings: list[int]) -> float:
+    """The median of the last quarter over that of the second: the first one loads."""
+    quarter = max(len(readings) // 4, 1)
+    return statistics.median(readings[-quarter:]) / statistics.median(readings[quarter : 2 * quarter] or readings)
 
 
 if __name__ == "__main__":
