@@ -82,6 +82,28 @@ await settle(page);
 found.decoded = await page.evaluate(() => shapes.map((node) => read(node).masks.flat().map(decode).map((mask) =>
   mask.reduce(([count, places], inside, place) => [count + inside, places + inside * place], [0, 0]))));
 
+// The player of a cine: the frame it begins with, another by the slider, and playing.
+if (await page.isVisible(".player")) {
+  const text = () => page.textContent(".player .dim"), mark = () => page.getAttribute(".cine .mark", "transform");
+  const hash = () => page.$eval(".player canvas", (canvas) => canvas.toDataURL());
+  const slide = (place) => page.$eval(".player input", (slider, to) => { slider.value = to; slider.oninput(); }, place);
+  const frames = 1 + Number(await page.getAttribute(".player input", "max"));
+  found.cine = { frames, first: await text(), charts: await page.$$eval(".cine svg", (all) => all.length) };
+  const [before, picture] = [await mark(), await hash()];
+  await slide(frames - 1);
+  await settle(page);
+  Object.assign(found.cine, { sought: await text(), movesTheMark: (await mark()) !== before, redrawn: (await hash()) !== picture });
+  await page.click(".player button");
+  await page.waitForFunction((last) => document.querySelector(".player .dim").textContent !== last, found.cine.sought);
+  found.cine.plays = true;
+  await page.click(".player button");
+  await settle(page);
+  const stopped = await text();
+  await page.waitForTimeout(300);
+  found.cine.pauses = (await text()) === stopped;
+  await shoot(page, "cine-dark");
+}
+
 // One frame, by the keyboard alone: to the first, open it, each toggle and back, the next frame and back, close.
 if (found.order.length) {
   await page.keyboard.press("ArrowRight");

@@ -23,14 +23,9 @@ from vessel_rt.results.reader import iter_frames
 from vessel_rt.results.schema import CINES, OVERLAYS, ResultLine
 from vessel_rt.results.writer import numbered
 
-__all__ = ["animation_file", "write_cines"]
+__all__ = ["write_cines"]
 
 _USUAL_MS = 1000 / 15  # a frame, if the file does not say: most angiograms have 15 frames a second
-
-
-def animation_file(cine: str) -> str:
-    """The animation of a cine whose outputs have this name."""
-    return f"{CINES}/{cine}.webp"
 
 
 def write_cines(output: Path) -> None:
@@ -68,7 +63,7 @@ def _write_overlays(output: Path, cine: str, frames: Sequence[ResultLine]) -> No
 
     with writing(f"{output}: the animation of a cine"):
         (output / CINES).mkdir(exist_ok=True)
-        with replacing(output / animation_file(cine), sync=True) as temporary, temporary.open("wb") as target:
+        with replacing(output / CINES / f"{cine}.webp", sync=True) as temporary, temporary.open("wb") as target:
             write_animation(target, picture, durations)
 
 

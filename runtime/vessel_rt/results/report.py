@@ -3,7 +3,7 @@
 It is made from the files of the output folder alone, so the same files give the same bytes. The page itself is report.html next to this
 module. Here it gets its data as JSON scripts: one for the `run`, and two for each frame: `facts`, which the page reads when it opens, and
 `shapes`, the picture and masks, which it reads when it shows them. At most EMBEDDED pictures are in the page; the page loads the others
-from previews/ when it shows them. Tracked cines have one more each, `cine`, with the animation of its overlays.
+from previews/ when it shows them. Tracked cines have one more each, `cine`, with its name.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 from urllib.parse import quote
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from vessel_rt.errors import VesselError
 from vessel_rt.inputs.frames import cine_of
-from vessel_rt.io.files import open_regular, read_regular, replacing, writing
-from vessel_rt.results.cines import animation_file
+from vessel_rt.io.files import open_regular, replacing, writing
 from vessel_rt.results.reader import (
     EVALUATION_FILE,
     REPORT_FILE,
@@ -47,9 +48,9 @@ __all__ = ["EMBEDDED", "chosen", "write_report"]
 EMBEDDED = 300  # pictures in the page, at most
 
 _MARK = "<!-- DATA -->"
+Mask: TypeAlias = npt.NDArray[np.bool_]  # [height, width]
+
 _PICTURES = 30_000_000  # bytes of all pictures in the page together, at most; a third more in base64
-_ANIMATIONS = 30_000_000  # bytes of all animations in the page together, at most; the first cines have theirs
-_MOST_ANIMATION = 4_000_000  # bytes of one
 _SMALLER = ((512, 65), (384, 65), (320, 60), (256, 55), (192, 50))  # longer side and JPEG quality, tried in turn
 
 
@@ -72,25 +73,22 @@ def write_report(output: Path) -> Path:
     scores = _scores(output, truths if evaluation is not None else None)
     embedded = chosen(scores)
     share = _PICTURES // max(1, len(embedded))
-    cines: dict[str, tuple[str, str]] = {}  # name and image of each tracked cine, by study code
+    cines: dict[str, str] = {}  # the image of each tracked cine, by study code
+    steadiness = _Steadiness()
     with writing(path), replacing(path, sync=True) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as page:
         page.write(before)
         _write_data(page, "run", {"run": run, "evaluation": _summary(evaluation) if evaluation is not None else None})
         for place, (lines, timings) in enumerate(zip(iter_frames(output), iter_timings(output), strict=True)):
             of_frame = truths[lines[0]["index"]]
+            masks = [[mask_of(output / RESULTS_FILE, lines[0], mask["rle"]) for mask in line["masks"]] for line in lines]
             picture = _picture(output, lines[0], share) if place in embedded else _link(output, lines[0])
-            _write_data(page, "facts", _facts(lines, timings, of_frame, show_names) | {"linked": "file" in picture})
-            _write_data(page, "shapes", picture | _masks(output, lines, of_frame))
-            if (number := lines[0]["frame"]) is not None and "propagated_from" in lines[0]:
-                cines.setdefault(cine_of(lines[0]["code"], number), (cine_of(lines[0]["name"], number), lines[0]["image"]))
-        room = _ANIMATIONS
-        for code, (cine, image) in cines.items():
-            animation = _animation(output, cine, code)
-            if len(animation) > room:
-                animation = b""
-            room -= len(animation)
-            shown = {"cine": code, "label": image if show_names else code, "animation": base64.b64encode(animation).decode("ascii")}
-            _write_data(page, "cine", shown)
+            facts = _facts(lines, timings, of_frame, steadiness.of_frame(lines[0], masks), show_names)
+            _write_data(page, "facts", facts | {"linked": "file" in picture})
+            _write_data(page, "shapes", picture | _shapes(output, lines, of_frame))
+            if (cine := _tracked_cine(lines[0])) is not None:
+                cines.setdefault(cine, lines[0]["image"])
+        for code, image in cines.items():
+            _write_data(page, "cine", {"cine": code, "label": image if show_names else code})
         page.write(after)
     return path
 
@@ -140,8 +138,14 @@ def _summary(evaluation: EvaluationFile) -> dict[str, Any]:
     return {"truth": evaluation["truth"], "metrics": evaluation["metrics"], "summary": evaluation["summary"]}
 
 
-def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: Sequence[ComparedMask], show_names: bool) -> dict[str, Any]:
-    """What the page says about a frame. Names may appear only here."""
+def _facts(
+    lines: Sequence[ResultLine],
+    timings: Sequence[TimingLine],
+    truths: Sequence[ComparedMask],
+    stability: Sequence[Sequence[float | None]],
+    show_names: bool,
+) -> dict[str, Any]:
+    """What the page says about a frame. Names may appear only here. `stability` has a value for each mask of each line."""
     first = lines[0]
     named = first["image"] if first["frame"] is None else f"{first['image']}, frame {first['frame']}"
     return {
@@ -155,36 +159,53 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
             {
                 "question": line["question"],
                 "answer": line["answer"],
-                "masks": [_mask_facts(mask, show_names) for mask in line["masks"]],
+                "masks": [_mask_facts(mask, value, show_names) for mask, value in zip(line["masks"], values, strict=True)],
             }
-            for line in lines
+            for line, values in zip(lines, stability, strict=True)
         ],
         "truths": [{key: value for key, value in truth.items() if key not in ("index", "truth_rle")} for truth in truths],
         **_moment(first),
     }
 
 
+def _tracked_cine(line: ResultLine) -> str | None:
+    """The study code of the tracked cine that a frame is of; None for other frames."""
+    return None if line["frame"] is None or "propagated_from" not in line else cine_of(line["code"], line["frame"])
+
+
 def _moment(line: ResultLine) -> dict[str, Any]:
     """Where in a tracked cine a frame is, and whether the model was asked about it; nothing for other frames."""
-    if line["frame"] is None or "propagated_from" not in line:
+    if (cine := _tracked_cine(line)) is None:
         return {}
-    cine = cine_of(line["code"], line["frame"])
     return {"cine": cine, "number": line["frame"], "time": line.get("time_ms"), "asked": line["propagated_from"] is None}
 
 
-def _animation(output: Path, cine: str, code: str) -> bytes:
-    """The animation of a cine; nothing if it has none, as when only one of its frames is done."""
-    path = output / animation_file(cine)
-    if not path.exists():
-        return b""
-    try:
-        return read_regular(path, _MOST_ANIMATION)
-    except (OSError, VesselError) as e:
-        raise VesselError(f"{output}: the animation of {code} cannot be read; repeat the run's command") from e
+class _Steadiness:
+    """Compares the masks of each frame of a tracked cine with those of the frame before it."""
+
+    def __init__(self) -> None:
+        self._cine: str | None = None
+        self._before: dict[tuple[int, int], Mask] = {}
+
+    def of_frame(self, line: ResultLine, masks: Sequence[Sequence[Mask]]) -> list[list[float | None]]:
+        """The IoU of each mask with the same mask of the frame before; None if there is none, or if both are empty."""
+        cine = _tracked_cine(line)
+        before = self._before if cine is not None and cine == self._cine else {}
+        self._cine = cine
+        self._before = {(question, number): mask for question, answer in enumerate(masks) for number, mask in enumerate(answer)}
+        return [[_iou(mask, before.get((question, number))) for number, mask in enumerate(answer)] for question, answer in enumerate(masks)]
 
 
-def _mask_facts(mask: MaskRecord, show_names: bool) -> dict[str, Any]:
-    facts = {"iou": mask["iou"], "object_score": mask["object_score"], "area": mask["area"]}
+def _iou(mask: Mask, other: Mask | None) -> float | None:
+    if other is None or mask.shape != other.shape or not (union := np.count_nonzero(mask | other)):
+        return None
+    return round(np.count_nonzero(mask & other) / union, 4)
+
+
+def _mask_facts(mask: MaskRecord, stability: float | None, show_names: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"iou": mask["iou"], "object_score": mask["object_score"], "area": mask["area"]}
+    if stability is not None:
+        facts["stability"] = stability
     return facts | {"file": _address(mask["file"])} if show_names else facts
 
 
@@ -201,10 +222,8 @@ def _times(timings: Sequence[TimingLine]) -> dict[str, float]:
     return times
 
 
-def _masks(output: Path, lines: Sequence[ResultLine], truths: Sequence[ComparedMask]) -> dict[str, Any]:
+def _shapes(output: Path, lines: Sequence[ResultLine], truths: Sequence[ComparedMask]) -> dict[str, Any]:
     """The masks of a frame as run lengths, in the order of the facts."""
-    for mask in [mask for line in lines for mask in line["masks"]]:
-        mask_of(output / RESULTS_FILE, lines[0], mask["rle"])
     for truth in truths:
         mask_of(output / EVALUATION_FILE, lines[0], truth["truth_rle"])
     return {"masks": [[mask["rle"] for mask in line["masks"]] for line in lines], "truths": [truth["truth_rle"] for truth in truths]}

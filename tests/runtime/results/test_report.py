@@ -309,6 +309,34 @@ def test_a_folder_that_is_not_a_runs_is_said_to_be_so(out: Path, tmp_path: Path)
     assert not list(out.glob(".*"))
 
 
+@pytest.fixture
+def tracked(out: Path) -> Path:
+    """The same, its frames being those of a cine of which frame 30 was asked about."""
+    cine = {"image": "cine.dcm", "propagated_from": [30]}
+
+    def frame_of_cine(line: dict[str, Any]) -> dict[str, Any]:
+        place = line["index"]
+        moment = {"frame": place, "time_ms": 50.0 * place, "code": f"0123456789ab_frame_{place:06}", "name": f"cine_frame_{place:06}"}
+        return line | cine | moment | ({"propagated_from": None} if place == 30 else {})
+
+    rewrite(out / "results.jsonl", frame_of_cine)
+    write_report(out)
+    return out
+
+
+def test_the_page_says_how_steady_the_masks_of_a_cine_are(tracked: Path) -> None:
+    found = Page(tracked / "report.html").data
+    assert found["cine"] == [{"cine": "0123456789ab", "label": "0123456789ab"}]
+    assert [facts["number"] for facts in found["facts"] if facts["asked"]] == [30]
+    before: Any = None
+    for line, facts in zip(lines(tracked), found["facts"], strict=True):
+        mask = decode_rle(line["masks"][0]["rle"]) if line["masks"] else None
+        for shown in facts["answers"][0]["masks"]:
+            expected = None if before is None else round(float((mask & before).sum() / (mask | before).sum()), 4)
+            assert shown.get("stability") == expected
+        before = mask
+
+
 @pytest.fixture(scope="session")
 def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Any]:
     """What report_page.mjs finds when it uses a report in Chromium."""
@@ -381,6 +409,23 @@ def test_pictures_beside_the_page_are_loaded_when_they_are_shown(
     assert dict(found["fromFiles"])[labels[-1]]
     assert all(from_file == (labels.index(label) >= embedded) for label, from_file in found["fromFiles"])
     assert f"The pictures of {COUNT - embedded} of {COUNT} frames are in the folder previews/" in found["text"]
+
+
+@pytest.mark.slow
+def test_a_cine_is_played_in_a_browser(tracked: Path, browse: Callable[[Path], Any]) -> None:
+    found = browse(tracked / "report.html")
+    assert (found["errors"], found["requests"], found["sideways"]) == ([], [], [])
+    shown = COUNT - 1  # without the frame that failed
+    assert found["cine"] == {
+        "frames": shown,
+        "first": "1.50 s · asked",
+        "charts": 2,
+        "sought": f"{50 * (COUNT - 1) / 1000:.2f} s",
+        "movesTheMark": True,
+        "redrawn": True,
+        "plays": True,
+        "pauses": True,
+    }
 
 
 @pytest.mark.slow

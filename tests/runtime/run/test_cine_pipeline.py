@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import os
@@ -175,9 +174,7 @@ def test_what_a_run_from_the_best_frames_leaves(bundle: Bundle, filling: Path, b
     assert all(line["propagated_from"] == origins for line in found if line["frame"] not in origins)
     with Image.open(best / "cines" / "filling.tif") as tiff, Image.open(best / "cines" / "filling.webp") as animation:
         assert (tiff.n_frames, animation.n_frames, animation.size) == (16, 16, (512, 512))
-    page = (best / "report.html").read_text()
-    assert page.count('data-of="cine"') == 1
-    assert base64.b64encode((best / "cines" / "filling.webp").read_bytes()).decode() in page
+    assert (best / "report.html").read_text().count('data-of="cine"') == 1
 
 
 def test_a_frame_that_was_asked_about_has_the_mask_of_an_image(bundle: Bundle, filling: Path, best: Path, tmp_path: Path) -> None:
