@@ -194,7 +194,7 @@ class EmulatedDeployment(Deployment):
     """A bundle with the rounding of a GPU, on the CPU."""
 
     def session(self, stage: str, threads: int = 0) -> Session:
-        return _EmulatedSession(self.graphs[stage], self.device, threads)
+        return _EmulatedSession(self.graphs[stage], self.device, threads, arena=self.arena)
 
 
 def emulate(bundle: Bundle) -> EmulatedDeployment:

@@ -147,9 +147,7 @@ class Reference:
         values = sum(parameter.numel() for module in (*modules, sam2_model) for parameter in module.parameters())
         streamed = values * dtype.itemsize > memory
         if streamed:
-            lora = (part for name, part in language_model.named_modules() if name.endswith((".lora_A", ".lora_B")))
-            for module in (vision_model.embeddings, *lora):  # small, and other modules look at their dtype
-                module.to(dtype=dtype)
+            vision_model.embeddings.to(dtype=dtype)  # small, and other modules look at its dtype
             for module in modules:
                 widen_in_use(module, dtype)
         for module in (sam2_model,) if streamed else (*modules, sam2_model):

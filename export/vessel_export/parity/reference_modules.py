@@ -175,6 +175,7 @@ def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: flo
         BaseModelError: a tensor is missing or unexpected, of the base model or of the LoRA.
     """
     import peft
+    from peft.tuners.lora import LoraLayer
     from transformers import Qwen2ForCausalLM
 
     alpha = lora_alpha if lora_alpha is not None else trained.lora_alpha
@@ -207,6 +208,9 @@ def load_language_model(base: InternVL3, trained: Checkpoint, *, lora_alpha: flo
     loaded: Any = peft.set_peft_model_state_dict(wrapped, adapter, low_cpu_mem_usage=True)
     missing = [name for name in loaded.missing_keys if ".lora_" in name or ".modules_to_save." in name]
     _refuse_gaps(f"{trained.path}: language_model", missing, loaded.unexpected_keys)
+    for layer in wrapped.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False  # it would round what comes in to the type of the matrices in the file
     for table in (model.model.embed_tokens, model.lm_head):  # peft's wrappers: each also holds the module that it replaces
         table.original_module = table.modules_to_save["default"]
     return wrapped

@@ -234,8 +234,8 @@ def verify_cases(
 ) -> Report:
     """Compare a deployed bundle with the FP32 `reference`. `keep` gets the reference's result of every case.
 
-    If the reference is streamed, memory is scarce: the bundle's stages are loaded one at a time, each for several cases, and the bundle's
-    own answers are the reference's drafts, so that it reads its files once for each case.
+    If the reference is streamed, memory is scarce: the bundle's stages are loaded one at a time, each for several cases, and give back what
+    their activations took. The bundle's own answers are the reference's drafts, so that it reads its files once for each case.
 
     Raises:
         VesselError: the bundle cannot be loaded or run on its device.
@@ -247,6 +247,8 @@ def verify_cases(
         Measurement(stage, "stored weights, in steps", error, QUANTIZED_TOLERANCES[bundle.weights].steps, name)
         for stage, name, error in rounding_errors(bundle, reference)
     ]
+    if reference.streamed:
+        deployment = dataclasses.replace(deployment, arena=False)
     with Segmenter(deployment, threads) as segmenter:
         found = [segmenter.segment(case.sample.runtime, case.question) for case in _shown(cases, "bundle, end to end")]
     expected: list[_Expected] = []

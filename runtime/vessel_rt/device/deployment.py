@@ -47,7 +47,7 @@ AUTO = ("rtx", "cuda", "cpu")  # what `auto` tries; not `tensorrt`, which first 
 class Deployment:
     """A bundle whose files were checked, on a device that works.
 
-    `graphs` has the file of each stage; `batch` images run at once; `files` are all files that were hashed.
+    `graphs` has the file of each stage; `batch` images run at once; `files` are all files that were hashed; `arena` is for Session.
     """
 
     bundle: Bundle
@@ -55,6 +55,7 @@ class Deployment:
     graphs: dict[str, Path]
     batch: int = 1
     files: CheckedFiles = dataclasses.field(default_factory=dict)
+    arena: bool = True
 
     @property
     def max_batch(self) -> int | None:
@@ -101,7 +102,8 @@ class Deployment:
         spec, path = self.bundle.all_stages[stage], self.graphs[stage]
         cache = self._cache(stage) if self._compiles else None
         quantized = self.bundle.quantization is not None and stage in self.bundle.quantization.matrices
-        session = Session(path, self.device, threads, cache=cache, prepack=quantized or stage not in _MATRICES_ONCE)
+        prepack = quantized or stage not in _MATRICES_ONCE
+        session = Session(path, self.device, threads, cache=cache, prepack=prepack, arena=self.arena)
         if session.signature != _signature(spec.inputs) | _signature(spec.outputs):
             raise BundleError(f"{path}: its inputs and outputs are not those of bundle.json; copy or export the bundle again")
         return session

@@ -62,13 +62,16 @@ class Session:
         threads: CPU threads for one operator; 0 leaves the choice to ONNX Runtime (all physical cores).
         cache: for `tensorrt` and `rtx`; without it, what they compile at run time is not saved.
         prepack: on a CPU, copy the matrices to the layout of its kernels while the graph is loaded. It takes their size in memory.
+        arena: on a CPU, keep the memory of activations for later runs and for other sessions, as long as the process lives.
 
     Raises:
         VesselError: ONNX Runtime cannot load the graph.
         PlacementError: it leaves all of the graph, or more than arithmetic of shapes, to the CPU. (`rtx` leaves nothing there.)
     """
 
-    def __init__(self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None, prepack: bool = True) -> None:
+    def __init__(
+        self, path: Path, device: Device, threads: int = 0, *, cache: EngineCache | None = None, prepack: bool = True, arena: bool = True
+    ) -> None:
         ort, provider = onnxruntime(), PROVIDERS[device.kind]
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -79,8 +82,10 @@ class Session:
         if device.kind == "cpu":
             # A pattern is one allocation for all activations of a shape, which comes on top of what earlier runs have allocated.
             options.enable_mem_pattern = False
-            _share_arena()
-            options.add_session_config_entry("session.use_env_allocators", "1")
+            options.enable_cpu_mem_arena = arena
+            if arena:
+                _share_arena()
+                options.add_session_config_entry("session.use_env_allocators", "1")
             options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
             options.add_session_config_entry("session.x64quantprecision", str(int(_products_overflow())))
         options.log_severity_level = 4  # nothing: its warnings are for authors of graphs, and its errors are raised, too
