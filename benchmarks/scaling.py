@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--bundle DIR] [--sizes 12 100 500 2000] [--threads 1 0] [--batches 1 2 4]
 
 The frames are those of the example, resized to one tile and repeated as hard links. Sizes run with the default options; threads and
-batches vary one at a time, on the largest folder of at most 100 images. Times and peaks come from run.json; the time does not include loading.
+batches vary one at a time, on the largest folder of at most 100 images. Times and peaks come from run.json; no time includes loading.
 A peak is the highest of many readings, and so is higher in a longer run even if nothing grows. So the resident memory is read during the
 run, too: its growth is the median of the last quarter of the run over that of the second. The last line is JSON.
 """
