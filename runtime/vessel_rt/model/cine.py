@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -140,8 +140,9 @@ class CineSegmenter(Segmenter):
         """Ask about each of the `chosen` frames by itself, as `run` does about an image, and track their objects through the others.
 
         The frames between and after the chosen ones are tracked forward from the first of them, those before it backward. Where SAM2 finds
-        that an object is not on a tracked frame (its score is not above 0), its mask is empty, and so it is remembered. A chosen frame
-        whose answers have other numbers of [SEG] than the best one's is tracked like the others. Tracked frames have the best one's answer.
+        that an object is not on a tracked frame (its score is not above 0), its mask is empty, and so it is remembered; not so if the score
+        denies a mask on a chosen frame, too, since then it says nothing. A chosen frame whose answers have other numbers of [SEG] than the
+        best one's is tracked like the others. Tracked frames have the best one's answer.
 
         Args:
             chosen: places of frames in the cine, the best first.
@@ -159,6 +160,7 @@ class CineSegmenter(Segmenter):
         asked: list[int] = []
         best: list[Generation] = []
         conditioning: list[dict[int, Memory]] = []
+        denied: set[int] = set()
         for place, pixels in frames(chosen, self.prepare):
             ms: dict[str, float] = {}
             [generations] = self._carefully(questions[0], functools.partial(self._generate, [pixels], questions, ms))
@@ -169,14 +171,16 @@ class CineSegmenter(Segmenter):
             states = np.concatenate([generation.seg_states for generation in generations])
             found = self._conditioned(questions[0], place, pixels, states, conditioning)
             asked.append(place)
+            denied.update(np.flatnonzero(_absent(found.prediction) & (found.prediction["low_res_logits"] > 0).any(axis=(1, 2))))
             yield place, self._results(pixels, questions, generations, found, ms, None)
         if not asked:
             raise ImageError("none of the frames to ask about can be read")
         first, origins = min(asked), tuple(sorted(asked))
         before = [place for place in reversed(places) if place < first]
         after = [place for place in places if place > first and place not in asked]
+        hide = set(range(len(conditioning))) - denied
         for order, reverse in ((before, True), (after, False)):
-            tracked = self.propagate(conditioning, frames(order, self.prepare_tracked), reverse=reverse, hide=True)
+            tracked = self.propagate(conditioning, frames(order, self.prepare_tracked), reverse=reverse, hide=hide)
             for place, pixels, found in self._each(questions[0], tracked):
                 yield place, self._results(pixels, questions, best, found, {}, origins)
 
@@ -226,7 +230,7 @@ class CineSegmenter(Segmenter):
         frames: Iterable[tuple[int, Pixels]],
         *,
         reverse: bool = False,
-        hide: bool = False,
+        hide: Collection[int] = (),
     ) -> Iterator[_Followed]:
         """Track objects through `frames`.
 
@@ -234,8 +238,8 @@ class CineSegmenter(Segmenter):
             conditioning: for each object the memories of its conditioning frames, by place in the cine: the same places for each object.
             frames: the frames to track, each with its place in the cine, in the order of tracking; without the conditioning frames.
             reverse: whether places decrease. A pass in one direction knows nothing of a pass in the other.
-            hide: whether an object whose score is not above 0 has an empty mask on the frame, and in its memory, as in sam2; Sa2VA's copy
-                of sam2 ignores the score.
+            hide: the objects, by number, that have an empty mask on a frame, and in its memory, where their score is not above 0, as in
+                sam2; Sa2VA's copy of sam2 ignores the score.
 
         Yields:
             The place, the frame, and the objects on it, as soon as it is tracked.
@@ -251,14 +255,14 @@ class CineSegmenter(Segmenter):
             ms: dict[str, float] = {}
             predictions, memories = [], []
             features = self._encode([pixels], ms) if banks else {}
-            for bank in banks:
+            for number, bank in enumerate(banks):
                 with timed(ms, "sam2_memory_attention"):
                     feeds = {"image_features": features["image_features"], **bank.feeds(place)}
                     conditioned = self._sessions["sam2_memory_attention"].run(feeds, keep=("conditioned_features",))
                 with timed(ms, "sam2_tracking_decoder"):
                     fine = {name: features[name] for name in ("fpn_0", "fpn_1")}
                     prediction = self._sessions["sam2_tracking_decoder"].run(fine | conditioned)
-                predictions.append(_hidden(prediction) if hide else prediction)
+                predictions.append(_hidden(prediction) if number in hide else prediction)
                 memories.append(self._remembered(features, predictions[-1], ms))
                 bank.add(place, memories[-1])
             yield place, pixels, self._tracked(predictions, memories, ms)
@@ -304,5 +308,10 @@ class CineSegmenter(Segmenter):
 
 def _hidden(prediction: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     """`prediction` with an empty mask for each object that is not there."""
-    there = prediction["object_score"][:, None, None] > 0
-    return {**prediction, "low_res_logits": np.where(there, prediction["low_res_logits"], np.float32(_NO_OBJECT))}
+    absent = _absent(prediction)[:, None, None]
+    return {**prediction, "low_res_logits": np.where(absent, np.float32(_NO_OBJECT), prediction["low_res_logits"])}
+
+
+def _absent(prediction: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.bool_]:
+    """Which objects are not on the frame, by their scores [objects]."""
+    return prediction["object_score"] <= 0

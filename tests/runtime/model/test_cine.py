@@ -168,6 +168,16 @@ def test_an_object_that_is_not_there_has_an_empty_mask(segmenter: CineSegmenter,
     assert remembered[3:] == [False] * 6
 
 
+def test_a_score_that_denies_the_mask_of_an_answer_empties_none(segmenter: CineSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **more: {**run(*args, **more), "object_score": np.array([-0.5], np.float32)}
+
+    for name in ("sam2_mask_decoder", "sam2_tracking_decoder"):
+        monkeypatch.setattr(segmenter._sessions[name], "run", denied(segmenter._sessions[name].run))
+    found = dict(segmenter.run_from([1], range(3), Shown(3), [QUESTION]))
+    assert all(result.masks[0].area > 0 for [result] in found.values())
+
+
 def test_what_it_refuses(segmenter: CineSegmenter, standin: Bundle) -> None:
     with pytest.raises(VesselError, match="without frames"):
         list(segmenter.segment_cine([], QUESTION))
