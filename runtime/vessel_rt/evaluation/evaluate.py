@@ -21,7 +21,6 @@ from vessel_rt.errors import VesselError
 from vessel_rt.evaluation.cines import CineScore, CineScores, mean_score
 from vessel_rt.evaluation.ground_truth import GroundTruth, check_concepts, matched, read_truth
 from vessel_rt.evaluation.metrics import METRICS, Mask, bootstrap_interval
-from vessel_rt.inputs.frames import cine_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.reader import (
@@ -31,6 +30,7 @@ from vessel_rt.results.reader import (
     METRICS_FILE,
     RESULTS_FILE,
     RUN_FILE,
+    cine_place,
     mask_of,
     read_results,
 )
@@ -178,8 +178,8 @@ def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth, 
             for mask in masks:
                 predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
             found = _compare(line, concept, number, predicted, truth)
-            if line["frame"] is not None:
-                cines.add(cine_of(line["code"], line["frame"]), line["image"], line["question"], found.concept, predicted, truth)
+            if place := cine_place(line):
+                cines.add(place.code, place.image, line["question"], found.concept, predicted, truth)
             yield found
 
 

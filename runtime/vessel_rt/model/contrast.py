@@ -48,7 +48,8 @@ def contrast_of(frames: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float
     excess = np.clip(hats[:, changes].astype(np.int16) - always[changes], 0, _MOST)
     count = max(1, round(_DARKEST * excess.shape[1]))
     darkest = np.partition(excess, excess.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
-    return np.convolve(darkest, _SMOOTH, "same") / np.convolve(np.ones(len(darkest)), _SMOOTH, "same")[: len(darkest)]
+    ends = slice(len(_SMOOTH) // 2, -(len(_SMOOTH) // 2))  # mode "same" would give five values for fewer frames
+    return np.convolve(darkest, _SMOOTH)[ends] / np.convolve(np.ones(len(darkest)), _SMOOTH)[ends]
 
 
 def choose_frames(contrast: Sequence[float] | npt.NDArray[np.float64]) -> list[int]:

@@ -1,5 +1,5 @@
-"""The masks of a multi-frame file in one TIFF: cines/<stem>.tif, one page per processed frame. Of a tracked cine also its overlays as an
-animation: cines/<stem>.webp.
+"""The masks of a cine, a multi-frame file or a series, in one TIFF: cines/<stem>.tif, one page per processed frame. Of a tracked cine also
+its overlays as an animation: cines/<stem>.webp.
 
 Does not know how the masks were made; it reads them and the overlays from the output folder.
 """
@@ -16,10 +16,9 @@ from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from vessel_rt.errors import VesselError
-from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, replacing, writing
 from vessel_rt.results.animation import write_animation
-from vessel_rt.results.reader import iter_frames
+from vessel_rt.results.reader import cine_place, iter_frames
 from vessel_rt.results.schema import CINES, OVERLAYS, ResultLine
 from vessel_rt.results.writer import numbered
 
@@ -41,9 +40,8 @@ def write_cines(output: Path) -> None:
     """
     cines: dict[str, dict[int, list[ResultLine]]] = defaultdict(dict)
     for lines in iter_frames(output):
-        number = lines[0]["frame"]
-        if number is not None:
-            cines[cine_of(lines[0]["name"], number)][number] = lines
+        if place := cine_place(lines[0]):
+            cines[place.name][place.number] = lines
     taken = {cine.casefold() for cine in cines}
     for cine, frames in cines.items():
         whole = [lines for _, lines in sorted(frames.items())]

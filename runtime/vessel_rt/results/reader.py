@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import vessel_rt
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.schema import NewerSchemaError
+from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, read_regular
 from vessel_rt.results.rle import decode_rle
 from vessel_rt.results.schema import (
@@ -42,7 +43,9 @@ __all__ = [
     "RESULTS_FILE",
     "RUN_FILE",
     "TIMINGS_FILE",
+    "CinePlace",
     "FormError",
+    "cine_place",
     "iter_frames",
     "iter_lines",
     "iter_timings",
@@ -72,6 +75,24 @@ _T = TypeVar("_T")
 
 class FormError(VesselError):
     """A file of an output folder was edited or damaged, or another version wrote it."""
+
+
+class CinePlace(NamedTuple):
+    """Where in a cine a frame is: the name of the cine's outputs, its study code, what it is called if names are shown, and the frame's
+    number."""
+
+    name: str
+    code: str
+    image: str
+    number: int
+
+
+def cine_place(line: ResultLine) -> CinePlace | None:
+    """The place of a frame of a multi-frame file or a series; None for an image of its own."""
+    if series := line.get("series"):
+        return CinePlace(series["name"], series["code"], series["name"], series["number"])
+    number = line["frame"]
+    return None if number is None else CinePlace(cine_of(line["name"], number), cine_of(line["code"], number), line["image"], number)
 
 
 def read_results(output: Path) -> list[ResultLine]:

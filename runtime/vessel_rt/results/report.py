@@ -23,7 +23,6 @@ from urllib.parse import quote
 from PIL import Image
 
 from vessel_rt.errors import VesselError
-from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, read_regular, replacing, writing
 from vessel_rt.results.cines import animation_file
 from vessel_rt.results.reader import (
@@ -33,6 +32,7 @@ from vessel_rt.results.reader import (
     RUN_FILE,
     TIMINGS_FILE,
     FormError,
+    cine_place,
     iter_frames,
     iter_timings,
     mask_of,
@@ -81,8 +81,8 @@ def write_report(output: Path) -> Path:
             picture = _picture(output, lines[0], share) if place in embedded else _link(output, lines[0])
             _write_data(page, "facts", _facts(lines, timings, of_frame, show_names) | {"linked": "file" in picture})
             _write_data(page, "shapes", picture | _masks(output, lines, of_frame))
-            if (number := lines[0]["frame"]) is not None and "propagated_from" in lines[0]:
-                cines.setdefault(cine_of(lines[0]["code"], number), (cine_of(lines[0]["name"], number), lines[0]["image"]))
+            if (at := cine_place(lines[0])) and "propagated_from" in lines[0]:
+                cines.setdefault(at.code, (at.name, at.image))
         room = _ANIMATIONS
         for code, (cine, image) in cines.items():
             animation = _animation(output, cine, code)
@@ -166,10 +166,10 @@ def _facts(lines: Sequence[ResultLine], timings: Sequence[TimingLine], truths: S
 
 def _moment(line: ResultLine) -> dict[str, Any]:
     """Where in a tracked cine a frame is, and whether the model was asked about it; nothing for other frames."""
-    if line["frame"] is None or "propagated_from" not in line:
+    at = cine_place(line)
+    if at is None or "propagated_from" not in line:
         return {}
-    cine = cine_of(line["code"], line["frame"])
-    return {"cine": cine, "number": line["frame"], "time": line.get("time_ms"), "asked": line["propagated_from"] is None}
+    return {"cine": at.code, "number": at.number, "time": line.get("time_ms"), "asked": line["propagated_from"] is None}
 
 
 def _animation(output: Path, cine: str, code: str) -> bytes:

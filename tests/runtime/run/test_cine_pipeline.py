@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from tests.support.frames import CODES
 from tests.support.runs import files, lines, options, same_results
 from vessel_export.parity.verify_cine import drawn_cine
 from vessel_rt.cli import main
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.inputs.frames import Selection
+from vessel_rt.inputs.frames import Naming, Selection
+from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.results.writer import FrameWriter
 from vessel_rt.run import worker
 from vessel_rt.run.infer import InferOptions, infer
@@ -229,6 +232,97 @@ def test_a_cine_of_which_no_frame_can_be_read(bundle: Bundle, filling: Path, tmp
 
     monkeypatch.setattr(worker, "read_frame", damaged)
     assert infer(bundle, asked(filling, tmp_path / "out", "best-frame")).failed == 16
+
+
+def numbered(filling: Path, folder: Path) -> Path:
+    """The frames of a cine as numbered files, from 7 on, with a gap after the first, and an image that is not of it."""
+    folder.mkdir()
+    with Image.open(filling) as tiff:
+        for place in range(tiff.n_frames):
+            tiff.seek(place)
+            tiff.save(folder / f"run_{7 + place + (place > 0)}.png")
+        tiff.save(folder / "other.png")
+    return folder
+
+
+def in_series(folder: Path, output: Path, propagate: str = "best-frame", **more: Any) -> InferOptions:
+    return dataclasses.replace(asked(folder, output, propagate, **more), selection=Selection(slice(None), series=True))
+
+
+@pytest.fixture(scope="module")
+def series(bundle: Bundle, filling: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Numbered files, and the output of a whole run; not to be changed."""
+    folder, output = numbered(filling, tmp_path_factory.mktemp("series") / "in"), tmp_path_factory.mktemp("series") / "out"
+    assert infer(bundle, in_series(folder, output)).failed == 0
+    return folder, output
+
+
+def test_a_series_of_files_gives_the_masks_of_the_cine(series: tuple[Path, Path], best: Path) -> None:
+    """Places in the cine count, not the numbers of the files."""
+    _, output = series
+    (other, *found), wanted = lines(output), lines(best)
+    number = {place: 7 + place + (place > 0) for place in range(16)}
+    assert (other["name"], other["series"]) == ("other", None)
+    assert [line["name"] for line in found] == [f"run_{number[place]}" for place in range(16)]
+    assert [line["series"] for line in found] == [{"name": "run", "code": CODES.code("run"), "number": each} for each in number.values()]
+    assert [line["frame"] for line in found] == [None] * 16
+    for line, expected in zip(found, wanted, strict=True):
+        assert [mask["rle"] for mask in line["masks"]] == [mask["rle"] for mask in expected["masks"]]
+        origins = expected["propagated_from"]
+        assert line["propagated_from"] == (None if origins is None else [number[place] for place in origins])
+    for name in ("filling.tif", "filling.webp"):
+        assert (output / "cines" / name.replace("filling", "run")).read_bytes() == (best / "cines" / name).read_bytes()
+    page = (output / "report.html").read_text()
+    assert page.count('data-of="cine"') == 1
+    assert f'"cine":"{CODES.code("run")}","number":7,' in page
+
+
+def test_a_series_is_done_again_as_a_whole(bundle: Bundle, series: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(series[0], folder)
+    shutil.copytree(series[1], output)
+    options = in_series(folder, output)
+    assert infer(bundle, options).kept == 17
+    (folder / "run_23.png").unlink()
+    with pytest.raises(VesselError, match="1 frames that are not among these inputs"):
+        infer(bundle, options)
+    assert infer(bundle, dataclasses.replace(options, prune=True)).kept == 1, "the image"
+    with Image.open(output / "cines" / "run.tif") as tiff:
+        assert tiff.n_frames == 15
+    shutil.copy(series[0] / "run_23.png", folder)
+    assert infer(bundle, options).kept == 1
+    same_results(output, series[1])
+    again = dataclasses.replace(options, naming=Naming(StudyCodes(bytes([1] * 32))))
+    assert infer(bundle, again).kept == 17
+    assert {line["series"]["code"] for line in lines(output)[1:]} == {again.naming.codes.code("run")}
+
+
+def test_a_damaged_file_of_a_series_is_left_out(bundle: Bundle, series: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(series[0], folder)
+    (folder / "run_9.png").write_bytes((folder / "run_9.png").read_bytes()[:500])
+    assert infer(bundle, in_series(folder, output)).failed == 1
+    failed = [line for line in lines(output) if line["status"] == "error"]
+    assert [(line["name"], line["series"]["number"]) for line in failed] == [("run_9", 9)]
+    assert [path.name for path in (output / "cines").iterdir()] == ["run.webp"]
+
+
+def test_series_need_propagate(series: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for extra, says in ((["--series"], "--propagate"), (["--series", "--propagate", "--frames", "0:5"], "--frames")):
+        with pytest.raises(SystemExit) as e:
+            main(["infer", str(series[0]), *extra])
+        assert e.value.code == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_tells_its_series(bundle: Bundle, series: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    inputs = [str(series[0] / f"run_{number}.png") for number in (10, 9)]
+    command = ["infer", *inputs, "--bundle", str(bundle.folder), "-o", str(tmp_path / "out"), "--device", "cpu", "--propagate", "--series"]
+    assert main([*command, "--pseudonymize"]) == 0
+    assert "vessel-rt: series: 1 cine from 2 files\n" in capfd.readouterr().err
+    code = lines(tmp_path / "out")[0]["series"]["code"]
+    assert sorted(path.name for path in (tmp_path / "out" / "cines").iterdir()) == [f"{code}.tif", f"{code}.webp"]
+    assert [line["series"]["number"] for line in lines(tmp_path / "out")] == [9, 10]
 
 
 def test_two_cines_do_not_share_memories(bundle: Bundle, cine: Path, done: Path, tmp_path: Path) -> None:
