@@ -15,10 +15,9 @@ from pathlib import Path
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
-from vessel_rt.errors import VesselError
-from vessel_rt.io.files import open_regular, replacing, writing
+from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.animation import write_animation
-from vessel_rt.results.reader import cine_place, iter_frames
+from vessel_rt.results.reader import cine_place, iter_frames, read_picture
 from vessel_rt.results.schema import CINES, OVERLAYS, ResultLine
 from vessel_rt.results.writer import numbered
 
@@ -62,7 +61,7 @@ def _write_overlays(output: Path, cine: str, frames: Sequence[ResultLine]) -> No
     def picture(number: int) -> Image.Image:
         line = frames[number]
         name = next(name for name in line["files"] if name.startswith(f"{OVERLAYS}/"))
-        return _read(output, name, "JPEG", f"the overlay of {line['code']} cannot be read for the animation of its cine")
+        return read_picture(output, name, "JPEG", f"the overlay of {line['code']} cannot be read for the animation of its cine")
 
     with writing(f"{output}: the animation of a cine"):
         (output / CINES).mkdir(exist_ok=True)
@@ -93,14 +92,6 @@ def _pages(output: Path, frames: Sequence[Sequence[ResultLine]], question: int, 
         line = lines[question]
         if mask < len(line["masks"]):
             name, problem = line["masks"][mask]["file"], f"a mask of {line['code']} cannot be read for the TIFF of its cine"
-            yield _read(output, name, "PNG", problem)
+            yield read_picture(output, name, "PNG", problem)
         else:
             yield Image.new("L", (line["width"] or 0, line["height"] or 0))  # a frame with an answer has both
-
-
-def _read(output: Path, name: str, kind: str, problem: str) -> Image.Image:
-    try:
-        with open_regular(output / name) as file, Image.open(file, formats=(kind,)) as picture:
-            return picture.copy()
-    except Exception as e:  # a decoder may raise anything if the file was changed
-        raise VesselError(f"{output}: {problem}; repeat the command") from e

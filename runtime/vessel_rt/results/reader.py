@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 import vessel_rt
 from vessel_rt.errors import VesselError
@@ -52,6 +53,7 @@ __all__ = [
     "mask_of",
     "read_evaluation",
     "read_json",
+    "read_picture",
     "read_results",
     "read_run",
 ]
@@ -151,6 +153,15 @@ def mask_of(path: Path, line: ResultLine, rle: Rle) -> npt.NDArray[np.bool_]:
     except ValueError as e:
         _refuse(path, None, ValueError(f"a mask of {line['code']}: {e}"))
     return mask
+
+
+def read_picture(output: Path, name: str, kind: str, problem: str) -> Image.Image:
+    """The picture in the file `name` of an output folder, of Pillow's format `kind`. Raises VesselError with `problem`."""
+    try:
+        with open_regular(output / name) as file, Image.open(file, formats=(kind,)) as picture:
+            return picture.copy()
+    except Exception as e:  # a decoder may raise anything if the file was changed
+        raise VesselError(f"{output}: {problem}; repeat the command of the run") from e
 
 
 def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -349,6 +349,8 @@ class CineRecord(TypedDict):
         jf: the mean of `j` and `f`.
         stability: the mean IoU of the masks of consecutive frames; null if they are all empty.
         true_stability: the same of the ground truth.
+        warped_stability: the same with masks moved by optical flow; null without `--flow`.
+        true_warped_stability: the same of the ground truth.
     """
 
     code: str
@@ -360,6 +362,8 @@ class CineRecord(TypedDict):
     jf: _Number
     stability: _Number | None
     true_stability: _Number | None
+    warped_stability: NotRequired[_Number | None]
+    true_warped_stability: NotRequired[_Number | None]
 
 
 class EvaluationFile(TypedDict):
