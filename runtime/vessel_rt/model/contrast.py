@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vessel_rt.formats.profiles import BEST_FRAMES
+
 __all__ = ["SIDE", "choose_frames", "contrast_of", "reduced"]
 
 SIDE = 128  # pixels of the longer side of a reduced frame
@@ -26,7 +28,6 @@ _MOST = 64  # gray levels of one pixel, at most: changing digits are darker than
 _SMOOTH = np.array([1, 2, 3, 2, 1], np.float64)  # over time
 _FILLED = 0.8  # of the way from the least to the most contrast: a frame is filled
 _APART = 6  # frames between two conditioning frames, at least: as many as SAM2 remembers
-_CHOSEN = 3
 
 
 def reduced(frame: Image.Image, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
@@ -65,7 +66,7 @@ def choose_frames(contrast: Sequence[float] | npt.NDArray[np.float64]) -> list[i
     first = int(gaps[gaps < best].max(initial=-1)) + 1
     last = int(gaps[gaps > best].min(initial=len(values))) - 1
     chosen = [best]
-    while len(chosen) < _CHOSEN:
+    while len(chosen) < BEST_FRAMES:
         distance = {place: min(abs(place - other) for other in chosen) for place in range(first, last + 1)}
         farthest = max(distance, key=lambda place: (distance[place], values[place]))
         if distance[farthest] < _APART:

@@ -186,7 +186,15 @@ class Job:
 
     def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
         """Load the bundle on the device, which `choose_devices` or `open_device` returned in this process. Raises VesselError."""
-        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, streams=self.streams, files=self.files)
+        deployment = deploy_on(
+            self.bundle,
+            self.device,
+            progress,
+            batch=self.options.batch,
+            streams=self.streams,
+            propagate=self.options.propagate,
+            files=self.files,
+        )
         return Worker(deployment, self.options, self.total, self.writer, stop, say)
 
 
