@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,60 @@ def test_a_run_from_the_best_frames_that_was_stopped_is_done_again(
     assert 0 < len(lines(output)) < 16
     assert infer(bundle, asked(filling, output, "best-frame")).kept == 0
     same_results(output, best)
+
+
+# vessel-rt, killed when the function that the first argument names (module:attributes) was called for the N-th time.
+KILLED = """
+import functools, importlib, itertools, os, signal, sys
+module, _, names = sys.argv[1].partition(":")
+*owners, name = names.split(".")
+owner = functools.reduce(getattr, owners, importlib.import_module(module))
+function, calls = getattr(owner, name), itertools.count(1)
+def dying(*args, **kwargs):
+    found = function(*args, **kwargs)
+    if next(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+setattr(owner, name, dying)
+from vessel_rt.cli import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "calls"),
+    [
+        ("vessel_rt.results.writer:FrameWriter.write", 1),
+        ("vessel_rt.results.writer:FrameWriter.write", 9),
+        ("vessel_rt.run.journal:Record.add", 15),
+        ("PIL.TiffImagePlugin:AppendingTiffWriter.newFrame", 5),
+        ("vessel_rt.results.animation:_still", 12),
+        ("vessel_rt.results.cines:write_animation", 1),
+        ("vessel_rt.results.run_file:write_run", 1),
+    ],
+)
+@pytest.mark.parametrize("kind", ["file", "series"])
+def test_a_run_that_is_killed_is_finished_as_if_it_had_not_been(
+    bundle: Bundle, filling: Path, best: Path, series: tuple[Path, Path], tmp_path: Path, kind: str, function: str, calls: int
+) -> None:
+    """In the middle of tracking, of the TIFF, of the animation, and after each; twice in a row. Times are not in these files."""
+    inputs, whole, extra = (filling, best, ()) if kind == "file" else (*series, ("--series",))
+    key = tmp_path / "key"
+    key.write_text("00" * 32)
+    key.chmod(0o600)
+    output = tmp_path / "out"
+    command = ["infer", str(inputs), "--bundle", str(bundle.folder), "-o", str(output), "--key", str(key), "--device", "cpu"]
+    command += ["--threads", "1", "-q", "--propagate", *extra]
+    for _ in range(2):
+        process = subprocess.run([sys.executable, "-c", KILLED, function, str(calls), *command], capture_output=True, check=False)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert not (output / "report.html").exists()
+    assert main(command) == 0
+    same_results(output, whole)
+    found, wanted = ({path.relative_to(of): path.read_bytes() for path in of.glob("cines/*")} for of in (output, whole))
+    assert found == wanted
+    assert not [path for path in output.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_a_frame_that_cannot_be_read_is_left_out(bundle: Bundle, filling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
