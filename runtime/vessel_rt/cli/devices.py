@@ -24,7 +24,13 @@ def add_devices_commands(commands: Any) -> None:
     plan.add_argument("--streams", type=up_to(MAX_BATCH), metavar="N", help="on a CPU: images at the same time (default: 1)")
     plan.add_argument("--recipe", metavar="NAME|TOML", help="plan for the engines.max_batch and engines.memory_gib of this recipe")
     plan.add_argument("--batch", type=up_to(MAX_BATCH), metavar="N", help="images at once (default: the recipe's, else 1)")
-    plan.add_argument("--propagate", action="store_true", help="on a GPU: also plan to track objects through cines")
+    plan.add_argument(
+        "--propagate",
+        nargs="?",
+        const="best-frame",
+        choices=["best-frame", "sa2va"],
+        help="also plan to track objects through cines, as infer does (on a GPU: for either way)",
+    )
     plan.add_argument(
         "--memory",
         type=gibibytes,
@@ -54,12 +60,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     from vessel_rt.formats.profiles import workload_of
     from vessel_rt.formats.recipe import load_recipe
 
-    for name in ("recipe", "batch", "propagate") if arguments.device == "cpu" else ("streams",):
+    for name in ("recipe", "batch") if arguments.device == "cpu" else ("streams",):
         if getattr(arguments, name):
             arguments.usage_error(f"--{name} is not for --device {arguments.device}")
+    if arguments.streams and arguments.propagate:
+        arguments.usage_error("--streams is not for --propagate: one frame of a cine is tracked at a time")
     bundle, recipe = find_bundle(arguments.bundle), load_recipe(arguments.recipe) if arguments.recipe else None
     if arguments.device == "cpu":
-        plan = make_host_plan(bundle, arguments.streams or 1, memory=arguments.memory)
+        plan = make_host_plan(bundle, arguments.streams or 1, memory=arguments.memory, propagate=arguments.propagate)
         print(plan.to_json() if arguments.json else plan.table())
         require_host_fit(bundle, plan)
         return 0
@@ -70,7 +78,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             memory = list_gpus()[0].memory
         except VesselError as e:
             raise VesselError(f"for which card? give --memory or --recipe ({e})") from e
-    plan = make_plan(bundle, arguments.batch or batch, memory, cines=arguments.propagate)
+    plan = make_plan(bundle, arguments.batch or batch, memory, cines=bool(arguments.propagate))
     print(plan.to_json() if arguments.json else plan.table())
     require_fit(bundle, plan)
     return 0

@@ -23,6 +23,7 @@ _INFER = """examples:
   vessel-rt infer frames/ --bundle engines/iter_12192-fp16 --prompt 'Please segment catheter in this image.'
   vessel-rt infer cine.dcm --frames 10:60:5               frames 10, 15, ... 55 of each cine; the first is 0
   vessel-rt infer cine.dcm --propagate                    ask about a few frames, track their objects through the others
+  vessel-rt infer frames/ --propagate --series            img_0001.png, img_0002.png ... are one cine
   vessel-rt infer frames/ --devices 0,1,2,3               four GPUs; cpu:2 is two processes on the CPU
   vessel-rt infer frames/ --num-shards 4 --shard-id 0     the first of four hosts
   vessel-rt merge-shards shard0 shard1 shard2 shard3 -o all   then combine their results
@@ -78,6 +79,12 @@ def add_infer(commands: Any) -> None:
         help="track the answer's objects through each cine: best-frame (without a value) asks about up to 3 frames with most contrast "
         "and tracks from them in both directions; sa2va asks about the first 5 frames and tracks forward, exactly as Sa2VA does; the pages "
         "of a TIFF are frames, too",
+    )
+    which.add_argument(
+        "--series",
+        action="store_true",
+        help="with --propagate: files of one folder whose names differ only in their last number are the frames of one cine, in the order "
+        "of the numbers; other files stay images",
     )
     which.add_argument("--recursive", action="store_true", help="also search the subfolders of folders; a/b/x.png gives masks/a__b__x.png")
     which.add_argument("--num-images", type=types.positive, metavar="N", help="only the first N frames")
@@ -136,6 +143,10 @@ def run_infer(arguments: argparse.Namespace) -> int:
     from vessel_rt.run.worker import WorkOptions
 
     _check_bounds(arguments)
+    if arguments.series and not arguments.propagate:
+        arguments.usage_error("--series needs --propagate: without it, every file is an image of its own")
+    if arguments.series and arguments.frames:
+        arguments.usage_error("--frames counts the frames of a file: it does not go with --series; give the files to take instead")
     shard, shards = _shard(arguments)
     bundle = types.find_bundle(arguments.bundle, arguments.quiet)
     output = arguments.output or Path("out") / bundle.folder.resolve().name
@@ -153,7 +164,12 @@ def run_infer(arguments: argparse.Namespace) -> int:
             propagate=arguments.propagate,
         ),
         selection=Selection(
-            arguments.frames or (slice(None) if arguments.propagate else None), arguments.num_images, shards, shard, arguments.recursive
+            arguments.frames or (slice(None) if arguments.propagate else None),
+            arguments.num_images,
+            shards,
+            shard,
+            arguments.recursive,
+            arguments.series,
         ),
         devices=arguments.devices or (arguments.device or Device("auto"),),
         ray=arguments.ray,

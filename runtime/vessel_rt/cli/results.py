@@ -14,6 +14,7 @@ __all__ = ["add_results_commands"]
 
 _EVALUATE = """examples:
   vessel-rt evaluate out/demo --gt frames/annotations.json
+  vessel-rt evaluate out/cines --gt masks/ --flow
   vessel-rt evaluate out/demo --gt masks/                 a folder of ground-truth masks: <stem>.png, <stem>_gt.png or <stem>_mask.png
 """
 
@@ -31,6 +32,11 @@ def add_results_commands(commands: Any) -> None:
     evaluate.add_argument("output", type=Path, metavar="OUT", help="the output folder of `vessel-rt infer`")
     evaluate.add_argument(
         "--gt", type=Path, required=True, metavar="PATH", help="annotations in Sa2VA's fine-tuning format, or a folder of masks"
+    )
+    evaluate.add_argument(
+        "--flow",
+        action="store_true",
+        help="of cines: also the stability of masks that optical flow moves to the next frame (0.2 s a frame)",
     )
     add_naming(evaluate)
     evaluate.set_defaults(run=_evaluate)
@@ -61,7 +67,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     naming = naming_of(arguments, arguments.output)
     with locked(arguments.output):
-        evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names)
+        evaluation = evaluate(arguments.output, arguments.gt, codes=naming.codes, show_names=naming.show_names, flow=arguments.flow)
         write_report(arguments.output)
     print(evaluation.table())
     return 0

@@ -166,17 +166,18 @@ def deploy_on(
     *,
     batch: int | None = None,
     streams: int = 1,
+    propagate: str | None = None,
     files: CheckedFiles | None = None,
 ) -> Deployment:
     """As `deploy`, on a device that `choose_device` or `open_device` has returned in this process: it is not probed again.
 
-    `streams` batches will run at the same time. `files` is the result of `check_bundle` in another process for this bundle and device:
-    they are not hashed again.
+    `streams` batches will run at the same time, or objects will be tracked through cines as `propagate` says. `files` is the result of
+    `check_bundle` in another process for this bundle and device: they are not hashed again.
     """
     engines = _engines_for(bundle, device, batch)
     if files is None:
         if device.kind == "cpu":
-            require_memory(bundle, streams)
+            require_memory(bundle, streams, propagate=propagate)
         files = _check(bundle, [engines], progress)
     images = batch or _most_images(bundle, device, engines)
     if engines is None:

@@ -11,16 +11,20 @@ constants were fitted to `python -m benchmarks.host_memory` with ONNX Runtime 1.
 - cache: a key and a value per layer and stream, [kv_heads, capacity, head_dim], for an image of all tiles.
 - activations: the stages run one after the other and share an arena, so the largest stage counts, once per stream. Attention is not fused
   on a CPU, and the arena grows in powers of two; together that takes about twice the exporter's estimate.
+- cines: the weights of their stages, the memories of an object, and the scores of sam2_memory_attention, of every position of a frame to
+  every position of its memories and every pointer. They grow from frame to frame, so they do not fit into what the other stages left in
+  the arena. Everything else of these stages does.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from vessel_rt.device.memory_plan import BYTES, Item, Plan
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.formats.profiles import CPU_TILES, CPU_TOKENS, MASKS_AN_IMAGE
+from vessel_rt.formats.profiles import CPU_TILES, CPU_TOKENS, MASKS_AN_IMAGE, conditioning_frames
 
 __all__ = [
     "anonymous_memory",
@@ -40,17 +44,19 @@ _PROCESS = 160 << 20  # bytes: Python, the libraries, the tokenizer, an image
 _COPIES = {"fp32": 1.0, "fp16": 2.2, "bf16": 2.2, "int8": 1.03, "int4": 1.03}  # bytes over the bytes of a stage's files
 _MAPPED = ("sam2_image_encoder",)  # in FP32
 _ACTIVATIONS = 2.0
+_FUSED = 4096  # positions of a frame from which the exporter writes attention as one operator, whose scores become their softmax in place
 _FP32 = BYTES["fp32"]
 _GB = 1e9
 
 
-def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory: int | None = None) -> Plan:
+def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory: int | None = None, propagate: str | None = None) -> Plan:
     """Estimate what `processes` processes take that run `bundle` on a CPU with `streams` images at a time each.
 
-    `memory` is the host's, in bytes; None: what is available now, or the estimate itself if the system does not tell.
+    `memory` is the host's, in bytes; None: what is available now, or the estimate itself if the system does not tell. `propagate`: how
+    objects are tracked through cines (`best-frame`, `sa2va`).
 
     Raises:
-        BundleError: an older version exported the bundle, without the sizes that a plan needs.
+        BundleError: an older version exported the bundle, without the sizes that a plan needs, or without the stages of cines.
     """
     sizes, sized = bundle.language_model, bundle.sized_stages()
     quantized = bundle.quantization.matrices if bundle.quantization else {}
@@ -63,8 +69,23 @@ def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory:
     units = {"vision_encoder": CPU_TILES, "language_model": CPU_TOKENS, "sam2_image_encoder": 1, "sam2_mask_decoder": MASKS_AN_IMAGE}
     largest = max(units[name] * stage.activation_bytes for name, stage in sized.items()) * _FP32 // BYTES[bundle.precision]
     items.append(Item("activations", int(images * _ACTIVATIONS * largest)))
+    if propagate:
+        items += _of_cines(bundle, propagate)
     total = sum(item.bytes for item in items)
-    return Plan(str(bundle.folder), images, sizes.capacity, memory or available_memory() or total, tuple(items))
+    return Plan(str(bundle.folder), images, sizes.capacity, memory or available_memory() or total, tuple(items), bool(propagate))
+
+
+def _of_cines(bundle: Bundle, propagate: str) -> list[Item]:
+    """Of one process, which tracks one object at a time."""
+    cine, conditioning = bundle.require_cine(), conditioning_frames(bundle, propagate)
+    shapes = {spec.name: [axis for axis in spec.shape if isinstance(axis, int)] for spec in cine.stages["sam2_memory_attention"].inputs}
+    (channels, *side), (width,) = shapes["memories"], shapes["object_pointers"]
+    memories, pointers, positions = conditioning + cine.memories - 1, conditioning + cine.pointers - 1, math.prod(side)
+    keys = memories * positions + pointers * (width // channels)
+    scores = _FP32 * positions * keys * (1 if positions >= _FUSED else 2)
+    items = [Item(f"weights: {name}", stage_memory(bundle, name)) for name in cine.stages]
+    bank = _FP32 * (memories * channels * positions + pointers * width)
+    return [*items, Item("memory bank", bank), Item("attention to memories", scores)]
 
 
 def needed_memory(bundle: Bundle) -> int | None:
@@ -115,13 +136,13 @@ def available_memory() -> int | None:
         return free
 
 
-def require_memory(bundle: Bundle, streams: int = 1, processes: int = 1) -> None:
+def require_memory(bundle: Bundle, streams: int = 1, processes: int = 1, propagate: str | None = None) -> None:
     """Raise BundleError if `make_host_plan` says that `bundle` does not fit in the memory that is available now.
 
     Nothing is refused if the estimate is unknown: on other systems than Linux, or for bundles of older versions.
     """
     try:
-        plan = make_host_plan(bundle, streams, processes)
+        plan = make_host_plan(bundle, streams, processes, propagate=propagate)
     except BundleError:
         return
     require_host_fit(bundle, plan)

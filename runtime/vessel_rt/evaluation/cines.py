@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from vessel_rt.evaluation.flow import Shown, Warp
 from vessel_rt.evaluation.metrics import Mask, boundary_f, iou
 
 __all__ = ["CineScore", "CineScores", "mean_score"]
@@ -21,7 +22,8 @@ class CineScore:
     """The scores of an object over `frames` frames: `j` and `f` are means over them.
 
     `stability` is the mean IoU of the masks of consecutive frames, `true_stability` that of the ground truth; pairs of two empty masks are
-    left out, and NaN says that there is no other.
+    left out, and NaN says that there is no other. `warped_stability` and `true_warped_stability` are the same after the first mask of a
+    pair was moved by the optical flow between the frames; NaN without flow.
     """
 
     code: str
@@ -33,6 +35,8 @@ class CineScore:
     f: float
     stability: float
     true_stability: float
+    warped_stability: float = math.nan
+    true_warped_stability: float = math.nan
 
     @property
     def jf(self) -> float:
@@ -42,25 +46,28 @@ class CineScore:
 
 @dataclasses.dataclass
 class _Object:
-    """What is known of an object so far; `last` are the masks of its last frame, predicted and true."""
+    """What is known of an object so far; `last` are the masks of its last frame, predicted and true, and what that frame shows."""
 
     image: str
     j: list[float] = dataclasses.field(default_factory=list)
     f: list[float] = dataclasses.field(default_factory=list)
     steady: list[float] = dataclasses.field(default_factory=list)
     truly_steady: list[float] = dataclasses.field(default_factory=list)
-    last: tuple[Mask, Mask] | None = None
+    warped: list[float] = dataclasses.field(default_factory=list)
+    truly_warped: list[float] = dataclasses.field(default_factory=list)
+    last: tuple[Mask, Mask, Shown | None] | None = None
 
 
 class CineScores:
-    """The scores of cines, of which frames are added in order."""
+    """The scores of cines, of which frames are added in order; with `warp`, also of masks moved by optical flow."""
 
-    def __init__(self) -> None:
+    def __init__(self, warp: Warp | None = None) -> None:
+        self._warp = warp
         self._objects: dict[tuple[str, str, str], _Object] = {}
         self._cine = ""
 
-    def add(self, code: str, image: str, question: str, concept: str, predicted: Mask, truth: Mask) -> None:
-        """Add the next frame of the cine with this study code: one object's masks [height, width]."""
+    def add(self, code: str, image: str, question: str, concept: str, predicted: Mask, truth: Mask, shown: Shown | None = None) -> None:
+        """Add the next frame of the cine with this study code: one object's masks [height, width], and for `warp` what the frame shows."""
         if code != self._cine:
             for done in self._objects.values():
                 done.last = None
@@ -69,10 +76,16 @@ class CineScores:
         found.j.append(iou(predicted, truth))
         found.f.append(boundary_f(predicted, truth))
         if found.last and found.last[0].shape == predicted.shape:
-            for values, now, before in ((found.steady, predicted, found.last[0]), (found.truly_steady, truth, found.last[1])):
+            earlier = found.last[2]
+            for values, warped, now, before in (
+                (found.steady, found.warped, predicted, found.last[0]),
+                (found.truly_steady, found.truly_warped, truth, found.last[1]),
+            ):
                 if now.any() or before.any():
                     values.append(iou(now, before))
-        found.last = predicted, truth
+                    if self._warp and earlier and shown:
+                        warped.append(iou(now, self._warp(before, earlier, shown)))
+        found.last = predicted, truth, shown
 
     def scores(self) -> tuple[CineScore, ...]:
         """The scores of all objects, in the order in which they were first added."""
@@ -87,6 +100,8 @@ class CineScores:
                 f=statistics.fmean(found.f),
                 stability=_mean(found.steady),
                 true_stability=_mean(found.truly_steady),
+                warped_stability=_mean(found.warped),
+                true_warped_stability=_mean(found.truly_warped),
             )
             for (code, question, concept), found in self._objects.items()
         )
@@ -102,6 +117,8 @@ def mean_score(scores: Sequence[CineScore]) -> CineScore:
         f=_mean([score.f for score in scores]),
         stability=_mean([score.stability for score in scores]),
         true_stability=_mean([score.true_stability for score in scores]),
+        warped_stability=_mean([score.warped_stability for score in scores]),
+        true_warped_stability=_mean([score.true_warped_stability for score in scores]),
     )
 
 

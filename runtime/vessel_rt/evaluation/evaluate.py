@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluation.cines import CineScore, CineScores, mean_score
+from vessel_rt.evaluation.flow import Shown, load_warp
 from vessel_rt.evaluation.ground_truth import GroundTruth, check_concepts, matched, read_truth
 from vessel_rt.evaluation.metrics import METRICS, Mask, bootstrap_interval
-from vessel_rt.inputs.frames import cine_of
 from vessel_rt.inputs.pseudonyms import StudyCodes
 from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.reader import (
@@ -31,11 +31,13 @@ from vessel_rt.results.reader import (
     METRICS_FILE,
     RESULTS_FILE,
     RUN_FILE,
+    cine_place,
     mask_of,
+    read_picture,
     read_results,
 )
 from vessel_rt.results.rle import encode_rle
-from vessel_rt.results.schema import SCHEMA, CineRecord, ComparedMask, EvaluationFile, ResultLine, Rle, ScoreRecord
+from vessel_rt.results.schema import PREVIEWS, SCHEMA, CineRecord, ComparedMask, EvaluationFile, ResultLine, Rle, ScoreRecord
 
 __all__ = ["Comparison", "Evaluation", "Score", "evaluate"]
 
@@ -48,7 +50,7 @@ _TITLES = {
     "cldice": "clDice (Zhang)",
     "hd95": "HD95, pixels",
 }
-_CINE_METRICS = ("j", "f", "jf", "stability", "true_stability")
+_CINE_METRICS = ("j", "f", "jf", "stability", "true_stability", "warped_stability", "true_warped_stability")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +115,16 @@ class Evaluation:
         return "\n".join(lines)
 
     def _cine_rows(self) -> list[str]:
-        lines = [f"{'cines':28} {'frames':>6} {'J':>7} {'F':>7} {'J&F':>7}  stability (of the ground truth)"]
+        by_flow = any(not math.isnan(score.warped_stability) for score in self.cines)
+        title = "stability (of the ground truth)" + ", by optical flow" * by_flow
+        lines = [f"{'cines':28} {'frames':>6} {'J':>7} {'F':>7} {'J&F':>7}  {title}"]
         for question in dict.fromkeys(score.question for score in self.cines):
             asked = [score for score in self.cines if score.question == question]
             mean = dataclasses.replace(mean_score(asked), code="mean", concept=f"{len(asked)} objects")
             for score in (*asked, mean):
                 name = f"{score.code} {score.concept}"
                 values = f"{score.j:7.3f} {score.f:7.3f} {score.jf:7.3f}  {score.stability:.3f} ({score.true_stability:.3f})"
+                values += f", {score.warped_stability:.3f} ({score.true_warped_stability:.3f})" if by_flow else ""
                 lines.append(f"{name:28} {score.frames:6} {values}")
         return lines
 
@@ -132,21 +137,22 @@ class Evaluation:
         return f"{_TITLES[name]:14} {score.mean[name]:8.{digits}f}  {between}{left_out}"
 
 
-def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show_names: bool = False) -> Evaluation:
+def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show_names: bool = False, flow: bool = False) -> Evaluation:
     """Score the run in `output` against `truth` (see read_truth), and write metrics.csv, metrics_mean.csv, evaluation.json
     and, for cines, metrics_cines.csv there.
 
     The concepts are those that a question names, in its order: the first mask of an answer belongs to the first concept, and so on. A mask
     that an answer lacks counts as empty. Masks in a folder have no concept: all masks of an answer together are compared with them.
+    With `flow`, the masks of cines are also moved by the optical flow between frames, which is estimated from their previews.
 
     Raises:
-        VesselError: a file is missing or malformed, or run and ground truth share no image or no concept.
+        VesselError: a file is missing or malformed, run and ground truth share no image or no concept, or `flow` needs a package.
     """
+    cines = CineScores(load_warp() if flow else None)
     drawn, lines = read_truth(truth, codes), read_results(output)
     questions = list(dict.fromkeys(line["question"] for line in lines))
     good = [line for line in lines if line["status"] == "ok"]
-    cines = CineScores()
-    comparisons = tuple(_comparisons(output, good, drawn, cines))
+    comparisons = tuple(_comparisons(output, good, drawn, cines, flow))
     if not any(drawn.concepts(question) for question in questions):
         raise VesselError(f"{truth}: annotates no concept that the run's questions name ({', '.join(map(repr, questions))})")
     for question in questions:
@@ -170,17 +176,26 @@ def evaluate(output: Path, truth: Path, *, codes: StudyCodes | None = None, show
     return evaluation
 
 
-def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth, cines: CineScores) -> Iterator[Comparison]:
-    """A comparison for each line and concept with a ground truth; those of cines are added to `cines`, too."""
+def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth, cines: CineScores, flow: bool) -> Iterator[Comparison]:
+    """A comparison for each line and concept with a ground truth; those of cines are added to `cines`, too, for `flow` with the frame."""
+    shown: Shown | None = None
+    index = -1  # of the frame shown
     for line in tqdm(lines, desc="comparing", unit="answer", disable=None, delay=2, leave=False):
         for number, concept, masks, truth in matched(drawn, line["question"], line, line["masks"]):
             predicted = np.zeros_like(truth)
             for mask in masks:
                 predicted |= mask_of(output / RESULTS_FILE, line, mask["rle"])
             found = _compare(line, concept, number, predicted, truth)
-            if line["frame"] is not None:
-                cines.add(cine_of(line["code"], line["frame"]), line["image"], line["question"], found.concept, predicted, truth)
+            if place := cine_place(line):
+                if flow and line["index"] != index:  # a frame has a line for each question
+                    shown, index = _shown(output, line), line["index"]
+                cines.add(place.code, place.image, line["question"], found.concept, predicted, truth, shown)
             yield found
+
+
+def _shown(output: Path, line: ResultLine) -> Shown:
+    name = next((name for name in line["files"] if name.startswith(f"{PREVIEWS}/")), "")
+    return Shown.of(read_picture(output, name, "JPEG", f"the preview of {line['code']} cannot be read for the optical flow"))
 
 
 def _compare(line: ResultLine, concept: str | None, number: int, predicted: Mask, truth: Mask) -> Comparison:

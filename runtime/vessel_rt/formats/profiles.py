@@ -13,6 +13,7 @@ from vessel_rt.formats.bundle import Bundle, CineSpec, StageSpec
 from vessel_rt.formats.recipe import EngineRecipe, Recipe
 
 __all__ = [
+    "BEST_FRAMES",
     "CPU_TILES",
     "CPU_TOKENS",
     "MASKS_AN_IMAGE",
@@ -23,6 +24,7 @@ __all__ = [
     "Profile",
     "Shapes",
     "Workload",
+    "conditioning_frames",
     "engine_recipe",
     "max_shape",
     "stage_profile",
@@ -37,6 +39,7 @@ CPU_TOKENS = 512
 CPU_TILES = 4
 MASKS_AN_IMAGE = 4  # at most, averaged over a batch; an answer seen in training has one
 MOST_CONDITIONING = 8  # frames from which an object is tracked, at most; Sa2VA has 5
+BEST_FRAMES = 3  # of a cine that `--propagate best-frame` asks about, at most
 # Tokens of a prompt besides its image: the template and the question.
 OPT_TEXT_TOKENS = 64  # that engines are tuned for: a short question
 MAX_TEXT_TOKENS = 256  # that a bundle's cache always has room for
@@ -106,6 +109,12 @@ def workload_of(bundle: Bundle, recipe: Recipe) -> Workload:
     if engines.opt_tiles > bundle.tiles.most:
         raise RecipeError(f"{name}: engines.opt_tiles is {engines.opt_tiles}; an image has {bundle.tiles.most} at most")
     return Workload(engines.max_batch, engines.opt_batch, engines.opt_tiles)
+
+
+def conditioning_frames(bundle: Bundle, propagate: str) -> int:
+    """From how many frames of a cine `--propagate` tracks objects, at most. Raises BundleError if the bundle has no graphs for cines."""
+    prompted = bundle.require_cine().prompted_frames
+    return prompted if propagate == "sa2va" else BEST_FRAMES
 
 
 def stage_profile(bundle: Bundle, stage: StageSpec, workload: Workload) -> Profile:

@@ -20,7 +20,7 @@ from vessel_rt.errors import ImageError, VesselError
 from vessel_rt.inputs.dicom_file import declared_frames, error_kind, load_pydicom, open_dataset, read_header
 from vessel_rt.inputs.images import require_regular
 
-__all__ = ["DICOM_SUFFIXES", "frame_count", "frame_times", "is_dicom", "parse_frames", "read_dicom"]
+__all__ = ["DICOM_SUFFIXES", "frame_count", "frame_size", "frame_times", "is_dicom", "parse_frames", "read_dicom"]
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 
@@ -69,6 +69,20 @@ def frame_count(path: Path) -> int | None:
     """
     header, room = read_header(path)
     return count if 1 < (count := declared_frames(header)) <= room else None
+
+
+def frame_size(path: Path) -> tuple[int, int]:
+    """The width and height of a file's frames in pixels, as its header says.
+
+    Raises:
+        ImageError: not a DICOM file, or its header does not say.
+        VesselError: pydicom is not installed.
+    """
+    header, _ = read_header(path)
+    try:
+        return int(header.Columns), int(header.Rows)
+    except Exception:
+        raise ImageError("its header has no size") from None
 
 
 def frame_times(path: Path) -> list[float] | None:

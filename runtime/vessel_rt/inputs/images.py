@@ -30,6 +30,7 @@ __all__ = [
     "MAX_SIDE",
     "SUFFIXES",
     "Rescale",
+    "image_size",
     "page_count",
     "read_image",
     "read_levels",
@@ -127,6 +128,12 @@ def page_count(path: Path) -> int | None:
         require_regular(path)
         count = len(page_offsets(path))
         return count if count > 1 else None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """The width and height of a file with one image, in pixels, by its header. Raises ImageError."""
+    with _opened(path, None) as image:
+        return image.size
 
 
 def require_regular(path: Path) -> None:

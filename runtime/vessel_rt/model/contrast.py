@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vessel_rt.formats.profiles import BEST_FRAMES
+
 __all__ = ["SIDE", "choose_frames", "contrast_of", "reduced"]
 
 SIDE = 128  # pixels of the longer side of a reduced frame
@@ -26,7 +28,6 @@ _MOST = 64  # gray levels of one pixel, at most: changing digits are darker than
 _SMOOTH = np.array([1, 2, 3, 2, 1], np.float64)  # over time
 _FILLED = 0.8  # of the way from the least to the most contrast: a frame is filled
 _APART = 6  # frames between two conditioning frames, at least: as many as SAM2 remembers
-_CHOSEN = 3
 
 
 def reduced(frame: Image.Image, size: tuple[int, int] | None = None) -> npt.NDArray[np.uint8]:
@@ -48,7 +49,8 @@ def contrast_of(frames: Iterable[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float
     excess = np.clip(hats[:, changes].astype(np.int16) - always[changes], 0, _MOST)
     count = max(1, round(_DARKEST * excess.shape[1]))
     darkest = np.partition(excess, excess.shape[1] - count, axis=1)[:, -count:].mean(axis=1)
-    return np.convolve(darkest, _SMOOTH, "same") / np.convolve(np.ones(len(darkest)), _SMOOTH, "same")[: len(darkest)]
+    ends = slice(len(_SMOOTH) // 2, -(len(_SMOOTH) // 2))  # mode "same" would give five values for fewer frames
+    return np.convolve(darkest, _SMOOTH)[ends] / np.convolve(np.ones(len(darkest)), _SMOOTH)[ends]
 
 
 def choose_frames(contrast: Sequence[float] | npt.NDArray[np.float64]) -> list[int]:
@@ -64,7 +66,7 @@ def choose_frames(contrast: Sequence[float] | npt.NDArray[np.float64]) -> list[i
     first = int(gaps[gaps < best].max(initial=-1)) + 1
     last = int(gaps[gaps > best].min(initial=len(values))) - 1
     chosen = [best]
-    while len(chosen) < _CHOSEN:
+    while len(chosen) < BEST_FRAMES:
         distance = {place: min(abs(place - other) for other in chosen) for place in range(first, last + 1)}
         farthest = max(distance, key=lambda place: (distance[place], values[place]))
         if distance[farthest] < _APART:

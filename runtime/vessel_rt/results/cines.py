@@ -1,5 +1,5 @@
-"""The masks of a multi-frame file in one TIFF: cines/<stem>.tif, one page per processed frame. Of a tracked cine also its overlays as an
-animation: cines/<stem>.webp.
+"""The masks of a cine, a multi-frame file or a series, in one TIFF: cines/<stem>.tif, one page per processed frame. Of a tracked cine also
+its overlays as an animation: cines/<stem>.webp.
 
 Does not know how the masks were made; it reads them and the overlays from the output folder.
 """
@@ -15,11 +15,9 @@ from pathlib import Path
 from PIL import Image
 from PIL.TiffImagePlugin import AppendingTiffWriter
 
-from vessel_rt.errors import VesselError
-from vessel_rt.inputs.frames import cine_of
-from vessel_rt.io.files import open_regular, replacing, writing
+from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.animation import write_animation
-from vessel_rt.results.reader import iter_frames
+from vessel_rt.results.reader import cine_place, iter_frames, read_picture
 from vessel_rt.results.schema import CINES, OVERLAYS, ResultLine
 from vessel_rt.results.writer import numbered
 
@@ -36,9 +34,8 @@ def write_cines(output: Path) -> None:
     """
     cines: dict[str, dict[int, list[ResultLine]]] = defaultdict(dict)
     for lines in iter_frames(output):
-        number = lines[0]["frame"]
-        if number is not None:
-            cines[cine_of(lines[0]["name"], number)][number] = lines
+        if place := cine_place(lines[0]):
+            cines[place.name][place.number] = lines
     taken = {cine.casefold() for cine in cines}
     for cine, frames in cines.items():
         whole = [lines for _, lines in sorted(frames.items())]
@@ -59,7 +56,7 @@ def _write_overlays(output: Path, cine: str, frames: Sequence[ResultLine]) -> No
     def picture(number: int) -> Image.Image:
         line = frames[number]
         name = next(name for name in line["files"] if name.startswith(f"{OVERLAYS}/"))
-        return _read(output, name, "JPEG", f"the overlay of {line['code']} cannot be read for the animation of its cine")
+        return read_picture(output, name, "JPEG", f"the overlay of {line['code']} cannot be read for the animation of its cine")
 
     with writing(f"{output}: the animation of a cine"):
         (output / CINES).mkdir(exist_ok=True)
@@ -90,14 +87,6 @@ def _pages(output: Path, frames: Sequence[Sequence[ResultLine]], question: int, 
         line = lines[question]
         if mask < len(line["masks"]):
             name, problem = line["masks"][mask]["file"], f"a mask of {line['code']} cannot be read for the TIFF of its cine"
-            yield _read(output, name, "PNG", problem)
+            yield read_picture(output, name, "PNG", problem)
         else:
             yield Image.new("L", (line["width"] or 0, line["height"] or 0))  # a frame with an answer has both
-
-
-def _read(output: Path, name: str, kind: str, problem: str) -> Image.Image:
-    try:
-        with open_regular(output / name) as file, Image.open(file, formats=(kind,)) as picture:
-            return picture.copy()
-    except Exception as e:  # a decoder may raise anything if the file was changed
-        raise VesselError(f"{output}: {problem}; repeat the command") from e

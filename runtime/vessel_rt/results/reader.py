@@ -10,14 +10,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 import vessel_rt
 from vessel_rt.errors import VesselError
 from vessel_rt.formats.schema import NewerSchemaError
+from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, read_regular
 from vessel_rt.results.rle import decode_rle
 from vessel_rt.results.schema import (
@@ -42,13 +44,16 @@ __all__ = [
     "RESULTS_FILE",
     "RUN_FILE",
     "TIMINGS_FILE",
+    "CinePlace",
     "FormError",
+    "cine_place",
     "iter_frames",
     "iter_lines",
     "iter_timings",
     "mask_of",
     "read_evaluation",
     "read_json",
+    "read_picture",
     "read_results",
     "read_run",
 ]
@@ -72,6 +77,24 @@ _T = TypeVar("_T")
 
 class FormError(VesselError):
     """A file of an output folder was edited or damaged, or another version wrote it."""
+
+
+class CinePlace(NamedTuple):
+    """Where in a cine a frame is: the name of the cine's outputs, its study code, what it is called if names are shown, and the frame's
+    number."""
+
+    name: str
+    code: str
+    image: str
+    number: int
+
+
+def cine_place(line: ResultLine) -> CinePlace | None:
+    """The place of a frame of a multi-frame file or a series; None for an image of its own."""
+    if series := line.get("series"):
+        return CinePlace(series["name"], series["code"], series["name"], series["number"])
+    number = line["frame"]
+    return None if number is None else CinePlace(cine_of(line["name"], number), cine_of(line["code"], number), line["image"], number)
 
 
 def read_results(output: Path) -> list[ResultLine]:
@@ -130,6 +153,15 @@ def mask_of(path: Path, line: ResultLine, rle: Rle) -> npt.NDArray[np.bool_]:
     except ValueError as e:
         _refuse(path, None, ValueError(f"a mask of {line['code']}: {e}"))
     return mask
+
+
+def read_picture(output: Path, name: str, kind: str, problem: str) -> Image.Image:
+    """The picture in the file `name` of an output folder, of Pillow's format `kind`. Raises VesselError with `problem`."""
+    try:
+        with open_regular(output / name) as file, Image.open(file, formats=(kind,)) as picture:
+            return picture.copy()
+    except Exception as e:  # a decoder may raise anything if the file was changed
+        raise VesselError(f"{output}: {problem}; repeat the command of the run") from e
 
 
 def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

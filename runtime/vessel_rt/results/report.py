@@ -25,7 +25,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from vessel_rt.errors import VesselError
-from vessel_rt.inputs.frames import cine_of
 from vessel_rt.io.files import open_regular, replacing, writing
 from vessel_rt.results.reader import (
     EVALUATION_FILE,
@@ -33,7 +32,9 @@ from vessel_rt.results.reader import (
     RESULTS_FILE,
     RUN_FILE,
     TIMINGS_FILE,
+    CinePlace,
     FormError,
+    cine_place,
     iter_frames,
     iter_timings,
     mask_of,
@@ -85,8 +86,8 @@ def write_report(output: Path) -> Path:
             facts = _facts(lines, timings, of_frame, steadiness.of_frame(lines[0], masks), show_names)
             _write_data(page, "facts", facts | {"linked": "file" in picture})
             _write_data(page, "shapes", picture | _shapes(output, lines, of_frame))
-            if (cine := _tracked_cine(lines[0])) is not None:
-                cines.setdefault(cine, lines[0]["image"])
+            if at := _tracked(lines[0]):
+                cines.setdefault(at.code, at.image)
         for code, image in cines.items():
             _write_data(page, "cine", {"cine": code, "label": image if show_names else code})
         page.write(after)
@@ -168,16 +169,16 @@ def _facts(
     }
 
 
-def _tracked_cine(line: ResultLine) -> str | None:
-    """The study code of the tracked cine that a frame is of; None for other frames."""
-    return None if line["frame"] is None or "propagated_from" not in line else cine_of(line["code"], line["frame"])
+def _tracked(line: ResultLine) -> CinePlace | None:
+    """Where in a tracked cine a frame is; None for other frames."""
+    return cine_place(line) if "propagated_from" in line else None
 
 
 def _moment(line: ResultLine) -> dict[str, Any]:
     """Where in a tracked cine a frame is, and whether the model was asked about it; nothing for other frames."""
-    if (cine := _tracked_cine(line)) is None:
+    if (at := _tracked(line)) is None:
         return {}
-    return {"cine": cine, "number": line["frame"], "time": line.get("time_ms"), "asked": line["propagated_from"] is None}
+    return {"cine": at.code, "number": at.number, "time": line.get("time_ms"), "asked": line["propagated_from"] is None}
 
 
 class _Steadiness:
@@ -189,7 +190,7 @@ class _Steadiness:
 
     def of_frame(self, line: ResultLine, masks: Sequence[Sequence[Mask]]) -> list[list[float | None]]:
         """The IoU of each mask with the same mask of the frame before; None if there is none, or if both are empty."""
-        cine = _tracked_cine(line)
+        cine = at.code if (at := _tracked(line)) else None
         before = self._before if cine is not None and cine == self._cine else {}
         self._cine = cine
         self._before = {(question, number): mask for question, answer in enumerate(masks) for number, mask in enumerate(answer)}

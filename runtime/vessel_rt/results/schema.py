@@ -33,6 +33,7 @@ __all__ = [
     "RunCounts",
     "RunFile",
     "ScoreRecord",
+    "SeriesRecord",
     "TimingLine",
     "check_entry",
     "check_evaluation",
@@ -85,6 +86,20 @@ class MaskRecord(TypedDict):
     rle: Rle
 
 
+class SeriesRecord(TypedDict):
+    """The place of a frame in a series of numbered files.
+
+    Attributes:
+        name: the name of the cine's output files, without suffix.
+        code: the study code of the cine.
+        number: the number in the name of the frame's file.
+    """
+
+    name: str
+    code: str
+    number: _Count
+
+
 class ResultLine(TypedDict):
     """A line of results.jsonl: one frame and one question.
 
@@ -105,6 +120,7 @@ class ResultLine(TypedDict):
         files: the SHA-256 of each output file of the frame, by its path in the output folder.
         input: the SHA-256 of the input file; null after an error.
         settings: a hash of everything that determines the results: version, bundle, kind of device, questions, options.
+        series: the series that the frame is of, with `--series`; otherwise null. Absent without `--propagate`.
         propagated_from: the numbers of the frames from which the masks were tracked; null if the model was asked about this frame. Absent
             without `--propagate`.
         time_ms: the time from the first frame of the file to this one, in milliseconds; null if the file does not say. Absent without
@@ -127,6 +143,7 @@ class ResultLine(TypedDict):
     files: dict[str, str]
     input: str | None
     settings: str
+    series: NotRequired[SeriesRecord | None]
     propagated_from: NotRequired[list[_Count] | None]
     time_ms: NotRequired[_Number | None]
 
@@ -332,6 +349,8 @@ class CineRecord(TypedDict):
         jf: the mean of `j` and `f`.
         stability: the mean IoU of the masks of consecutive frames; null if they are all empty.
         true_stability: the same of the ground truth.
+        warped_stability: the same with masks moved by optical flow; null without `--flow`.
+        true_warped_stability: the same of the ground truth.
     """
 
     code: str
@@ -343,6 +362,8 @@ class CineRecord(TypedDict):
     jf: _Number
     stability: _Number | None
     true_stability: _Number | None
+    warped_stability: NotRequired[_Number | None]
+    true_warped_stability: NotRequired[_Number | None]
 
 
 class EvaluationFile(TypedDict):
@@ -385,6 +406,8 @@ def check_result(value: Any) -> ResultLine:
 def _check_line(line: ResultLine) -> None:
     """What the types of a line do not tell."""
     _require_name(line["name"], "name")
+    if series := line.get("series"):
+        _require_name(series["name"], "series.name")
     if not all(map(is_result_file, line["files"])):
         raise ValueError("files: lists a file outside the folders of results")
     for number, mask in enumerate(line["masks"]):

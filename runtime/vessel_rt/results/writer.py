@@ -25,7 +25,18 @@ from vessel_rt.io.files import is_temporary, replacing, writing
 from vessel_rt.model.postprocess import eroded
 from vessel_rt.model.result import Mask, Result
 from vessel_rt.results.rle import encode_rle
-from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS, SCHEMA, JournalEntry, MaskRecord, ResultLine, TimingLine
+from vessel_rt.results.schema import (
+    CINES,
+    MASKS,
+    OVERLAYS,
+    PREVIEWS,
+    SCHEMA,
+    JournalEntry,
+    MaskRecord,
+    ResultLine,
+    SeriesRecord,
+    TimingLine,
+)
 
 __all__ = [
     "Entry",
@@ -38,6 +49,7 @@ __all__ = [
     "numbered",
     "preview_file",
     "result_line",
+    "series_record",
     "unknown_timing",
 ]
 
@@ -82,7 +94,7 @@ class FrameWriter:
         folder: with masks/, overlays/ and previews/ in it.
         names: of all frames of the run, including other shards.
         settings: the hash of the settings, for every line.
-        cines: whether objects are tracked, so that lines have `propagated_from` and `time_ms`.
+        cines: whether objects are tracked, so that lines have `series`, `propagated_from` and `time_ms`.
     """
 
     def __init__(self, folder: Path, names: Collection[str], settings: str, *, cines: bool = False) -> None:
@@ -126,6 +138,7 @@ class FrameWriter:
         ]
         if self._cines:
             for line, result in zip(lines, results, strict=True):
+                line["series"] = series_record(frame)
                 line["propagated_from"] = None if result.propagated_from is None else list(result.propagated_from)
                 line["time_ms"] = time_ms
         return Entry(frame.name, lines, [_timing(line, result) for line, result in zip(lines, results, strict=True)])
@@ -135,6 +148,7 @@ class FrameWriter:
         entry = failure(frame, questions, error, self._settings)
         if self._cines:
             for line in entry.lines:
+                line["series"] = series_record(frame)
                 line["propagated_from"] = line["time_ms"] = None
         return entry
 
@@ -220,6 +234,11 @@ def result_line(
         "input": made["input"],
         "settings": made["settings"],
     }
+
+
+def series_record(frame: Frame) -> SeriesRecord | None:
+    """The place of a frame in its series, if it is of one."""
+    return None if frame.series is None else {"name": frame.series.name, "code": frame.series.code, "number": frame.series.number}
 
 
 def unknown_timing(line: ResultLine) -> TimingLine:

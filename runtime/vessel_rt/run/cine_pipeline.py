@@ -1,4 +1,4 @@
-"""Runs cines through a CineSegmenter. The frames of a file are one cine: each depends on those before it.
+"""Runs cines through a CineSegmenter. The frames of a file or a series are one cine: each depends on those before it.
 
 While a frame runs through the graphs, the next ones are read, and the one before is written. With `best-frame` a cine is read twice: first
 to measure the contrast of its frames, of which only small pictures are kept, then in the order of tracking. Does not know how objects are
@@ -65,11 +65,11 @@ class CinePipeline(Generic[T]):
         self._read, self._finish, self._fail, self._stop = read, finish, fail, stop
 
     def run(self, frames: Iterable[Frame]) -> Iterator[T]:
-        """Process every frame; those of one file follow one another, but their results come in the order of tracking.
+        """Process every frame; those of one cine follow one another, but their results come in the order of tracking.
 
         If a frame cannot be read, so do those after it in its cine with `sa2va`; with `best-frame` the others go on without it.
         """
-        for _, cine in itertools.groupby(frames, lambda frame: frame.path):
+        for _, cine in itertools.groupby(frames, lambda frame: frame.cine):
             if not self._stop.is_set():
                 yield from self._run_cine(list(cine))
 
@@ -138,7 +138,7 @@ class CinePipeline(Generic[T]):
 
         for place, found in enumerate(ahead(reader, prepared, list(cine.left), _READ_AHEAD)):
             if isinstance(found, ImageError):
-                raise ImageError(f"frame {cine.frames[place].number or 0} of its cine: {found}")
+                raise ImageError(f"frame {cine.frames[place].cine_number} of its cine: {found}")
             cine.read[place] = found[0]
             yield found[1]
 
@@ -156,11 +156,11 @@ class CinePipeline(Generic[T]):
             return type(e)(str(e))
 
     def _named(self, result: Result, frames: Sequence[Frame]) -> Result:
-        """`result` with numbers of frames in the file in place of places in the cine."""
+        """`result` with numbers of frames in place of places in the cine."""
         places = result.propagated_from
-        return (
-            result if places is None else dataclasses.replace(result, propagated_from=tuple(frames[place].number or 0 for place in places))
-        )
+        if places is None:
+            return result
+        return dataclasses.replace(result, propagated_from=tuple(frames[place].cine_number for place in places))
 
 
 class _Cine:

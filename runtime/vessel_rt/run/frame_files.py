@@ -14,9 +14,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vessel_rt.errors import VesselError
-from vessel_rt.inputs.frames import Frame, cine_of
+from vessel_rt.inputs.frames import Frame
 from vessel_rt.inputs.pseudonyms import CODE_DIGITS
 from vessel_rt.io.files import is_temporary, open_regular, replacing
+from vessel_rt.results.reader import cine_place
 from vessel_rt.results.schema import CINES, MASKS, OVERLAYS, PREVIEWS
 from vessel_rt.results.writer import Entry, preview_file
 
@@ -87,9 +88,8 @@ class FrameFiles:
                     path.unlink()
 
     def remove_cines(self, entries: Iterable[Entry]) -> None:
-        """Remove the TIFFs and animations of the multi-frame files that `entries` are of."""
-        lines = [(entry.name, line["frame"]) for entry in entries for line in entry.lines]
-        cines = {cine_of(name, number) for name, number in lines if number is not None}
+        """Remove the TIFFs and animations of the cines that `entries` are of."""
+        cines = {place.name for entry in entries if (place := cine_place(entry.lines[0]))}
         for path in (self._folder / CINES).glob("*"):
             first, _, number = path.stem.rpartition("_")
             if path.suffix in (".tif", ".webp") and (path.stem in cines or (first in cines and number.isdecimal())):

@@ -78,6 +78,7 @@ class InferOptions:
             "frames": [selection.frames.start, selection.frames.stop, selection.frames.step] if selection.frames else None,
             "num_images": selection.num_images,
             "recursive": selection.recursive,
+            "series": selection.series,
             "num_shards": selection.shards,
             "shard_id": selection.shard,
             "pseudonymize": naming.pseudonymize,
@@ -106,9 +107,12 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
         raise VesselError("--propagate uses one device; split the files between several with --num-shards and --shard-id")
     started, stop, say = datetime.datetime.now(datetime.UTC), Stop(), _Console(options)
     earlier = read_earlier(options.output)
-    frames, names, skipped = find_frames(options.inputs, options.naming, options.selection, earlier.cines(), options.output)
-    for place, kinds in skipped.items():
+    found = find_frames(options.inputs, options.naming, options.selection, earlier.cines(), options.output)
+    frames, names = found.frames, found.names
+    for place, kinds in found.skipped.items():
         say(f"skipped in {place}: {told_kinds(kinds)}")
+    if found.told:
+        say(found.told)
     if not frames:
         raise VesselError(
             f"shard {options.selection.shard} of {options.selection.shards}: there are fewer files than shards; lower --num-shards"
@@ -118,7 +122,7 @@ def _infer(bundle: Bundle, options: InferOptions, lock: FolderLock, began: float
     settings, sources = _settings(bundle, options, devices[0].kind), _sources(bundle)
     left = record.resume(settings, options.work.questions, cines=options.work.propagate is not None)
     summary = _summary_of(record, frames, len(names), say)
-    summary.skipped = skipped
+    summary.skipped = found.skipped
     if summary.unread and options.fail_fast:
         left = []
     elif not left and record.is_settled and _is_finished(options):
@@ -273,6 +277,8 @@ def _settings(bundle: Bundle, options: InferOptions, kind: str) -> str:
     if options.work.propagate:  # a frame depends on the others of its cine
         frames = options.selection.frames
         decisive["propagate"] = [options.work.propagate, repr(frames), options.selection.num_images]
+        if options.selection.series:
+            decisive["series"] = True
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

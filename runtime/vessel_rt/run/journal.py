@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from vessel_rt.io.files import replacing, sync, writing
 from vessel_rt.io.folder_lock import FolderLock
 from vessel_rt.results.reader import JOURNAL_FILE, RESULTS_FILE, TIMINGS_FILE
 from vessel_rt.results.schema import PREVIEWS, SCHEMA, ResultLine, TimingLine, check_entry
-from vessel_rt.results.writer import Entry, is_blank, preview_file
+from vessel_rt.results.writer import Entry, is_blank, preview_file, series_record
 from vessel_rt.run.earlier import DERIVED, Earlier
 from vessel_rt.run.frame_files import FrameFiles, is_cut_short, listed, sha256_if_readable
 
@@ -72,7 +72,8 @@ class Record:
         self._files.check_inputs(self._earlier.values())
 
     def resume(self, settings: str, questions: Sequence[str], *, cines: bool = False) -> list[Frame]:
-        """The frames that are left to do with these settings. With `cines`, the frames of a file are done all or not at all.
+        """The frames that are left to do with these settings. With `cines`, the frames of a cine are done all or not at all, and again if
+        one of them is no longer among the frames.
 
         `unread` then has the frames whose results are kept although their inputs cannot be read: the error, by name.
 
@@ -88,8 +89,10 @@ class Record:
                 )
             self._kept = {entry.name: entry for entry in self._unchanged(list(questions))}
             if cines:
-                left = {frame.path for frame in self._frames.values() if frame.name not in self._kept}
-                self._kept = {name: entry for name, entry in self._kept.items() if self._frames[name].path not in left}
+                left = {frame.cine for frame in self._frames.values() if frame.name not in self._kept}
+                gone = (entry.lines[0].get("series") for name, entry in self._earlier.items() if name not in self._frames)
+                left.update(series["name"] for series in gone if series)
+                self._kept = {name: entry for name, entry in self._kept.items() if self._frames[name].cine not in left}
                 self.unread = {name: error for name, error in self.unread.items() if name in self._kept}
             self._stale -= set(self._kept)
         return [frame for frame in self._frames.values() if frame.name not in self._kept]
@@ -180,6 +183,7 @@ class Record:
                 "index": frame.index,
                 "image": frame.image,
                 "code": frame.code,
+                **_series_of(line, frame),
                 "files": {names.get(file, file): sha256 for file, sha256 in line["files"].items()},
             }
             for line in entry.lines
@@ -246,6 +250,11 @@ class Record:
                 self.unread[entry.name] = str(e)
             return complete
         return all(sha256_if_readable(path) == sha256 for path, sha256 in files.items())
+
+
+def _series_of(line: ResultLine, frame: Frame) -> ResultLine:
+    """The frame's place in its series under today's study code, for lines that have it."""
+    return cast(ResultLine, {"series": series_record(frame)} if "series" in line else {})
 
 
 def _write_whole(file: IO[bytes], line: dict[str, Any]) -> None:

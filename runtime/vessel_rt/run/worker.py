@@ -37,8 +37,8 @@ _LARGE = 1 << 30  # bytes of weights of a bundle whose streams would take gigaby
 class WorkOptions:
     """How a worker works: `threads` of the CPU are shared by `streams` of batches; 0 and None are chosen automatically.
 
-    `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`. With `propagate`, the frames of a file are a
-    cine, and objects are tracked through it, as `best-frame` or `sa2va` (docs/cines.md).
+    `rescale` is for gray images of more than 8 bits, which fail without it; see `read_image`. With `propagate`, the frames of a file or a
+    series are a cine, and objects are tracked through it, as `best-frame` or `sa2va` (docs/cines.md).
     """
 
     questions: tuple[str, ...]
@@ -186,7 +186,15 @@ class Job:
 
     def open(self, stop: threading.Event, say: Callable[[str], object], progress: Callable[[int, int], object] | None = None) -> Worker:
         """Load the bundle on the device, which `choose_devices` or `open_device` returned in this process. Raises VesselError."""
-        deployment = deploy_on(self.bundle, self.device, progress, batch=self.options.batch, streams=self.streams, files=self.files)
+        deployment = deploy_on(
+            self.bundle,
+            self.device,
+            progress,
+            batch=self.options.batch,
+            streams=self.streams,
+            propagate=self.options.propagate,
+            files=self.files,
+        )
         return Worker(deployment, self.options, self.total, self.writer, stop, say)
 
 

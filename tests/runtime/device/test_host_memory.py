@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from PIL import Image
 
 from vessel_rt.cli import main
 from vessel_rt.device import host_memory
@@ -84,8 +86,8 @@ def test_older_bundles_without_weights_are_not_refused(system: Path, fp32_bundle
     require_memory(replace(bundle, stages={name: replace(stage, weights=()) for name, stage in bundle.stages.items()}))
 
 
-def sizes(bundle: Bundle, **counts: int) -> dict[str, int]:
-    return {item.name: item.bytes for item in make_host_plan(bundle, **counts).items}
+def sizes(bundle: Bundle, **options: Any) -> dict[str, int]:
+    return {item.name: item.bytes for item in make_host_plan(bundle, **options).items}
 
 
 def test_streams_share_the_weights_and_processes_do_not(int8_bundle: Path) -> None:
@@ -101,6 +103,54 @@ def test_matrices_of_sam2_are_mapped_in_fp32_and_converted_in_fp16(fp32_bundle: 
     assert mapped["weights: sam2_image_encoder"] == 0 < converted["weights: sam2_image_encoder"]
 
 
+def test_cines_take_their_stages_and_the_scores_of_attention(fp32_bundle: Path, fp16_bundle: Path) -> None:
+    """examples/tiny: 1024 positions with 16 channels, and pointers of 64, so of 4 tokens; attention is not one operator there."""
+    for folder in (fp32_bundle, fp16_bundle):
+        bundle = Bundle.load(folder)
+        frames, best, sa2va = (sizes(bundle, propagate=way) for way in (None, "best-frame", "sa2va"))
+        assert {name: best[name] for name in frames} == frames
+        added = best.keys() - frames.keys()
+        assert added == {
+            *(f"weights: {name}" for name in bundle.all_stages if name not in bundle.stages),
+            "memory bank",
+            "attention to memories",
+        }
+        assert best["attention to memories"] == 2 * 4 * 1024 * (9 * 1024 + 18 * 4)
+        assert sa2va["attention to memories"] == 2 * 4 * 1024 * (11 * 1024 + 20 * 4)
+        assert best["memory bank"] == 4 * (9 * 16 * 1024 + 18 * 64)
+
+
+def test_scores_of_a_large_frame_are_kept_once(fp32_bundle: Path) -> None:
+    """SAM2 Hiera-L: 4096 positions, so the exporter writes attention as one operator."""
+    bundle = Bundle.load(fp32_bundle)
+    assert bundle.cine is not None
+    attention = bundle.cine.stages["sam2_memory_attention"]
+    inputs = tuple(replace(spec, shape=(*spec.shape[:2], 64, 64)) if spec.name == "memories" else spec for spec in attention.inputs)
+    large = replace(
+        bundle, cine=replace(bundle.cine, stages={**bundle.cine.stages, attention.file[:-5]: replace(attention, inputs=inputs)})
+    )
+    assert sizes(large, propagate="sa2va")["attention to memories"] == 4 * 4096 * (11 * 4096 + 20 * 4)
+
+
+def test_a_cine_that_does_not_fit_is_refused_before_it_is_loaded(
+    system: Path, fp32_bundle: Path, standin: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its frames alone would fit."""
+    bundle, cine = Bundle.load(fp32_bundle), tmp_path / "cine.tif"
+    Image.new("L", (64, 64)).save(cine, save_all=True, append_images=[Image.new("L", (64, 64))] * 2)
+    kilobytes = (make_host_plan(bundle).total + make_host_plan(bundle, propagate="best-frame").total) // 2 // KIB
+    (system / "meminfo").write_text(f"MemAvailable: {kilobytes} kB\nSwapFree: 0 kB\n")
+    require_memory(bundle)
+    with pytest.raises(BundleError, match=r"needs about 0\.\d GB"):
+        require_memory(bundle, propagate="sa2va")
+    command = ["infer", str(cine), "--bundle", str(fp32_bundle), "--device", "cpu", "-o", str(tmp_path / "out"), "--propagate"]
+    assert main(command) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert f"{kilobytes * KIB / 1e9:.1f} GB are available" in line
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+    require_memory(standin, propagate="best-frame")  # of an older version: told when it is loaded
+
+
 def test_a_plan_for_the_cpu(int8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--device", "cpu", "--bundle", str(int8_bundle), "--streams", "2"]
     assert main([*command, "--memory", "8"]) == 0
@@ -111,6 +161,20 @@ def test_a_plan_for_the_cpu(int8_bundle: Path, capsys: pytest.CaptureFixture[str
     assert main([*command, "--memory", "8", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["batch"], document["fits"]) == (2, True)
+
+
+def test_a_plan_for_cines_on_the_cpu(fp32_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--device", "cpu", "--bundle", str(fp32_bundle), "--memory", "8", "--json", "--propagate"]
+    totals = []
+    for way in ([], ["sa2va"]):
+        assert main([*command, *way]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["cines"]
+        totals.append(document["total"])
+    assert totals[0] < totals[1]
+    with pytest.raises(SystemExit) as e:
+        main([*command, "sa2va", "--streams", "2"])
+    assert e.value.code == 2
 
 
 def test_options_of_gpus_are_refused_for_the_cpu(int8_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

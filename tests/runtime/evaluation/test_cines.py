@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from tests.support.frames import CODES, make_frame, placed
 from tests.support.journals import result_with
+from vessel_rt.cli import main
 from vessel_rt.evaluation.cines import CineScores, mean_score
 from vessel_rt.evaluation.evaluate import evaluate
 from vessel_rt.inputs.frames import frame_suffix
@@ -77,15 +79,45 @@ def run_of_a_cine(folder: Path) -> Path:
         failure(frame, [result.question], "damaged", "s") if frame.number == 2 else writer.write(frame, "0", make_frame(60, 40), [result])
         for frame in (*frames, dataclasses.replace(image, index=4))
     ]
-    (output / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for entry in entries for line in entry.lines))
+    for name, lines in (("results", "lines"), ("timings", "timings")):
+        text = "".join(json.dumps(line) + "\n" for entry in entries for line in getattr(entry, lines))
+        (output / f"{name}.jsonl").write_text(text)
     return output
 
 
-def test_a_run_of_cines(tmp_path: Path) -> None:
-    output, truth = run_of_a_cine(tmp_path), tmp_path / "truth"
+def truth_of_a_cine(folder: Path) -> Path:
+    truth = folder / "truth"
     truth.mkdir()
     Image.fromarray(box(0, 20)).save(truth / "run.tif", save_all=True, append_images=[Image.fromarray(box(0, 20))] * 3)
     Image.fromarray(box(0, 20)).save(truth / "single.png")
+    return truth
+
+
+def test_optical_flow_is_optional(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    output, truth = run_of_a_cine(tmp_path), truth_of_a_cine(tmp_path)
+    key = tmp_path / "key"
+    command = ["evaluate", str(output), "--gt", str(truth), "--key", str(key)]
+    assert main(command) == 0
+    [record] = read_evaluation(output)["cines"]
+    assert record["warped_stability"] is None
+    assert "flow" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "skimage.registration", None)
+        assert main([*command, "--flow"]) == 1
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert "vessel-rt[evaluate]" in line
+    pytest.importorskip("skimage", reason="the extra `evaluate` is not installed")
+    assert main([*command, "--flow"]) == 0
+    [record] = read_evaluation(output)["cines"]
+    assert (record["warped_stability"], record["true_warped_stability"]) == (1, 1), "all frames show the same"
+    assert "1.000 (1.000), 1.000 (1.000)" in capsys.readouterr().out
+    next((output / "previews").glob("*_frame_000001.jpg")).unlink()
+    assert main([*command, "--flow"]) == 1
+    assert "preview" in capsys.readouterr().err
+
+
+def test_a_run_of_cines(tmp_path: Path) -> None:
+    output, truth = run_of_a_cine(tmp_path), truth_of_a_cine(tmp_path)
     found = evaluate(output, truth)
     [score] = found.cines
     assert (score.code, score.concept, score.frames, score.j, score.stability) == (CODES.code("run"), "all masks", 3, 1 / 3, 1)
