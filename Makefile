@@ -62,6 +62,7 @@ bench: | setup engines/tiny-fp32 engines/tiny-fp16
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.resume
+	$(BIN)/python -m benchmarks.cines --rounds 3
 	$(BIN)/python -m benchmarks.floor
 	$(BIN)/python -m benchmarks.report
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Usage, publish, run
-from vessel_rt.formats.bundle import STAGES, Bundle
+from vessel_rt.formats.bundle import CINE_STAGES, STAGES, Bundle
 from vessel_rt.formats.engine_sidecar import ENGINES, Engine
 from vessel_rt.formats.recipe import load_recipe
 
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     parser.add_argument("--recipe", type=Path, default=Path("engines/rtx3090.toml"), metavar="TOML")
     parser.add_argument("--describe", metavar="ARCH", help="build for a GPU that this machine does not have")
-    parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be repeated (default: all)")
+    parser.add_argument("--stage", action="append", choices=(*STAGES, *CINE_STAGES), help="only this stage; may be repeated (default: all)")
     parser.add_argument("--partitions", type=int, nargs="+", metavar="N", help="of the language model (default: the recipe's)")
     arguments = parser.parse_args()
     engines = load_recipe(arguments.recipe).engines
@@ -40,7 +40,7 @@ def main() -> int:
     copy = _linked_copy(bundle)
     rows = []
     try:
-        for stage in arguments.stage or STAGES:
+        for stage in arguments.stage or bundle.all_stages:
             for partitions in (arguments.partitions or [engines.language_model_partitions]) if stage == "language_model" else [1]:
                 row = _measure(copy, stage, arguments.recipe, partitions, arguments.describe)
                 if row is None:

@@ -36,7 +36,6 @@ import functools
 import json
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -52,7 +51,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.infer import measure_frames
-from benchmarks.measure import RESULTS, machine, publish
+from benchmarks.measure import RESULTS, machine, others_seconds, publish
 from vessel_rt.formats.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -334,19 +333,11 @@ def _call(command: Sequence[str], request: Mapping[str, Any]) -> dict[str, Any]:
     `other_load` is added: the share of the machine's processor time that other processes used meanwhile, from 0 to 1.
     """
     argument = [json.dumps(request)]
-    began, busy = time.perf_counter(), _others_seconds()
+    began, busy = time.perf_counter(), others_seconds()
     done = subprocess.run([*command, *(["--request", *argument] if "-m" in command else argument)], stdout=subprocess.PIPE, check=True)
-    load = (_others_seconds() - busy) / (time.perf_counter() - began) / (os.cpu_count() or 1)
+    load = (others_seconds() - busy) / (time.perf_counter() - began) / (os.cpu_count() or 1)
     lines = done.stdout.decode().strip().splitlines()
     return {**json.loads(lines[-1]), "other_load": round(max(load, 0), 3)} if lines else {}
-
-
-def _others_seconds() -> float:
-    """Processor seconds that were used on this machine, except by processes that this one started and that have ended. Linux only."""
-    user, nice, system, _, _, interrupts, soft, stolen = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ticks = user + nice + system + interrupts + soft + stolen
-    return ticks / os.sysconf("SC_CLK_TCK") - children.ru_utime - children.ru_stime
 
 
 # The workers: each is a process of its own.

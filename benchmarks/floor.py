@@ -9,6 +9,9 @@ with all threads, and, if there is a CUDA GPU and torch, FP16 products and copie
 BF16) with FP32 sums; for an FP32 bundle they are too high, and the floor too low. A bundle that fits in a processor's cache, such as the
 tiny ones, can be read faster than memory.
 
+A tracked frame of a cine (`vessel-rt infer --propagate`) attends to the memories of three frames that were asked about and of the last six.
+Its memory encoder is FP32 in every bundle, so that its floor, too, is too low.
+
 The result is saved as floor-<layers>-layers.json. If results/latency.json has latencies of this bundle on this machine, MFU and MBU are the
 shares of rate and bandwidth that they reached. The last line is JSON.
 """
@@ -42,6 +45,7 @@ _SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied
 
 _PROJECTED = "RTX 3090"
 _IMAGE = ("vision_encoder", "draft", "sam2_image_encoder", "sam2_mask_decoder")  # the runs of one image whose draft is accepted
+_CONDITIONING = 3  # frames of a cine that `--propagate` asks about at most
 _ASSUMED = {"of_flops": 0.5, "of_bytes": 0.8}
 
 
@@ -63,18 +67,9 @@ def main() -> int:
             key: {"tflops": _short(value.flops / 1e12), "gb_per_s": _short(value.bytes / 1e9), "measured": key in here}
             for key, value in rates.items()
         },
-        "stages": {
-            str(tiles): {
-                stage: {
-                    "flops": cost.flops,
-                    "bytes": cost.bytes,
-                    "floor_ms": {key: _short(value.floor_ms(cost)) for key, value in rates.items()},
-                }
-                for stage, cost in stages.items()
-            }
-            for tiles, stages in costs.items()
-        },
+        "stages": {str(tiles): {stage: _floors(cost, rates) for stage, cost in stages.items()} for tiles, stages in costs.items()},
         "projection": _projection(costs),
+        "cine": _cine(bundle, rates),
     }
     used = _used(name, costs, here)
     publish(f"floor-{bundle.language_model.layers}-layers", result | ({"used": used} if used else {}))
@@ -102,6 +97,30 @@ def _costs(bundle: Bundle, counts: list[int]) -> dict[int, dict[str, Cost]]:
     for tiles, name, stage, sizes in tqdm(wanted, desc="counting", file=sys.stderr):
         costs.setdefault(tiles, {})[name] = counted_cost(bundle, stage, sizes)
     return costs
+
+
+def _floors(cost: Cost, rates: Mapping[str, Rates]) -> dict[str, Any]:
+    return {"flops": cost.flops, "bytes": cost.bytes, "floor_ms": {key: _short(value.floor_ms(cost)) for key, value in rates.items()}}
+
+
+def _cine(bundle: Bundle, rates: Mapping[str, Rates]) -> dict[str, Any]:
+    """The runs of a tracked frame late in a cine, and the sum of their floors beside that of a frame of one tile by itself."""
+    cine, runs = bundle.require_cine(), _runs(bundle, 1)
+    sizes = {
+        "sam2_image_encoder": {"images": 1},
+        "sam2_memory_attention": {"memories": _CONDITIONING + cine.memories - 1, "pointers": _CONDITIONING + cine.pointers - 1},
+        "sam2_tracking_decoder": {},
+        "sam2_memory_encoder": {},
+    }
+    tracked = {stage: counted_cost(bundle, stage, of_stage) for stage, of_stage in sizes.items()}
+    alone = [counted_cost(bundle, *runs[run]) for run in _IMAGE]
+    sums = {key: [sum(map(value.floor_ms, costs)) for costs in (alone, tracked.values())] for key, value in rates.items()}
+    return {
+        **sizes["sam2_memory_attention"],
+        "stages": {stage: _floors(cost, rates) for stage, cost in tracked.items()},
+        "frame_ms": {key: dict(zip(("alone", "tracked"), map(_short, both), strict=True)) for key, both in sums.items()},
+        "ratio": {key: round(both[0] / both[1], 2) for key, both in sums.items()},
+    }
 
 
 def _projection(costs: Mapping[int, Mapping[str, Cost]]) -> dict[str, Any]:

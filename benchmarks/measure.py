@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from vessel_rt.measure.machine import describe_machine
 from vessel_rt.run.infer import InferOptions
 from vessel_rt.run.worker import WorkOptions
 
-__all__ = ["Usage", "infer_options", "machine", "process_field", "publish", "run", "square_frames"]
+__all__ = ["Usage", "infer_options", "machine", "others_seconds", "process_field", "publish", "run", "square_frames"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,6 +82,14 @@ def process_field(pid: int, file: str, name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name)), 0)
+
+
+def others_seconds() -> float:
+    """Processor seconds used on this machine, except by this process and by those that it started and that have ended. Linux only."""
+    user, nice, system, _, _, interrupts, soft, stolen = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    ticks = user + nice + system + interrupts + soft + stolen
+    ours = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(used.ru_utime + used.ru_stime for used in ours)
 
 
 def infer_options(frames: Path, output: Path, question: str, device: Device, *, draft: bool = True) -> InferOptions:

@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md and docs/quantization.md from benchmarks/results/*.json.
+"""Writes the tables and plots of docs/performance.md, docs/quantization.md and docs/cines.md from benchmarks/results/*.json.
 
     python -m benchmarks.report [--check]
 
@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +20,16 @@ from typing import Any
 
 from benchmarks.measure import RESULTS
 
-DOCUMENTS = (Path("docs/performance.md"), Path("docs/quantization.md"))
+DOCUMENTS = (Path("docs/performance.md"), Path("docs/quantization.md"), Path("docs/cines.md"))
 _PLOTS = Path("docs/plots")
 _STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample", "end to end")
 _RUNS = ("vision_encoder", "prefill", "decode", "draft", "sam2_image_encoder", "sam2_mask_decoder")
+_CINES = {"cines-fp32-3-layers": "tiny, FP32", "cines-int8-28-layers": "28 layers, INT8"}
+_CINE_STEPS = (
+    "tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "sam2_memory_attention",
+    "sam2_tracking_decoder", "sam2_memory_encoder", "upsample",
+)  # fmt: skip
+_CINE_FRAMES = {"a tracked frame": "tracked", "a frame by itself, 1 tile": "alone"}
 _GREY, _COLOURS = (
     "#888888",
     ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"),
@@ -80,9 +87,10 @@ def _contenders() -> str:
     return _table(["frames", "contender", "images per second", "seconds from start to the first mask"], rows)
 
 
-def _middle(values: Sequence[float]) -> str:
+def _middle(values: Sequence[float], digits: int = 2) -> str:
     ordered = sorted(values)
-    return f"{ordered[len(ordered) // 2]:.2f} ({ordered[0]:.2f} to {ordered[-1]:.2f})"
+    middle, least, most = (f"{value:.{digits}f}" for value in (ordered[len(ordered) // 2], ordered[0], ordered[-1]))
+    return f"{middle} ({least} to {most})" if len(ordered) > 1 else middle
 
 
 def _ratios() -> str:
@@ -282,6 +290,57 @@ def _floor() -> str:
     return _table(["tiles", "run", "GFLOP", "GB", *(f"{gpu}, ms" for gpu in gpus)], rows)
 
 
+def _cine_floor() -> str:
+    found = _result("floor-28-layers")
+    cine, gpus = found["cine"], [gpu for gpu, rates in found["rates"].items() if not rates["measured"]]
+    rows = [
+        [run, f"{cost['flops'] / 1e9:.0f}", f"{cost['bytes'] / 1e9:.2f}", *(f"{cost['floor_ms'][gpu]:.3g}" for gpu in gpus)]
+        for run, cost in cine["stages"].items()
+    ]
+    rows += [[name, "", "", *(f"{cine['frame_ms'][gpu][key]:.3g}" for gpu in gpus)] for name, key in _CINE_FRAMES.items()]
+    rows.append(["ratio", "", "", *(f"{cine['ratio'][gpu]:.2f}" for gpu in gpus)])
+    return _table(["run", "GFLOP", "GB", *(f"{gpu}, ms" for gpu in gpus)], rows)
+
+
+def _cine_ways() -> str:
+    rows = []
+    for name, weights in _CINES.items():
+        found = _result(name)
+        for way in found["rounds"][0]:
+            runs = [each[way] for each in found["rounds"]]
+            ratios = found["ratios"].get(way, [])
+            rows.append(
+                [
+                    weights,
+                    way,
+                    f"{runs[0]['asked']} of {runs[0]['frames']}",
+                    runs[0].get("most_memories", ""),
+                    _middle([run["frames_per_second"] for run in runs], 3),
+                    _middle([run["processor_seconds"] / run["frames"] for run in runs]),
+                    *(_middle([ratio[key] for ratio in ratios]) if ratios else "" for key in ("measured", "processor", "long")),
+                    f"{max(run['other_load'] for run in runs):.0%}",
+                ]
+            )
+    head = ["bundle", "way", "frames asked about", "memories, at most", "frames per second", "processor seconds per frame"]
+    return _table([*head, "ratio", "ratio of processor time", "long cines", "other load, at most"], rows)
+
+
+def _cine_steps() -> str:
+    """Medians over rounds of the mean milliseconds of a step."""
+    columns = {
+        f"{weights}, {way}: {kind}": [each[way]["ms"][kind] for each in _result(name)["rounds"]]
+        for name, weights in _CINES.items()
+        for way, run in _result(name)["rounds"][0].items()
+        for kind in run["ms"]
+        if kind != "tracked"
+    }
+    rows = []
+    for step in _CINE_STEPS:
+        cells = [statistics.median(each[step] for each in means) if step in means[0] else None for means in columns.values()]
+        rows.append([step, *("" if cell is None else f"{cell:,.0f}" if cell >= 100 else f"{cell:.1f}" for cell in cells)])
+    return _table(["ms", *columns], rows)
+
+
 def _projection() -> str:
     cases = _result("floor-28-layers")["projection"]["cases"]
     return _table(
@@ -396,6 +455,9 @@ _TABLES: dict[str, Callable[[], str]] = {
     "resume": _resume,
     "accuracy": _accuracy,
     "floor": _floor,
+    "cine-floor": _cine_floor,
+    "cines": _cine_ways,
+    "cine-steps": _cine_steps,
     "projection": _projection,
     "utilisation": _utilisation,
     "export": _export,

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.synth.random_model import SynthModel
 from tests.support.paths import ROOT
 from tests.support.shared import made_once
-from tests.support.small_models import MODEL, fine_tuned_state, write_base, write_checkpoint, write_sam2
+from tests.support.small_models import MODEL, fine_tuned_state, full_width_memory, write_base, write_checkpoint, write_sam2
 from tests.support.traces import traced_once
 from vessel_export.bundle.bundle_writer import ExportRequest
 from vessel_rt.formats.recipe import load_recipe
@@ -86,6 +86,13 @@ def small_bundle(request: pytest.FixtureRequest) -> Path:
     """The random small model's bundle, in each precision."""
     bundle: Path = request.getfixturevalue(request.param)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def full_width_cines(tmp_path_factory: pytest.TempPathFactory) -> ExportRequest:
+    """A small model whose graphs of cines are as wide as the real ones: megabytes. `out` does not exist yet."""
+    request = _request(tmp_path_factory, "full-width-cines", full_width_memory())
+    return dataclasses.replace(request, recipe=load_recipe(ROOT / "engines" / "rtx3090.toml"))
 
 
 @pytest.fixture(name="traced_once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,9 @@ LANGUAGE = LanguageConfig(
     max_positions=32768,
 )  # fmt: skip
 
+_SMALL_TRUNK = {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1], "global_att_blocks": [3], "window_spec": [8, 4, 4, 2]}
+_SMALL_CHANNELS = [128, 64, 32, 16]
+
 
 def _sam2_config(image_size: int = 256, channels: int = 32) -> str:
     """sam2_hiera_l's configuration, sized down."""
@@ -31,10 +35,8 @@ def _sam2_config(image_size: int = 256, channels: int = 32) -> str:
     config = OmegaConf.create(text)
     m = config.model
     m.image_size = image_size
-    m.image_encoder.trunk.update(
-        {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 2, 1], "global_att_blocks": [3], "window_spec": [8, 4, 4, 2]}
-    )
-    m.image_encoder.neck.update({"d_model": channels, "backbone_channel_list": [128, 64, 32, 16]})
+    m.image_encoder.trunk.update(_SMALL_TRUNK)
+    m.image_encoder.neck.update({"d_model": channels, "backbone_channel_list": _SMALL_CHANNELS})
     m.image_encoder.neck.position_encoding.num_pos_feats = channels
     m.memory_attention.update({"d_model": channels, "num_layers": 1})
     m.memory_attention.layer.update({"d_model": channels, "dim_feedforward": 32})
@@ -51,6 +53,15 @@ def _sam2_config(image_size: int = 256, channels: int = 32) -> str:
 MODEL = SynthModel(
     vision=VISION, language=LANGUAGE, sam2_config=_sam2_config(), lora_rank=4, lora_alpha=8, shards=1, seed=0, outliers=False
 )  # fmt: skip
+
+
+def full_width_memory() -> SynthModel:
+    """The same, with SAM2's neck, memory and mask decoder as wide as in SAM2 Hiera-L, behind a small trunk."""
+    text = importlib.resources.files("sam2").joinpath("configs", "sam2", "sam2_hiera_l.yaml").read_text(encoding="utf-8")
+    config = OmegaConf.create(text)
+    config.model.image_encoder.trunk.update(_SMALL_TRUNK)
+    config.model.image_encoder.neck.backbone_channel_list = _SMALL_CHANNELS
+    return dataclasses.replace(MODEL, sam2_config=OmegaConf.to_yaml(config))
 
 
 def write_base(folder: Path, model: SynthModel = MODEL) -> Path:

@@ -13,7 +13,8 @@ import torch
 
 from vessel_export.bundle.reuse import older_file
 from vessel_export.errors import BaseModelError
-from vessel_export.graphs.assemble import DTYPES, save_graph
+from vessel_export.graphs.assemble import DTYPES, Graph, save_graph
+from vessel_export.graphs.costs import graph_cost
 from vessel_export.graphs.quantize import MatrixType, quantize_graph, with_quantized
 from vessel_export.graphs.sam2_image_encoder import trace_sam2_image_encoder, weights_of_fine_features
 from vessel_export.graphs.sam2_mask_decoder import trace_sam2_mask_decoder, trace_sam2_tracking_decoder
@@ -76,7 +77,7 @@ def write_sam2_stages(
         trace_sam2_mask_decoder(model, _prompt_head(prompt_head), hidden_size, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
         trace_sam2_tracking_decoder(model, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
         trace_sam2_memory_encoder(model, _DECODER_DTYPE[precision], opset=_DECODER_OPSET),
-        trace_sam2_memory_attention(model, DTYPES[precision], opset=_memory_attention_opset(model)),
+        trace_sam2_memory_attention(model, DTYPES[precision], opset=_memory_attention_opset(model, precision)),
     ]
     stages: dict[str, StageSpec] = {}
     matrices: dict[str, dict[str, int]] = {}
@@ -99,13 +100,23 @@ def write_sam2_stages(
         memories=model.num_maskmem,
         pointers=model.max_obj_ptrs_in_encoder,
         stages={name: stages.pop(name) for name in CINE_STAGES},
+        memory_flops=_memory_flops(traced[-1][0]),
     )
     return Written(stages, cine, files, matrices, kept)
 
 
-def _memory_attention_opset(model: Any) -> int:
-    """TensorRT-RTX 1.7 has no kernel of one head for few queries: none for 1,024, as in the tiny model, but one for 4,096."""
-    return _ATTENTION_OPSET if model.sam_image_embedding_size**2 >= _FEWEST_QUERIES else _DECODER_OPSET
+def _memory_attention_opset(model: Any, precision: str) -> int:
+    """TensorRT-RTX 1.7 has no kernel of one head for few queries: none for 1,024, as in the tiny model, but one for 4,096.
+
+    FP32 is for CPUs, which have one.
+    """
+    fused = precision == "fp32" or model.sam_image_embedding_size**2 >= _FEWEST_QUERIES
+    return _ATTENTION_OPSET if fused else _DECODER_OPSET
+
+
+def _memory_flops(attention: Graph) -> int:
+    """The operations for one more memory: those of each key are the same, whether it is of a memory or of an object pointer."""
+    return graph_cost(attention.model.clone(), {"memories": 2, "pointers": 1}).flops - attention.flops
 
 
 def _prompt_head(arrays: Arrays) -> torch.nn.Sequential:

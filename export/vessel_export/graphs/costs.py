@@ -49,7 +49,7 @@ def counted_cost(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> Cost:
     Raises:
         ValueError: see `graph_cost`.
     """
-    return graph_cost(ir.load(bundle.folder / bundle.stages[stage].file), sizes)
+    return graph_cost(ir.load(bundle.folder / bundle.all_stages[stage].file), sizes)
 
 
 def graph_cost(model: ir.Model, sizes: Mapping[str, int]) -> Cost:

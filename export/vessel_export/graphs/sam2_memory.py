@@ -5,6 +5,7 @@ Both are of one object and one frame, as Sa2VA tracks: each [SEG] by itself.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,11 +49,16 @@ def tracking_fault(sam2_model: Any) -> str | None:
     if any(rotation != rotations[0] for rotation in rotations):
         return "the layers of memory_attention differ in rope_theta or in the width of heads"
     for layer in attention.layers:
+        if (layer.self_attn.num_heads, layer.cross_attn_image.num_heads) != (1, 1):
+            return "memory_attention has several heads"
         if (layer.pos_enc_at_attn, layer.pos_enc_at_cross_attn_queries, layer.pos_enc_at_cross_attn_keys) != (False, False, True):
             return "memory_attention adds positions elsewhere than to the keys"
     if not (attention.pos_enc_at_input and attention.batch_first):
         return "memory_attention adds no positions to its input"
     return None
+
+
+_PARTS = 16  # of the queries, on a CPU: as many threads can work; with 4 and 64, two threads took 6 % and 28 % more time
 
 
 class Sam2MemoryEncoder(nn.Module):
@@ -89,7 +95,7 @@ class Sam2MemoryAttention(nn.Module):
     cos: Tensor  # float32 [H * W, head_dim / 2]
     sin: Tensor
 
-    def __init__(self, sam2_model: Any) -> None:
+    def __init__(self, sam2_model: Any, *, for_cpu: bool) -> None:
         super().__init__()
         attention, side = sam2_model.memory_attention, sam2_model.sam_image_embedding_size
         self.layers, self.norm = attention.layers, attention.norm
@@ -101,8 +107,8 @@ class Sam2MemoryAttention(nn.Module):
             own, spatial = (encoding(torch.zeros(1, 1, side, side)).flatten(2).transpose(1, 2) for encoding in positions)
         self.register_buffer("position", 0.1 * own)  # as in MemoryAttention.forward
         self.register_buffer("spatial", spatial[0])
-        self.self_attentions = nn.ModuleList(_RotaryAttention(layer.self_attn) for layer in self.layers)
-        self.cross_attentions = nn.ModuleList(_RotaryAttention(layer.cross_attn_image) for layer in self.layers)
+        self.self_attentions = nn.ModuleList(_RotaryAttention(layer.self_attn, for_cpu=for_cpu) for layer in self.layers)
+        self.cross_attentions = nn.ModuleList(_RotaryAttention(layer.cross_attn_image, for_cpu=for_cpu) for layer in self.layers)
         angles = self.layers[0].self_attn.compute_cis(end_x=side, end_y=side).angle()
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
@@ -125,27 +131,32 @@ class Sam2MemoryAttention(nn.Module):
 
 
 class _RotaryAttention(nn.Module):
-    """sam2's RoPEAttention in real arithmetic, with FP32 rotations."""
+    """sam2's RoPEAttention, which has one head, in real arithmetic, with FP32 rotations.
 
-    def __init__(self, source: Any) -> None:
+    The weights of a query's values add up to 1, so values may be weighted before they are projected. A CPU does so, since those of memories
+    are a fourth as wide as a head; TensorRT takes only values as wide as keys. ONNX Runtime's CPU kernel gives each head of queries to one
+    thread, so there, parts of the queries are heads that share the keys. Both are the same attention.
+    """
+
+    def __init__(self, source: Any, *, for_cpu: bool) -> None:
         super().__init__()
-        self.heads, width = source.num_heads, source.internal_dim
-        order = torch.arange(width).reshape(self.heads, -1, 2).transpose(1, 2).flatten()  # of each head: the even channels, then the odd
+        order = torch.arange(source.internal_dim).reshape(-1, 2).T.flatten()  # the even channels, then the odd
         self.q_proj, self.k_proj = (_reordered(linear, order) for linear in (source.q_proj, source.k_proj))
         self.v_proj, self.out_proj = source.v_proj, source.out_proj
+        self.for_cpu = for_cpu
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, fixed: int | None = None) -> Tensor:
         """q [1, H * W, C], k and v [1, keys, width], of which the last `fixed` are not rotated (None: all are) -> [1, H * W, C]."""
-        q, k, v = (self._heads(linear(x)) for linear, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
-        q = _rotated(q, cos, sin)
-        end = k.shape[2] - (fixed or 0)
-        turned = _rotated(k[:, :, :end].reshape(self.heads, -1, *q.shape[2:]), cos, sin).reshape(1, self.heads, -1, q.shape[-1])
-        k = turned if fixed is None else torch.cat([turned, k[:, :, end:]], dim=2)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(1, x.shape[1], self.heads, -1).transpose(1, 2)
+        q, k = _rotated(self.q_proj(q), cos, sin), self.k_proj(k)
+        end = k.shape[1] - (fixed or 0)
+        turned = _rotated(k[:, :end].reshape(-1, *q.shape[1:]), cos, sin).reshape(1, -1, q.shape[-1])
+        k = turned if fixed is None else torch.cat([turned, k[:, end:]], dim=1)
+        if not self.for_cpu:
+            attended = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], self.v_proj(v)[:, None])
+            return self.out_proj(attended[:, 0])
+        parts = q.reshape(1, math.gcd(_PARTS, q.shape[1]), -1, q.shape[-1])
+        attended = nn.functional.scaled_dot_product_attention(parts, k[:, None], v[:, None], enable_gqa=True)
+        return self.out_proj(self.v_proj(attended.reshape(1, q.shape[1], -1)))
 
 
 def _reordered(linear: nn.Linear, order: Tensor) -> nn.Linear:
@@ -171,9 +182,9 @@ def trace_sam2_memory_encoder(sam2_model: Any, dtype: torch.dtype, *, opset: int
 
 
 def trace_sam2_memory_attention(sam2_model: Any, dtype: torch.dtype, *, opset: int) -> tuple[Graph, list[OutputTensor]]:
-    """The stage's graph and weights in `dtype`; the numbers of memories and of object pointers are dynamic."""
+    """The stage's graph and weights in `dtype`, of which FP32 is for CPUs; the numbers of memories and of object pointers are dynamic."""
     channels, side = sam2_model.sam_prompt_embed_dim, sam2_model.sam_image_embedding_size
-    module = Sam2MemoryAttention(sam2_model)
+    module = Sam2MemoryAttention(sam2_model, for_cpu=dtype == torch.float32)
     cos, sin = module.cos.clone(), module.sin.clone()
     module.to(dtype)
     module.cos, module.sin = cos, sin

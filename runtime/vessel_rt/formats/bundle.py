@@ -213,12 +213,15 @@ class CineSpec(Struct, frozen=True, forbid_unknown_fields=True):
         memories: the number of temporal positions of memories: that of prompted frames, and one for each of the last frames.
         pointers: object pointers are those of prompted frames and of one frame less than this number before the current one.
         stages: the three graphs; docs/architecture.md lists their names.
+        memory_flops: the floating-point operations of sam2_memory_attention for each memory after the first. 0 in bundles from older
+            versions.
     """
 
     prompted_frames: Annotated[int, Meta(ge=1, le=64)]
     memories: Annotated[int, Meta(ge=2, le=64)]
     pointers: Annotated[int, Meta(ge=1, le=1024)]
     stages: Table[Text, StageSpec]
+    memory_flops: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
 
 class EmbeddingTable(Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,6 +26,7 @@ __all__ = [
     "Workload",
     "conditioning_frames",
     "engine_recipe",
+    "keeps_cores_busy",
     "max_shape",
     "stage_profile",
     "workload_of",
@@ -37,6 +38,7 @@ MOST_KEPT = 16  # positions of one call whose states are returned, at most: 1 wh
 # What a CPU runs at once. In the 8B model 2,620 tokens (10 tiles) at once take 1.3 GB more than 512 at a time.
 CPU_TOKENS = 512
 CPU_TILES = 4
+_LARGE = 1 << 30  # bytes of weights
 MASKS_AN_IMAGE = 4  # at most, averaged over a batch; an answer seen in training has one
 MOST_CONDITIONING = 8  # frames from which an object is tracked, at most; Sa2VA has 5
 BEST_FRAMES = 3  # of a cine that `--propagate best-frame` asks about, at most
@@ -85,6 +87,11 @@ def max_shape(text: str) -> tuple[int, ...]:
 
 def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
+
+
+def keeps_cores_busy(bundle: Bundle) -> bool:
+    """Whether one image is enough work for all cores of a CPU, and two at the same time would take gigabytes more."""
+    return sum(map(bundle.weight_bytes, bundle.stages)) >= _LARGE
 
 
 def engine_recipe(recipe: Recipe) -> EngineRecipe:

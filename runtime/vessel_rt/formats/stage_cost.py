@@ -18,6 +18,7 @@ __all__ = ["Cost", "stage_cost"]
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 # The axis that counts a stage's units of work.
 _UNITS = {"vision_encoder": "tiles", "sam2_image_encoder": "images", "sam2_mask_decoder": "masks"}
+_OF_ONE_FRAME = ("sam2_memory_encoder", "sam2_tracking_decoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +38,48 @@ def stage_cost(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> Cost | N
     Bytes are those of the weights' files, and of the inputs and outputs. Of the KV cache only the live slots are read, and those of this
     call are written.
     """
-    spec = bundle.stages[stage]
-    if not spec.flops or not spec.weights:
+    spec = bundle.all_stages[stage]
+    if not spec.flops or not spec.weights or (stage == "sam2_memory_attention" and not bundle.require_cine().memory_flops):
         return None
     edges = sum(_edge_bytes(value, sizes) for value in (*spec.inputs, *spec.outputs))
-    return Cost(_flops(bundle, stage, sizes), bundle.weight_bytes(stage) + edges)
+    return Cost(_flops(bundle, stage, sizes), _weight_bytes(bundle, stage) + edges)
 
 
 def _flops(bundle: Bundle, stage: str, sizes: Mapping[str, int]) -> int:
-    one, model = bundle.stages[stage].flops, bundle.language_model
+    one, model = bundle.all_stages[stage].flops, bundle.language_model
+    if stage in _OF_ONE_FRAME:
+        return one
+    if stage == "sam2_memory_attention":
+        return one + _more_keys(bundle, sizes)
     if stage != "language_model":
         return one * sizes[_UNITS[stage]]
     # `one` is that of a token that attends to one slot and whose next token is asked for. Queries are as wide as the residual stream.
     head, attention = 2 * model.hidden_size * model.vocabulary, 4 * model.layers * model.hidden_size
     batch, tokens = sizes["batch"], sizes["sequence"]
     return batch * (tokens * (one - head - attention) + attention * tokens * sizes["live"] + sizes["kept"] * head)
+
+
+def _weight_bytes(bundle: Bundle, stage: str) -> int:
+    """The bytes of the weights' files, without the two linear layers of text_hidden_fcs that a tracking decoder's file has for prompts."""
+    files = bundle.weight_bytes(stage)
+    if stage != "sam2_tracking_decoder":
+        return files
+    features, hidden = bundle.all_stages[stage].input("conditioned_features"), bundle.language_model.hidden_size
+    _, channels, *_ = (axis for axis in features.shape if isinstance(axis, int))
+    return files - (hidden + 1) * (hidden + channels) * _BYTES[features.dtype]
+
+
+def _more_keys(bundle: Bundle, sizes: Mapping[str, int]) -> int:
+    """The operations for the keys of sam2_memory_attention after those of one memory and one object pointer.
+
+    A memory [M, H, W] has H * W keys, and a pointer [C] has C / M. The operations for each key are the same.
+    """
+    inputs = {
+        spec.name: [axis for axis in spec.shape if isinstance(axis, int)] for spec in bundle.all_stages["sam2_memory_attention"].inputs
+    }
+    (channels, height, width), (pointer,) = inputs["memories"], inputs["object_pointers"]
+    of_memories = bundle.require_cine().memory_flops * (sizes["memories"] - 1)
+    return of_memories + bundle.require_cine().memory_flops * (pointer // channels) * (sizes["pointers"] - 1) // (height * width)
 
 
 def _edge_bytes(value: TensorSpec, sizes: Mapping[str, int]) -> int:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,7 +27,7 @@ from PIL import Image
 
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.errors import ImageError, VesselError
-from vessel_rt.formats.profiles import MOST_CONDITIONING
+from vessel_rt.formats.profiles import MOST_CONDITIONING, keeps_cores_busy
 from vessel_rt.model.decoding import Generation
 from vessel_rt.model.memory import Memory, MemoryBank
 from vessel_rt.model.preprocess import mask_pixels, tile_pixels
@@ -58,6 +59,7 @@ class Tracked:
     ms: dict[str, float]
 
 
+_Encoded: TypeAlias = tuple[int, Pixels, Mapping[str, "OrtValue"], dict[str, float]]  # place, frame, features, and the time of each step
 _Followed: TypeAlias = tuple[int, Pixels, Tracked]  # a tracked frame: its place, the frame, and the objects on it
 
 
@@ -77,11 +79,14 @@ class CineSegmenter(Segmenter):
                 self._sessions[name] = stack.enter_context(deployment.session(name, threads))
             self._verify_unchanged()
             self._stack = stack.pop_all()
+        # A frame of a large model keeps all cores busy, and the activations of two stages at the same time take a gigabyte more.
+        self._encodes_ahead = deployment.device.kind != "cpu" or not keeps_cores_busy(deployment.bundle)
 
     def segment_cine(self, frames: Iterable[Image.Image], question: str) -> Iterator[Result]:
         """Answer `question` about a cine as Sa2VA does: the answer, and the masks of each frame, in order.
 
-        Frames (RGB, as from `read_image`) are read as they are needed; at most as many as the language model sees are in memory.
+        Frames (RGB, as from `read_image`) are read as they are needed, or one ahead; at most as many as the language model sees are in
+        memory.
 
         Raises:
             VesselError: the question is empty or contains an image token, or there is no frame.
@@ -242,7 +247,7 @@ class CineSegmenter(Segmenter):
                 sam2; Sa2VA's copy of sam2 ignores the score.
 
         Yields:
-            The place, the frame, and the objects on it, as soon as it is tracked.
+            The place, the frame, and the objects on it, as soon as it is tracked; the next frame may already be read and encoded.
 
         Raises:
             VesselError: more conditioning frames than the device's graphs take.
@@ -251,10 +256,8 @@ class CineSegmenter(Segmenter):
         if any(len(of_object) > MOST_CONDITIONING for of_object in conditioning):
             raise VesselError(f"an object is tracked from at most {MOST_CONDITIONING} conditioning frames")
         banks = [MemoryBank(self._cine, of_object, reverse=reverse) for of_object in conditioning]
-        for place, pixels in frames:
-            ms: dict[str, float] = {}
+        for place, pixels, features, ms in self._encoded(frames) if banks else ((*placed, {}, {}) for placed in frames):
             predictions, memories = [], []
-            features = self._encode([pixels], ms) if banks else {}
             for number, bank in enumerate(banks):
                 with timed(ms, "sam2_memory_attention"):
                     feeds = {"image_features": features["image_features"], **bank.feeds(place)}
@@ -266,6 +269,24 @@ class CineSegmenter(Segmenter):
                 memories.append(self._remembered(features, predictions[-1], ms))
                 bank.add(place, memories[-1])
             yield place, pixels, self._tracked(predictions, memories, ms)
+
+    def _encoded(self, frames: Iterable[tuple[int, Pixels]]) -> Iterator[_Encoded]:
+        """Each frame with SAM2's features and the time that they took; the next one is encoded meanwhile, if that is faster."""
+        going = iter(frames)
+
+        def encode() -> _Encoded | None:
+            ms: dict[str, float] = {}
+            found = next(going, None)
+            return found and (*found, self._encode([found[1]], ms), ms)
+
+        if not self._encodes_ahead:
+            yield from iter(encode, None)
+            return
+        with ThreadPoolExecutor(1, "sam2_image_encoder") as thread:
+            encoding = thread.submit(encode)
+            while (encoded := encoding.result()) is not None:
+                encoding = thread.submit(encode)
+                yield encoded
 
     def _remembered(self, features: Mapping[str, OrtValue], prediction: Mapping[str, npt.NDArray[Any]], ms: dict[str, float]) -> Memory:
         """The memory of one object, in the types of sam2_memory_attention."""

@@ -16,6 +16,7 @@ from vessel_rt.device.deployment import Deployment, deploy_on
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import ImageError
 from vessel_rt.formats.bundle import Bundle
+from vessel_rt.formats.profiles import keeps_cores_busy
 from vessel_rt.inputs.frames import Frame, frame_times, input_hasher, read_frame
 from vessel_rt.inputs.images import Rescale
 from vessel_rt.inputs.pseudonyms import remember
@@ -30,7 +31,6 @@ from vessel_rt.run.pipeline import Picture, Pipeline
 __all__ = ["Job", "WorkOptions", "Worker", "cores"]
 
 _STREAMS = 4  # at most, unless more are asked for: each has a KV cache and activations of its own
-_LARGE = 1 << 30  # bytes of weights of a bundle whose streams would take gigabytes each, and whose matrices keep all cores busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class WorkOptions:
         """
         if self.propagate:  # each frame depends on those before it
             return 1
-        several = kind == "cpu" and sum(map(bundle.weight_bytes, bundle.stages)) < _LARGE
+        several = kind == "cpu" and not keeps_cores_busy(bundle)
         return min(self.streams or (min(self.threads or cores(), _STREAMS) if several else 1), frames)
 
     def threads_of(self, streams: int) -> int:

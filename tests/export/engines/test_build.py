@@ -487,3 +487,15 @@ def test_quantized_stages_compile_whole_at_full_width(full_width: ExportRequest,
             size = sum(record.bytes for record in engines.engines[stage].files.values())
             assert 0 <= size - bundle.weight_bytes(stage) < 32 << 20, f"{stage}: the engine does not have the integers"
     shutil.rmtree(bundle.folder)
+
+
+@pytest.mark.full_width
+def test_the_stages_of_cines_compile_whole_at_full_width(full_width_cines: ExportRequest, recipe: Recipe, tmp_path: Path) -> None:
+    """Without the language model, which takes gigabytes: SAM2's memory behind a small trunk."""
+    bundle = export_bundle(dataclasses.replace(full_width_cines, out=tmp_path / "bundle")).bundle
+    builds = build_engines(_request(bundle.folder, recipe, *CINE_STAGES))
+    engines = {build.engine.stage: build.engine for build in builds}
+    _check_whole(bundle.folder, EngineSet(_engines(bundle.folder), engines))
+    for stage in CINE_STAGES:
+        size = sum(record.bytes for record in engines[stage].files.values())
+        assert 0 < size - bundle.weight_bytes(stage) < 16 << 20, stage

@@ -20,6 +20,10 @@ from vessel_rt.formats.stage_cost import Cost, stage_cost
         ("language_model", {"batch": 1, "sequence": 1, "live": 320, "kept": 1}),
         ("sam2_image_encoder", {"images": 3}),
         ("sam2_mask_decoder", {"images": 1, "masks": 1}),
+        ("sam2_memory_attention", {"memories": 1, "pointers": 1}),
+        ("sam2_memory_attention", {"memories": 9, "pointers": 18}),
+        ("sam2_memory_encoder", {}),
+        ("sam2_tracking_decoder", {}),
     ],
 )
 @pytest.mark.parametrize("bundle", ["fp32_bundle", "fp16_bundle"])
@@ -41,6 +45,8 @@ def test_bundles_of_older_versions_do_not_tell(fp32_bundle: Path) -> None:
     bundle = Bundle.load(fp32_bundle)
     older = {name: msgspec.structs.replace(stage, flops=0) for name, stage in bundle.stages.items()}
     assert stage_cost(msgspec.structs.replace(bundle, stages=older), "vision_encoder", {"tiles": 1}) is None
+    cine = msgspec.structs.replace(bundle.require_cine(), memory_flops=0)
+    assert stage_cost(msgspec.structs.replace(bundle, cine=cine), "sam2_memory_attention", {"memories": 2, "pointers": 1}) is None
 
 
 def test_costs_add_up() -> None:
