@@ -154,8 +154,8 @@ class _RotaryAttention(nn.Module):
         k = turned if fixed is None else torch.cat([turned, k[:, end:]], dim=1)
         heads = q.reshape(1, math.gcd(_PARTS, q.shape[1]) if self.for_cpu else 1, -1, q.shape[-1])
         values = v if self.for_cpu else self.v_proj(v)
-        one_head = (part.reshape(1, 1, -1, part.shape[-1]) for part in (k, values))
-        attended = nn.functional.scaled_dot_product_attention(heads, *one_head, enable_gqa=self.for_cpu).reshape(*q.shape[:2], -1)
+        k, values = (part.reshape(1, 1, -1, part.shape[-1]) for part in (k, values))
+        attended = nn.functional.scaled_dot_product_attention(heads, k, values, enable_gqa=self.for_cpu).reshape(*q.shape[:2], -1)
         return self.out_proj(self.v_proj(attended) if self.for_cpu else attended)
 
 
