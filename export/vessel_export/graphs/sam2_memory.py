@@ -91,6 +91,7 @@ class Sam2MemoryAttention(nn.Module):
     """
 
     spatial: Tensor  # [H * W, M]
+    temporal: Tensor  # float32 [memories, 1, M]
     position: Tensor  # [1, H * W, C]
     cos: Tensor  # float32 [H * W, head_dim / 2]
     sin: Tensor
@@ -100,13 +101,13 @@ class Sam2MemoryAttention(nn.Module):
         attention, side = sam2_model.memory_attention, sam2_model.sam_image_embedding_size
         self.layers, self.norm = attention.layers, attention.norm
         self.no_mem_embed = sam2_model.no_mem_embed
-        self.temporal = sam2_model.maskmem_tpos_enc
         self.memory_channels = sam2_model.mem_dim
         with torch.no_grad():
             positions = (sam2_model.image_encoder.neck.position_encoding, sam2_model.memory_encoder.position_encoding)
             own, spatial = (encoding(torch.zeros(1, 1, side, side)).flatten(2).transpose(1, 2) for encoding in positions)
         self.register_buffer("position", 0.1 * own)  # as in MemoryAttention.forward
         self.register_buffer("spatial", spatial[0])
+        self.register_buffer("temporal", sam2_model.maskmem_tpos_enc.detach().flatten(1)[:, None])
         self.self_attentions = nn.ModuleList(_RotaryAttention(layer.self_attn, for_cpu=for_cpu) for layer in self.layers)
         self.cross_attentions = nn.ModuleList(_RotaryAttention(layer.cross_attn_image, for_cpu=for_cpu) for layer in self.layers)
         angles = self.layers[0].self_attn.compute_cis(end_x=side, end_y=side).angle()
@@ -118,7 +119,7 @@ class Sam2MemoryAttention(nn.Module):
         -> conditioned_features [1, C, H, W]."""
         features = (image_features - self.no_mem_embed.reshape(1, -1, 1, 1)).flatten(2).transpose(1, 2)  # [1, H * W, C]
         values = memories.flatten(2).transpose(1, 2)  # [memories, H * W, M]
-        keys = values + (self.spatial + self.temporal[temporal_positions, 0])
+        keys = values + (self.spatial + self.temporal.index_select(0, temporal_positions).to(values.dtype))
         pointers = object_pointers.reshape(1, -1, self.memory_channels)  # C / M tokens each
         keys, values = (torch.cat([part.reshape(1, -1, self.memory_channels), pointers], dim=1) for part in (keys, values))
         x = features + self.position
@@ -151,12 +152,11 @@ class _RotaryAttention(nn.Module):
         end = k.shape[1] - (fixed or 0)
         turned = _rotated(k[:, :end].reshape(-1, *q.shape[1:]), cos, sin).reshape(1, -1, q.shape[-1])
         k = turned if fixed is None else torch.cat([turned, k[:, end:]], dim=1)
-        if not self.for_cpu:
-            attended = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], self.v_proj(v)[:, None])
-            return self.out_proj(attended[:, 0])
-        parts = q.reshape(1, math.gcd(_PARTS, q.shape[1]), -1, q.shape[-1])
-        attended = nn.functional.scaled_dot_product_attention(parts, k[:, None], v[:, None], enable_gqa=True)
-        return self.out_proj(self.v_proj(attended.reshape(1, q.shape[1], -1)))
+        heads = q.reshape(1, math.gcd(_PARTS, q.shape[1]) if self.for_cpu else 1, -1, q.shape[-1])
+        values = v if self.for_cpu else self.v_proj(v)
+        k, values = (part.reshape(1, 1, -1, part.shape[-1]) for part in (k, values))
+        attended = nn.functional.scaled_dot_product_attention(heads, k, values, enable_gqa=self.for_cpu).reshape(*q.shape[:2], -1)
+        return self.out_proj(self.v_proj(attended) if self.for_cpu else attended)
 
 
 def _reordered(linear: nn.Linear, order: Tensor) -> nn.Linear:
@@ -185,9 +185,9 @@ def trace_sam2_memory_attention(sam2_model: Any, dtype: torch.dtype, *, opset: i
     """The stage's graph and weights in `dtype`, of which FP32 is for CPUs; the numbers of memories and of object pointers are dynamic."""
     channels, side = sam2_model.sam_prompt_embed_dim, sam2_model.sam_image_embedding_size
     module = Sam2MemoryAttention(sam2_model, for_cpu=dtype == torch.float32)
-    cos, sin = module.cos.clone(), module.sin.clone()
+    tables = module.temporal, module.cos, module.sin
     module.to(dtype)
-    module.cos, module.sin = cos, sin
+    module.temporal, module.cos, module.sin = tables
     inputs = {
         "image_features": torch.zeros(1, channels, side, side, dtype=dtype),
         "memories": torch.zeros(3, sam2_model.mem_dim, side, side, dtype=dtype),

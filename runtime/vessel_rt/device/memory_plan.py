@@ -9,7 +9,7 @@ It uses bundle.json alone; no graph and no weights are read. With b bytes for a 
   workload's max shapes. For the language model also the mask, b * batch * capacity^2, and the logits, b * batch * MOST_KEPT * vocabulary.
   The stages' activations are added up, since ONNX Runtime's arenas do not return memory while a session lives.
 - cines: the weights and activations of the stages that track objects, for one object and frame at a time, and the memories and object
-  pointers that they attend to at most.
+  pointers that they attend to at most. And the features of the next frame, which is encoded meanwhile.
 - overhead: CUDA's context, the libraries' code and workspaces. OVERHEAD is an assumption; it has not been measured on a GPU.
 """
 
@@ -110,7 +110,8 @@ def _of_cines(bundle: Bundle, b: int) -> list[Item]:
     bank = b * sum(math.prod(shapes[name]) for name in ("memories", "object_pointers"))
     items = [Item(f"weights: {name}", bundle.weight_bytes(name)) for name in stages]
     items += [Item(f"activations: {name}", _activations(bundle, name, 1, b)) for name in stages]
-    return [*items, Item("memory bank", bank)]
+    features = sum(math.prod(axis for axis in spec.shape if isinstance(axis, int)) for spec in bundle.stages["sam2_image_encoder"].outputs)
+    return [*items, Item("memory bank", bank), Item("features of the next frame", b * features)]
 
 
 def _activations(bundle: Bundle, name: str, batch: int, b: int) -> int:

@@ -40,8 +40,9 @@ def test_cines_come_on_top(bundle: Bundle, standin: Bundle) -> None:
     channels, remembered, side = 64, 16, 32  # of examples/tiny
     assert cines["memory bank"] == 2 * (14 * remembered * side**2 + 23 * channels)  # of 8 conditioning frames, and 6 or 15 others
     assert cines["activations: sam2_memory_attention"] == 15 * bundle.cine.stages["sam2_memory_attention"].activation_bytes
-    added = {f"{kind}: {stage}" for kind in ("weights", "activations") for stage in bundle.cine.stages} | {"memory bank"}
-    assert cines.keys() - frames.keys() == added
+    assert cines["features of the next frame"] == 2 * channels * (16 + 4 + 1) * side**2
+    added = {f"{kind}: {stage}" for kind in ("weights", "activations") for stage in bundle.cine.stages}
+    assert cines.keys() - frames.keys() == added | {"memory bank", "features of the next frame"}
     assert all(cines[name] == size for name, size in frames.items())
     with pytest.raises(BundleError):
         make_plan(standin, 1, CARD, cines=True)
