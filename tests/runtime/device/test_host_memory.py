@@ -108,7 +108,7 @@ def test_cines_take_their_stages_and_the_scores_of_attention(fp32_bundle: Path, 
     for folder in (fp32_bundle, fp16_bundle):
         bundle = Bundle.load(folder)
         frames, best, sa2va = (sizes(bundle, propagate=way) for way in (None, "best-frame", "sa2va"))
-        assert {name: best[name] for name in frames} == frames
+        assert {name: best[name] for name in frames if name != "process"} == {name: frames[name] for name in frames if name != "process"}
         added = best.keys() - frames.keys()
         assert added == {
             *(f"weights: {name}" for name in bundle.all_stages if name not in bundle.stages),
