@@ -13,8 +13,9 @@ constants were fitted to `python -m benchmarks.host_memory` with ONNX Runtime 1.
   on a CPU, and the arena grows in powers of two; together that takes about twice the exporter's estimate.
 - cines: the weights of their stages, the memories of an object, and the scores of sam2_memory_attention, of every position of a frame to
   every position of its memories and every pointer. They grow from frame to frame, so they do not fit into what the other stages left in
-  the arena. Everything else of these stages does. (A cine of 27 frames of 1024x1024 pixels, examples/tiny, 2 to 4 runs each: FP32 takes
-  293 to 301 MiB, planned 300, and with `sa2va` 290 to 308, planned 316; FP16 takes 296, planned 306, and 299 to 304, planned 323.)
+  the arena. Everything else of these stages does. (A cine of 27 frames of 1024x1024 pixels, examples/tiny, 3 to 5 runs each on a busy
+  machine: FP32 takes 293 to 328 MiB, planned 300, and with `sa2va` 290 to 308, planned 316; FP16 takes 295 or 296, planned 306, and 299 to
+  311, once 359, planned 323. `python -m benchmarks.host_memory --model examples/tiny --forms fp32 fp16 --propagate sa2va` measures one.)
 """
 
 from __future__ import annotations
