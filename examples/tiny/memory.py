@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from cines import cine_masks
 from conversation import SEG, Turn, batch_of
 from data import MASK_SIDE, mask_pixels, tile_pixels
@@ -37,13 +36,12 @@ __all__ = ["QUICK_MEMORY", "MemorySchedule", "train_memory"]
 @dataclasses.dataclass(frozen=True)
 class MemorySchedule:
     """How long to learn, from cines of how many frames. There are `cines` at first and one more every `every` steps; a step takes `batch`
-    clips. From step `emptied` on, what is found on frames without the object counts more."""
+    clips."""
 
     cines: int = 8
     every: int = 6
     frames: int = 24
     steps: int = 900
-    emptied: int = 700
     batch: int = 3
     rate: float = 1e-3
     warm: int = 20
@@ -145,7 +143,7 @@ def train_memory(folder: Path, schedule: MemorySchedule, seed: int) -> None:
     for step in range(first, schedule.steps):
         while len(pool) < schedule.cines + step // schedule.every:
             pool.append(_cine(predictor, schedule.frames, seed, len(pool), work))
-        total, values = _loss(predictor, np.random.default_rng([seed, 3, step]), pool, schedule.batch, 50.0 * (step >= schedule.emptied))
+        total, values = _loss(predictor, np.random.default_rng([seed, 3, step]), pool, schedule.batch)
         descend(total, optimizer, rates)
         for name, mean in means.items():
             mean.lerp_(trained[name].detach(), min(5 / (step + 1), 1))
@@ -163,11 +161,8 @@ def train_memory(folder: Path, schedule: MemorySchedule, seed: int) -> None:
     shutil.rmtree(work)
 
 
-def _loss(predictor: Predictor, rng: np.random.Generator, pool: list[Cine], batch: int, emptied: float) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one plan on `batch` cines: of the vessels of most, of the catheter of some.
-
-    The object score of the trained mask decoder is hardly ever below 0, whatever it sees; so on a frame without the object it is the mask
-    that has to be empty, and few pixels of it are not: `emptied` weights their cross entropy."""
+def _loss(predictor: Predictor, rng: np.random.Generator, pool: list[Cine], batch: int) -> tuple[Tensor, dict[str, float]]:
+    """The loss of one plan on `batch` cines: of the vessels of most, of the catheter of some."""
     plan = Plan.draw(rng)
     clips = [pool[int(i)] for i in rng.integers(len(pool), size=batch)]
     frames = [plan.frames(rng, clip.areas) for clip in clips]
@@ -194,11 +189,8 @@ def _loss(predictor: Predictor, rng: np.random.Generator, pool: list[Cine], batc
         f"{plan.kind} vessel dice": _mean(dice[:, concepts == 0]), "catheter dice": _mean(dice[:, concepts == 1]),
         "absent": 1 - float(present.float().mean()), "found absent": float((score[~present] <= 0).float().mean()),
         "found present": float((score[present] > 0).float().mean()),
-        "area where absent": float((logits[~present, 0] > 0).float().mean()),
     }  # fmt: skip
-    spilled = F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits), reduction="none").mean(dim=(1, 2, 3))
-    # whether there is an object matters more here than on a single frame
-    return loss.total + 0.5 * loss.score + emptied * (spilled * ~present).mean(), values
+    return loss.total + 0.5 * loss.score, values  # whether there is an object matters more here than on a single frame
 
 
 def _mean(values: NDArray[np.float32]) -> float:
