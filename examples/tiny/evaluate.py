@@ -114,10 +114,10 @@ class Predictor:
         return self.masks.encode_frames(mask_pixels(image, self.masks.sam2.image_size)[None])
 
     @torch.no_grad()
-    def carry(self, frames: list[Image.Image], features: list[Features], prompts: dict[int, Tensor]) -> Masks:
+    def carry(self, frames: list[Image.Image], features: list[Features], prompts: dict[int, Tensor], gated: bool) -> Masks:
         """The masks [frames, height, width] of one object, prompted on some frames by `prompts` [1, d_model] and carried to the others:
-        forwards from the first prompted frame, then backwards from it."""
-        forwards = Tracker(self.masks, len(frames))
+        forwards from the first prompted frame, then backwards from it. If `gated`, the object score empties a carried mask."""
+        forwards = Tracker(self.masks, len(frames), gated)
         found = {}
         for place, prompt in sorted(prompts.items()):
             decoded = self.masks.decode_frames(features[place], prompt)
@@ -126,10 +126,10 @@ class Predictor:
         first = min(prompts)
         for place in range(first + 1, len(frames)):
             if place not in prompts:
-                found[place] = forwards.propagate(place, features[place]).mask
+                found[place] = forwards.mask(forwards.propagate(place, features[place]))
         backwards = dataclasses.replace(forwards, propagated={})
         for place in reversed(range(first)):
-            found[place] = backwards.propagate(place, features[place], backwards=True).mask
+            found[place] = backwards.mask(backwards.propagate(place, features[place], backwards=True))
         return np.concatenate([self._masks(found[place][:, None], frame) for place, frame in enumerate(frames)])
 
 
@@ -137,7 +137,7 @@ class Predictor:
 def evaluate_cines(predictor: Predictor, cines: dict[str, tuple[list[Image.Image], Masks]], question: str) -> dict[str, Any]:
     """How well `question` finds the true masks of cines (frames, and masks [frames, height, width]), in four ways: every frame alone; the
     first five frames prompted and carried forwards, as in Sa2VA; and the one or three frames whose masks are the largest, each prompted
-    by its own answer, carried both ways.
+    by its own answer, carried both ways and gated.
 
     `dice` is the mean over the frames that have the object, `volume_dice` that of a whole cine, `false_area` the mean share of the frame
     that is found in the others, and `steadiness` the mean IoU of consecutive masks; `truth` has that of the true masks.
@@ -146,15 +146,17 @@ def evaluate_cines(predictor: Predictor, cines: dict[str, tuple[list[Image.Image
     for name, (frames, truth) in cines.items():
         features = [predictor.features(frame) for frame in frames]
         prompts = [predictor.fcs(predictor.answer(frame, question)[1][:1]) for frame in frames]
-        alone = np.stack([predictor.carry([frame], [f], {0: p})[0] for frame, f, p in zip(frames, features, prompts, strict=True)])
+        alone = np.stack(
+            [predictor.carry([frame], [f], {0: p}, gated=False)[0] for frame, f, p in zip(frames, features, prompts, strict=True)]
+        )
         largest = [int(place) for place in np.argsort(-alone.sum(axis=(1, 2)), kind="stable")]
         shown = predictor.fcs(predictor.answer_cine(frames[:_SHOWN], question)[1][:1])
         first = dict.fromkeys(range(_SHOWN), shown)
         ways = {
             "alone": alone,
-            "first five": predictor.carry(frames, features, first),
-            "best": predictor.carry(frames, features, {place: prompts[place] for place in largest[:1]}),
-            "best three": predictor.carry(frames, features, {place: prompts[place] for place in largest[:3]}),
+            "first five": predictor.carry(frames, features, first, gated=False),
+            "best": predictor.carry(frames, features, {place: prompts[place] for place in largest[:1]}, gated=True),
+            "best three": predictor.carry(frames, features, {place: prompts[place] for place in largest[:3]}, gated=True),
             "truth": truth,
         }
         scores[name] = {way: _cine_scores(found, truth) for way, found in ways.items()}

@@ -17,6 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from vessel_export.sources.torch_file import read_torch_file
+
 __all__ = [
     "load_base", "load_finetuned", "load_sam2", "load_tokenizer", "save_base", "save_finetuned", "save_sam2", "write_tokenizer",
 ]  # fmt: skip
@@ -244,8 +246,9 @@ def save_finetuned(
 
 
 def load_finetuned(path: Path, model: VisionLanguageModel, fcs: nn.Module, sam2: Any) -> None:
-    """Put a checkpoint written by `save_finetuned` into a model that carries LoRA. Only for our own file: it is unpickled."""
-    state = {n: t.float() for n, t in torch.load(path, weights_only=False)["state_dict"].items()}
+    """Put a checkpoint written by `save_finetuned` into a model that carries LoRA."""
+    file = read_torch_file(path, check_values=True)
+    state = {n: file.tensor(t).float() for n, t in file.document["state_dict"].items()}
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,17 +1,20 @@
 """Stage 4: SAM2's memory learns to carry the masks of some prompted frames to the other frames of a cine.
 
-Everything else stays as it is, and so do the results on single frames. The clips are of generated cines and run forwards or backwards in
-time; what the prompted frames contribute is what the fine-tuned model makes of them. As all that it makes of a frame stays the same, it is
-computed once. Interrupted, the stage goes on from its last checkpoint.
+Everything else stays as it is, and so do the results on single frames. The memory begins with random weights. The clips are of generated
+cines, compressed as recorded ones are, and run forwards or backwards in time; what the prompted frames contribute is what the fine-tuned
+model makes of them. As all that it makes of a frame stays the same, it is computed once. The weights that are kept are a running mean
+of those of the last steps, so the learning rate stays what it is, and a longer training begins as a shorter one does. Interrupted, the
+stage goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
+import io
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from data import MASK_SIDE, mask_pixels, tile_pixels
 from evaluate import Predictor
 from formats import load_sam2, save_sam2
 from generator import CONCEPTS, generate_cine
-from learning import Progress, descend, mask_loss, optimizer_of, rates_of
+from learning import Progress, descend, mask_loss, optimizer_of
 from model import MEMORY_PARTS, Tracker, build_sam2
 from numpy.typing import NDArray
 from PIL import Image
@@ -32,13 +35,16 @@ __all__ = ["QUICK_MEMORY", "MemorySchedule", "train_memory"]
 
 @dataclasses.dataclass(frozen=True)
 class MemorySchedule:
-    """How many cines there are to learn from and how long; a step takes `batch` clips."""
+    """How long to learn, from cines of how many frames. There are `cines` at first and one more every `every` steps; a step takes `batch`
+    clips."""
 
-    cines: int = 72
-    frames: int = 20
-    steps: int = 200
-    batch: int = 2
+    cines: int = 8
+    every: int = 6
+    frames: int = 24
+    steps: int = 900
+    batch: int = 3
     rate: float = 1e-3
+    warm: int = 20
     checkpoint: int = 20
 
 
@@ -72,8 +78,8 @@ class Cine:
 class Plan:
     """The frames of a clip by their places in it: those that are prompted, and those that their masks are carried to, in order.
 
-    A clip of `kind` best begins at a frame that is full of contrast; first begins with five frames in a row, mostly before there is any
-    contrast, as Sa2VA does; any begins anywhere.
+    A clip of `kind` best is prompted on frames that are full of contrast, and most of these clips run backwards to before the contrast;
+    first begins with five frames in a row, mostly before there is any contrast, as Sa2VA does; any begins anywhere.
     """
 
     kind: str
@@ -82,131 +88,151 @@ class Plan:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Plan:
-        kind = str(rng.choice(["best", "first", "any"], p=[0.55, 0.2, 0.25]))
+        kind = str(rng.choice(["best", "first", "any"], p=[0.7, 0.15, 0.15]))
         if kind == "first":
-            return cls(kind, tuple(range(5)), tuple(range(5, 9)))
-        others = rng.choice([-3, -2, -1, 1, 2, 3], int(rng.integers(0, 3)), replace=False)
-        prompted = tuple(sorted({0, *map(int, others)}))
-        return cls(kind, prompted, tuple([place for place in range(1, 11) if place not in prompted][: int(rng.integers(4, 8))]))
+            return cls(kind, tuple(range(5)), tuple(range(5, 10)))
+        others = rng.choice([-2, -1, 20, 21], int(rng.integers(0, 3)), replace=False)
+        return cls(kind, tuple(sorted({0, *map(int, others)})), tuple(range(1, int(rng.integers(5, 10)))))
 
     def frames(self, rng: np.random.Generator, areas: NDArray[np.float32]) -> dict[int, int]:
         """The frame of a cine at each place; a clip that leaves the cine turns round at its end."""
-        start = int(rng.integers(len(areas)))
-        if self.kind == "best":
-            start = int(rng.choice(np.flatnonzero(areas >= 0.9 * areas.max())))
-        elif self.kind == "first" and rng.random() < 0.6:
-            start = int(rng.integers(3))
-        stride = int(rng.integers(1, 3 if self.kind == "first" else 4))
-        if self.kind != "first" and rng.random() < 0.5:
-            stride = -stride
         period = 2 * (len(areas) - 1)
-        turned = {place: (start + stride * place) % period for place in (*self.prompted, *self.carried)}
-        return {place: min(frame, period - frame) for place, frame in turned.items()}
+
+        def run(places: tuple[int, ...], start: int, stride: int) -> dict[int, int]:
+            turned = {place: (start + stride * (place - places[0])) % period for place in places}
+            return {place: min(frame, period - frame) for place, frame in turned.items()}
+
+        if self.kind == "first":
+            start = int(rng.integers(3 if rng.random() < 0.6 else len(areas)))
+            return run(self.prompted + self.carried, start, int(rng.integers(1, 3)))
+        full = np.flatnonzero(areas >= 0.8 * areas.max())
+        shown = full if self.kind == "best" else np.arange(len(areas))
+        prompted = {place: int(rng.choice(shown)) for place in self.prompted}
+        stride = int(rng.integers(1, 4))
+        if rng.random() < 0.6:  # backwards, from some frame between the first contrast and the full tree
+            return prompted | run(self.carried, int(rng.integers(1, full[0] + 1)), -stride)
+        return prompted | run(self.carried, int(rng.integers(len(areas))), int(rng.choice([-stride, stride])))
 
 
-def train_memory(folder: Path, schedule: MemorySchedule, seed: int, processes: int) -> None:
-    """Train MEMORY_PARTS of the SAM2 in `folder`, and write it anew: nothing else in it changes.
+def train_memory(folder: Path, schedule: MemorySchedule, seed: int) -> None:
+    """Train MEMORY_PARTS of the SAM2 in `folder` from random weights, and write it anew: nothing else in it changes.
 
-    While it runs, `folder`/.memory holds the cines (0.8 MiB a frame) and the last checkpoint."""
+    While it runs, `folder`/.memory holds the cines (0.7 MiB a frame) and the last checkpoint."""
     work = folder / ".memory"
     predictor = Predictor.load(folder)
     work.mkdir(parents=True, exist_ok=True)
-    pool = _pool(folder, schedule, seed, work, processes)
-    sam2 = predictor.masks.sam2
+    sam2, yaml = predictor.masks.sam2, (folder / "sam2_tiny.yaml").read_text(encoding="utf-8")
+    torch.manual_seed(seed)
+    untrained = build_sam2(yaml).state_dict()
+    sam2.load_state_dict({name: tensor for name, tensor in untrained.items() if name.startswith(MEMORY_PARTS)}, strict=False)
     sam2.requires_grad_(False)
     trained = {name: tensor for name, tensor in sam2.named_parameters() if name.startswith(MEMORY_PARTS)}
     for tensor in trained.values():
         tensor.requires_grad_(True)
+    means = {name: tensor.detach().clone() for name, tensor in trained.items()}
     optimizer = optimizer_of(trained.values(), schedule.rate)
-    rates = rates_of(optimizer, schedule.steps)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / schedule.warm, 1))
     progress, first, saved = Progress("memory", schedule.steps), 0, work / "memory.pt"
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         sam2.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         rates.load_state_dict(state["rates"])
-        progress.history, first = state["history"], state["step"]
+        means, progress.history, first = state["means"], state["history"], state["step"]
+    pool: list[Cine] = []
     for step in range(first, schedule.steps):
+        while len(pool) < schedule.cines + step // schedule.every:
+            pool.append(_cine(predictor, schedule.frames, seed, len(pool), work))
         total, values = _loss(predictor, np.random.default_rng([seed, 3, step]), pool, schedule.batch)
         descend(total, optimizer, rates)
+        for name, mean in means.items():
+            mean.lerp_(trained[name].detach(), min(5 / (step + 1), 1))
         progress.add(values)
         if (step + 1) % schedule.checkpoint == 0:
-            state = {"step": step + 1, "weights": {name: tensor.detach() for name, tensor in trained.items()}}
+            state = {"step": step + 1, "weights": {name: tensor.detach() for name, tensor in trained.items()}, "means": means}
             state |= {"optimizer": optimizer.state_dict(), "rates": rates.state_dict(), "history": progress.history}
             torch.save(state, saved.with_suffix(".new"))
             saved.with_suffix(".new").replace(saved)
-    pretrained = build_sam2((folder / "sam2_tiny.yaml").read_text(encoding="utf-8"))  # the predictor's has the fine-tuned mask decoder
+    pretrained = build_sam2(yaml)  # the predictor's has the fine-tuned mask decoder
     load_sam2(folder / "sam2_tiny.pt", pretrained)
-    pretrained.load_state_dict(trained, strict=False)
+    pretrained.load_state_dict(means, strict=False)
     save_sam2(work / "sam2_tiny.pt", pretrained)
     os.replace(work / "sam2_tiny.pt", folder / "sam2_tiny.pt")
     shutil.rmtree(work)
 
 
 def _loss(predictor: Predictor, rng: np.random.Generator, pool: list[Cine], batch: int) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one plan on `batch` cines: their vessels and, in some steps, the catheter of one of them."""
+    """The loss of one plan on `batch` cines: of the vessels of most, of the catheter of some."""
     plan = Plan.draw(rng)
     clips = [pool[int(i)] for i in rng.integers(len(pool), size=batch)]
     frames = [plan.frames(rng, clip.areas) for clip in clips]
-    objects = [(c, 0) for c in range(batch)] + [(int(rng.integers(batch)), 1)] * bool(rng.random() < 0.4)
+    concepts = (rng.random(batch) < 0.15).astype(int)
 
     def of(name: str, place: int) -> Tensor:
-        """What the clips have of a place, for each object."""
-        parts = [getattr(clips[c], name)[frames[c][place]] for c, _ in objects]
+        """What the clips have of a place, for the concept of each."""
+        parts = [getattr(clip, name)[frame[place]] for clip, frame in zip(clips, frames, strict=True)]
         whole = name in ("fine", "middle", "coarse")
-        return torch.stack([part if whole else part[concept] for part, (_, concept) in zip(parts, objects, strict=True)]).float()
+        return torch.stack([(part if whole else part[concept]).float() for part, concept in zip(parts, concepts, strict=True)])
 
-    tracker = Tracker(predictor.masks, length=max(*plan.prompted, *plan.carried) + 1)
-    for place in plan.prompted:
-        tracker.remember(place, *(of(name, place) for name in ("coarse", "mask", "token", "score")))
-    decoded = [tracker.propagate(place, (of("fine", place), of("middle", place), of("coarse", place))) for place in plan.carried]
-    logits, iou, score = (torch.cat([getattr(d, name) for d in decoded]) for name in ("logits", "iou", "score"))
-    loss = mask_loss(logits, iou, score, torch.cat([of("targets", place) for place in plan.carried]) / 255)
-    dice = loss.chosen_dice.view(len(plan.carried), len(objects))
+    tracker = Tracker(predictor.masks, length=max(*plan.prompted, *plan.carried) + 1, gated=plan.kind != "first")
+    with torch.autocast("cpu", torch.bfloat16):
+        for place in plan.prompted:
+            tracker.remember(place, *(of(name, place) for name in ("coarse", "mask", "token", "score")))
+        decoded = [tracker.propagate(place, (of("fine", place), of("middle", place), of("coarse", place))) for place in plan.carried]
+    logits, iou, score = (torch.cat([getattr(d, name) for d in decoded]).float() for name in ("logits", "iou", "score"))
+    targets = torch.cat([of("targets", place) for place in plan.carried]) / 255
+    loss = mask_loss(logits, iou, score, targets)
+    dice = loss.chosen_dice.view(len(plan.carried), batch).numpy()
+    present = (targets > 0.5).flatten(1).any(dim=1)
     values = {
         "loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item(), "score": loss.score.item(),
-        f"{plan.kind} vessel dice": float(dice[:, :batch].nanmean()), "catheter dice": float(dice[:, batch:].nanmean()),
+        f"{plan.kind} vessel dice": _mean(dice[:, concepts == 0]), "catheter dice": _mean(dice[:, concepts == 1]),
+        "absent": 1 - float(present.float().mean()), "found absent": float((score[~present] <= 0).float().mean()),
+        "found present": float((score[present] > 0).float().mean()),
     }  # fmt: skip
-    return loss.total + 0.15 * loss.score, values  # whether there is an object matters more here than on a single frame
+    return loss.total + 0.5 * loss.score, values  # whether there is an object matters more here than on a single frame
 
 
-def _pool(folder: Path, schedule: MemorySchedule, seed: int, work: Path, processes: int) -> list[Cine]:
-    """The generated cines, from `work` as far as they are there already."""
-    tasks = [(seed, index, schedule.frames, folder, work / f"cine-{index:04d}.pt") for index in range(schedule.cines)]
-    missing = [task for task in tasks if not task[-1].exists()]
-    if missing:
-        with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as workers:
-            for _ in workers.imap_unordered(_make, missing):
-                pass
-    return [Cine(**torch.load(path, weights_only=True, mmap=True)) for *_, path in tasks]
+def _mean(values: NDArray[np.float32]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
 
 
-def _make(task: tuple[int, int, int, Path, Path]) -> None:
-    """Generate a cine, half of them as coarse as the real frames, and write it with what the model in `folder` makes of it."""
-    seed, index, frames, folder, path = task
-    rng = np.random.default_rng([seed, 5, index])
+def _cine(predictor: Predictor, frames: int, seed: int, index: int, work: Path) -> Cine:
+    """Generate a cine, half of them as coarse as the real frames and most of them compressed with a loss, with what the model makes of it;
+    or read it from `work`, where it is kept."""
+    path = work / f"cine-{index:04d}.pt"
+    if not path.exists():
+        torch.save(_make(predictor, np.random.default_rng([seed, 5, index]), frames, f"S{index:04d}"), path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+    return Cine(**torch.load(path, weights_only=True, mmap=True))
+
+
+def _make(predictor: Predictor, rng: np.random.Generator, frames: int, code: str) -> dict[str, Tensor]:
+    """The parts of a Cine."""
     side = 300 if rng.random() < 0.5 else int(rng.integers(300, 420))
     while True:
-        cine = generate_cine(rng, frames, side, side, f"S{index:04d}")
+        cine = generate_cine(rng, frames, side, side, code)
         vessel = cine_masks(cine, "vessel")
         if vessel.mean(axis=(1, 2)).max() > 0.015:
             break
     masks = np.stack([vessel, cine_masks(cine, "catheter")], axis=1)
     small = [Image.fromarray(m).convert("L").resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BOX) for frame in masks for m in frame]
     targets = torch.from_numpy(np.stack([np.asarray(m) for m in small])).view(frames, len(CONCEPTS), MASK_SIDE, MASK_SIDE)
-    made = {"targets": targets, **_made_of(_predictor(folder), [Image.fromarray(frame.image) for frame in cine])}
-    torch.save(made, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
+    return {"targets": targets, **_made_of(predictor, _compressed(rng, [Image.fromarray(frame.image) for frame in cine]))}
 
 
-_loaded: dict[Path, Predictor] = {}
-
-
-def _predictor(folder: Path) -> Predictor:
-    """The model, loaded once a process."""
-    if folder not in _loaded:
-        _loaded[folder] = Predictor.load(folder)
-    return _loaded[folder]
+def _compressed(rng: np.random.Generator, frames: list[Image.Image]) -> list[Image.Image]:
+    """The frames after JPEG, JPEG 2000 or nothing, all of a cine at the same quality."""
+    options: dict[str, Any] = {"format": "JPEG", "quality": int(rng.integers(25, 95))}
+    if rng.random() < 0.5:
+        options = {"format": "JPEG2000", "irreversible": True, "quality_mode": "rates", "quality_layers": [float(rng.uniform(8, 80))]}
+    if rng.random() < 0.2:
+        return frames
+    streams = [io.BytesIO() for _ in frames]
+    for frame, stream in zip(frames, streams, strict=True):
+        frame.save(stream, **options)
+    return [Image.open(stream) for stream in streams]
 
 
 @torch.no_grad()

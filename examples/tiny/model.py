@@ -209,6 +209,10 @@ class Decoded:
         """The token [objects, d_model] of the same mask."""
         return self.tokens[torch.arange(len(self.iou)), self.iou.argmax(dim=1)]
 
+    def gated(self) -> Decoded:
+        """With logits of -1024 for an object whose score is not above 0, as in sam2."""
+        return dataclasses.replace(self, logits=torch.where(self.score[:, None, None, None] > 0, self.logits, -1024.0))
+
 
 Features = tuple[Tensor, Tensor, Tensor]
 
@@ -271,12 +275,13 @@ class MaskBranch(nn.Module):
 class Tracker:
     """Carries masks of some frames of a cine of `length` frames to the others, through SAM2's memory.
 
-    The memory is read and written as by SAM2Base.track_step, except that the object score does not blank a mask: Sa2VA's copy of sam2 has
-    no such rule. Gradients reach what writes the memory, but not the masks that are written.
+    The memory is read and written as by SAM2Base.track_step, where the object score empties a carried mask if `gated`: Sa2VA's copy of
+    sam2 has no such rule. Gradients reach what writes the memory, but not the masks that are written.
     """
 
     branch: MaskBranch
     length: int
+    gated: bool
     prompted: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     propagated: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -286,7 +291,7 @@ class Tracker:
 
     def propagate(self, place: int, features: Features, backwards: bool = False) -> Decoded:
         """The masks on frame `place`, from the prompted frames and the last six before it (after it, if `backwards`), which are then in
-        the memory too. `features` are for each object."""
+        the memory too. `features` are for each object. What is returned is not gated, so that it can be learned from."""
         fine, middle, coarse = features
         position = self.branch.sam2.image_encoder.neck.position_encoding(coarse[:1])
         recalled = self.branch.sam2._prepare_memory_conditioned_features(
@@ -300,8 +305,12 @@ class Tracker:
             track_in_reverse=backwards,
         )
         decoded = self.branch._decode((fine, middle, recalled), None)
-        self.propagated[place] = self._memory(coarse, decoded.mask.detach(), decoded.token.detach(), decoded.score.detach())
+        self.propagated[place] = self._memory(coarse, self.mask(decoded).detach(), decoded.token.detach(), decoded.score.detach())
         return decoded
+
+    def mask(self, decoded: Decoded) -> Tensor:
+        """The logits [objects, side, side] of the mask of a carried frame."""
+        return (decoded.gated() if self.gated else decoded).mask
 
     def _memory(self, coarse: Tensor, mask: Tensor, token: Tensor, score: Tensor) -> dict[str, Any]:
         sam2 = self.branch.sam2

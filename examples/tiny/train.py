@@ -319,10 +319,10 @@ def main() -> None:
     reuse.add_argument("--reuse-base", action="store_true", help="skip stages 1 and 2: take base/ and sam2_tiny.pt from --out")
     reuse.add_argument("--memory-only", action="store_true", help="only stage 4, on the files in --out; goes on where it was interrupted")
     arguments = parser.parse_args()
-    start, processes = time.time(), os.cpu_count() or 1
+    start = time.time()
     if not arguments.memory_only:
         make(arguments.out, arguments.data, QUICK if arguments.quick else Schedule(), arguments.seed, arguments.reuse_base)
-    train_memory(arguments.out, QUICK_MEMORY if arguments.quick else MemorySchedule(), arguments.seed, processes)
+    train_memory(arguments.out, QUICK_MEMORY if arguments.quick else MemorySchedule(), arguments.seed)
     print(json.dumps({"seconds": round(time.time() - start), **evaluate(arguments.out, arguments.data)}))
 
 
