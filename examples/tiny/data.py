@@ -20,7 +20,19 @@ from pycocotools import mask as coco
 from scipy import ndimage  # type: ignore[import-untyped]
 from torch import Tensor
 
-__all__ = ["HELD_OUT", "MASK_SIDE", "Pool", "Sample", "generated_pool", "mask_pixels", "rasterize", "read_real", "tile_pixels", "warp"]
+__all__ = [
+    "HELD_OUT",
+    "MASK_SIDE",
+    "Pool",
+    "Sample",
+    "generated_pool",
+    "mask_pixels",
+    "rasterize",
+    "read_real",
+    "simplified",
+    "tile_pixels",
+    "warp",
+]
 
 HELD_OUT = (5, 10, 15, 20, 25, 30, 35, 40)
 """Numbers of the real frames that no training sees: every fifth."""
@@ -85,6 +97,18 @@ def rasterize(polygons: list[list[float]], height: int, width: int) -> NDArray[n
         return np.zeros((height, width), dtype=np.uint8)
     mask: NDArray[np.uint8] = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
     return mask
+
+
+def simplified(polygon: list[float], height: int, width: int) -> list[float]:
+    """The polygon without the vertices that no pixel of its mask depends on."""
+    kept, mask, place = list(zip(polygon[::2], polygon[1::2], strict=True)), rasterize([polygon], height, width), 0
+    while place < len(kept) and len(kept) > 3:
+        fewer = kept[:place] + kept[place + 1 :]
+        if np.array_equal(rasterize([[value for vertex in fewer for value in vertex]], height, width), mask):
+            kept = fewer
+        else:
+            place += 1
+    return [value for vertex in kept for value in vertex]
 
 
 def _coverage(mask: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from cines import write_cines
 from conversation import IGNORE, SEG, Turn, batch_of, image_turn, segmentation_turn
-from data import HELD_OUT, Pool, Sample, generated_pool, mask_pixels, rasterize, read_real, tile_pixels, warp
+from data import HELD_OUT, Pool, Sample, generated_pool, mask_pixels, rasterize, read_real, simplified, tile_pixels, warp
 from evaluate import evaluate
 from formats import load_base, load_sam2, load_tokenizer, save_base, save_finetuned, save_sam2, write_tokenizer
 from generator import CONCEPTS, generate
@@ -253,7 +253,9 @@ def write_frames(folder: Path, seed: int) -> None:
         name = f"S{code:04d}({code:010d})_{view}-{index % 3 + 1}_1_{code:08d}_frame_{number:06d}.jpg"
         Image.fromarray(frame.image).save(frames / name, quality=85)
         present = [c for c in CONCEPTS if frame.polygons[c]]
-        entries.append({"image": name, "mask": [frame.polygons[c] for c in present], "text": present})
+        entries.append(
+            {"image": name, "mask": [[simplified(p, height, width) for p in frame.polygons[c]] for c in present], "text": present}
+        )
     text = "[\n" + ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries) + "\n]\n"
     (folder / "annotations.json").write_text(text, encoding="utf-8")
 
