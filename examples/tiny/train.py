@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -323,6 +324,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.time()
     if not arguments.memory_only:
+        importlib.import_module("mmengine.runner")  # which saves the checkpoint: if it is not installed, say so now
         make(arguments.out, arguments.data, QUICK if arguments.quick else Schedule(), arguments.seed, arguments.reuse_base)
     train_memory(arguments.out, QUICK_MEMORY if arguments.quick else MemorySchedule(), arguments.seed)
     print(json.dumps({"seconds": round(time.time() - start), **evaluate(arguments.out, arguments.data)}))
