@@ -35,7 +35,7 @@ from benchmarks.measure import RESULTS, machine, publish
 from vessel_export.graphs.costs import counted_cost
 from vessel_rt.device.rates import DATA_SHEETS, Rates
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.formats.profiles import MOST_KEPT, OPT_TEXT_TOKENS
+from vessel_rt.formats.profiles import BEST_FRAMES, MOST_KEPT, OPT_TEXT_TOKENS
 from vessel_rt.formats.stage_cost import Cost
 
 _RUNS = 30  # short ones; the fastest counts, since other load slows most of them
@@ -45,7 +45,6 @@ _SIDE, _GPU_SIDE = 2048, 8192  # of the square matrices multiplied
 
 _PROJECTED = "RTX 3090"
 _IMAGE = ("vision_encoder", "draft", "sam2_image_encoder", "sam2_mask_decoder")  # the runs of one image whose draft is accepted
-_CONDITIONING = 3  # frames of a cine that `--propagate` asks about at most
 _ASSUMED = {"of_flops": 0.5, "of_bytes": 0.8}
 
 
@@ -108,7 +107,7 @@ def _cine(bundle: Bundle, rates: Mapping[str, Rates]) -> dict[str, Any]:
     cine, runs = bundle.require_cine(), _runs(bundle, 1)
     sizes = {
         "sam2_image_encoder": {"images": 1},
-        "sam2_memory_attention": {"memories": _CONDITIONING + cine.memories - 1, "pointers": _CONDITIONING + cine.pointers - 1},
+        "sam2_memory_attention": {"memories": BEST_FRAMES + cine.memories - 1, "pointers": BEST_FRAMES + cine.pointers - 1},
         "sam2_tracking_decoder": {},
         "sam2_memory_encoder": {},
     }

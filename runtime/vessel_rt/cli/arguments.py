@@ -21,6 +21,7 @@ __all__ = [
     "MAX_BATCH",
     "add_json",
     "add_naming",
+    "add_propagate",
     "device",
     "find_bundle",
     "find_bundle_folder",
@@ -106,6 +107,11 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
     return int(text)
+
+
+def add_propagate(parser: Any, text: str) -> None:
+    """--propagate, with `text` for its help."""
+    parser.add_argument("--propagate", nargs="?", const="best-frame", choices=["best-frame", "sa2va"], help=text)
 
 
 def up_to(limit: int) -> Callable[[str], int]:

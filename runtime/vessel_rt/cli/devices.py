@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vessel_rt.cli.arguments import MAX_BATCH, add_json, find_bundle, gibibytes, up_to
+from vessel_rt.cli.arguments import MAX_BATCH, add_json, add_propagate, find_bundle, gibibytes, up_to
 from vessel_rt.errors import VesselError
 
 __all__ = ["add_devices_commands"]
@@ -24,13 +24,7 @@ def add_devices_commands(commands: Any) -> None:
     plan.add_argument("--streams", type=up_to(MAX_BATCH), metavar="N", help="on a CPU: images at the same time (default: 1)")
     plan.add_argument("--recipe", metavar="NAME|TOML", help="plan for the engines.max_batch and engines.memory_gib of this recipe")
     plan.add_argument("--batch", type=up_to(MAX_BATCH), metavar="N", help="images at once (default: the recipe's, else 1)")
-    plan.add_argument(
-        "--propagate",
-        nargs="?",
-        const="best-frame",
-        choices=["best-frame", "sa2va"],
-        help="also plan to track objects through cines, as infer does (on a GPU: for either way)",
-    )
+    add_propagate(plan, "also plan to track objects through cines, as infer does (on a GPU: for either way)")
     plan.add_argument(
         "--memory",
         type=gibibytes,

@@ -71,12 +71,9 @@ def add_infer(commands: Any) -> None:
         metavar="LOW:HIGH",
         help="also take gray images of more than 8 bits: LOW becomes black, HIGH white (without a value: each file's own range)",
     )
-    which.add_argument(
-        "--propagate",
-        nargs="?",
-        const="best-frame",
-        choices=["best-frame", "sa2va"],
-        help="track the answer's objects through each cine: best-frame (without a value) asks about up to 3 frames with most contrast "
+    types.add_propagate(
+        which,
+        "track the answer's objects through each cine: best-frame (without a value) asks about up to 3 frames with most contrast "
         "and tracks from them in both directions; sa2va asks about the first 5 frames and tracks forward, exactly as Sa2VA does; the pages "
         "of a TIFF are frames, too",
     )

@@ -80,8 +80,8 @@ def make_host_plan(bundle: Bundle, streams: int = 1, processes: int = 1, memory:
 def _of_cines(bundle: Bundle, propagate: str) -> list[Item]:
     """Of one process, which tracks one object at a time."""
     cine, conditioning = bundle.require_cine(), conditioning_frames(bundle, propagate)
-    shapes = {spec.name: [axis for axis in spec.shape if isinstance(axis, int)] for spec in cine.stages["sam2_memory_attention"].inputs}
-    (channels, *side), (width,) = shapes["memories"], shapes["object_pointers"]
+    attention = cine.stages["sam2_memory_attention"]
+    (channels, *side), (width,) = attention.input("memories").fixed, attention.input("object_pointers").fixed
     memories, pointers, positions = conditioning + cine.memories - 1, conditioning + cine.pointers - 1, math.prod(side)
     keys = memories * positions + pointers * (width // channels)
     fused = bundle.precision == "fp32" or positions >= _FUSED

@@ -110,7 +110,7 @@ def _of_cines(bundle: Bundle, b: int) -> list[Item]:
     bank = b * sum(math.prod(shapes[name]) for name in ("memories", "object_pointers"))
     items = [Item(f"weights: {name}", bundle.weight_bytes(name)) for name in stages]
     items += [Item(f"activations: {name}", _activations(bundle, name, 1, b)) for name in stages]
-    features = sum(math.prod(axis for axis in spec.shape if isinstance(axis, int)) for spec in bundle.stages["sam2_image_encoder"].outputs)
+    features = sum(math.prod(spec.fixed) for spec in bundle.stages["sam2_image_encoder"].outputs)
     return [*items, Item("memory bank", bank), Item("features of the next frame", b * features)]
 
 

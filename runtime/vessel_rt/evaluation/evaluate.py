@@ -32,6 +32,7 @@ from vessel_rt.results.reader import (
     RESULTS_FILE,
     RUN_FILE,
     cine_place,
+    file_in,
     mask_of,
     read_picture,
     read_results,
@@ -194,7 +195,7 @@ def _comparisons(output: Path, lines: Sequence[ResultLine], drawn: GroundTruth, 
 
 
 def _shown(output: Path, line: ResultLine) -> Shown:
-    name = next((name for name in line["files"] if name.startswith(f"{PREVIEWS}/")), "")
+    name = file_in(line, PREVIEWS) or ""
     return Shown.of(read_picture(output, name, "JPEG", f"the preview of {line['code']} cannot be read for the optical flow"))
 
 

@@ -74,6 +74,11 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Text
     shape: Items[_Count | Text]
 
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """The sizes of the axes that are not dynamic."""
+        return tuple(axis for axis in self.shape if isinstance(axis, int))
+
 
 class StageSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """One graph of the pipeline.

@@ -65,7 +65,7 @@ def _weight_bytes(bundle: Bundle, stage: str) -> int:
     if stage != "sam2_tracking_decoder":
         return files
     features, hidden = bundle.all_stages[stage].input("conditioned_features"), bundle.language_model.hidden_size
-    _, channels, *_ = (axis for axis in features.shape if isinstance(axis, int))
+    _, channels, *_ = features.fixed
     return files - (hidden + 1) * (hidden + channels) * _BYTES[features.dtype]
 
 
@@ -74,12 +74,11 @@ def _more_keys(bundle: Bundle, sizes: Mapping[str, int]) -> int:
 
     A memory [M, H, W] has H * W keys, and a pointer [C] has C / M. The operations for each key are the same.
     """
-    inputs = {
-        spec.name: [axis for axis in spec.shape if isinstance(axis, int)] for spec in bundle.all_stages["sam2_memory_attention"].inputs
-    }
-    (channels, height, width), (pointer,) = inputs["memories"], inputs["object_pointers"]
-    of_memories = bundle.require_cine().memory_flops * (sizes["memories"] - 1)
-    return of_memories + bundle.require_cine().memory_flops * (pointer // channels) * (sizes["pointers"] - 1) // (height * width)
+    cine = bundle.require_cine()
+    attention = cine.stages["sam2_memory_attention"]
+    (channels, height, width), (pointer,) = attention.input("memories").fixed, attention.input("object_pointers").fixed
+    of_pointers = cine.memory_flops * (pointer // channels) * (sizes["pointers"] - 1) // (height * width)
+    return cine.memory_flops * (sizes["memories"] - 1) + of_pointers
 
 
 def _edge_bytes(value: TensorSpec, sizes: Mapping[str, int]) -> int:

@@ -17,7 +17,7 @@ from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from vessel_rt.io.files import replacing, writing
 from vessel_rt.results.animation import write_animation
-from vessel_rt.results.reader import cine_place, iter_frames, read_picture
+from vessel_rt.results.reader import cine_place, file_in, iter_frames, read_picture
 from vessel_rt.results.schema import CINES, OVERLAYS, ResultLine
 from vessel_rt.results.writer import numbered
 
@@ -55,7 +55,7 @@ def _write_overlays(output: Path, cine: str, frames: Sequence[ResultLine]) -> No
 
     def picture(number: int) -> Image.Image:
         line = frames[number]
-        name = next(name for name in line["files"] if name.startswith(f"{OVERLAYS}/"))
+        name = file_in(line, OVERLAYS) or ""
         return read_picture(output, name, "JPEG", f"the overlay of {line['code']} cannot be read for the animation of its cine")
 
     with writing(f"{output}: the animation of a cine"):

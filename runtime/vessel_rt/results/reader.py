@@ -47,6 +47,7 @@ __all__ = [
     "CinePlace",
     "FormError",
     "cine_place",
+    "file_in",
     "iter_frames",
     "iter_lines",
     "iter_timings",
@@ -153,6 +154,11 @@ def mask_of(path: Path, line: ResultLine, rle: Rle) -> npt.NDArray[np.bool_]:
     except ValueError as e:
         _refuse(path, None, ValueError(f"a mask of {line['code']}: {e}"))
     return mask
+
+
+def file_in(line: ResultLine, folder: str) -> str | None:
+    """The frame's file in `folder` of the output folder, such as its preview, if it has one."""
+    return next((file for file in line["files"] if file.startswith(f"{folder}/")), None)
 
 
 def read_picture(output: Path, name: str, kind: str, problem: str) -> Image.Image:

@@ -35,6 +35,7 @@ from vessel_rt.results.reader import (
     CinePlace,
     FormError,
     cine_place,
+    file_in,
     iter_frames,
     iter_timings,
     mask_of,
@@ -232,7 +233,7 @@ def _shapes(output: Path, lines: Sequence[ResultLine], truths: Sequence[Compared
 
 def _preview(output: Path, line: ResultLine) -> str | None:
     """The file of a frame's preview, if it has one. Folders that were written before previews had study codes have names here."""
-    file = next((file for file in line["files"] if file.startswith(f"{PREVIEWS}/")), None)
+    file = file_in(line, PREVIEWS)
     return file if file and (output / file).is_file() else None
 
 
