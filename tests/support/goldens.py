@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from vessel_rt.check.cine import run_cine
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.parity import Outputs
 from vessel_rt.device.deployment import deploy
@@ -17,11 +18,15 @@ from vessel_rt.formats.golden import (
     Golden,
     GoldenCase,
     GoldenCaseRecord,
+    GoldenCine,
+    GoldenCineRecord,
     GoldenFile,
     GoldenFrame,
     GoldenReference,
+    GoldenShift,
     SketchSpec,
     make_sketch,
+    shifted,
 )
 from vessel_rt.model.segmenter import Segmenter
 
@@ -46,6 +51,15 @@ def make_goldens(bundle: Bundle, frames: Sequence[Image.Image], questions: Seque
                 logits = answer.low_res_logits.astype(np.float16).astype(np.float32)
                 cases.append(GoldenCase(index, question, text, ids, logits, answer.iou, answer.object_score, sketches))
                 records.append(GoldenCaseRecord(index, question, text, ids, len(logits)))
+    grays = tuple(np.asarray(frame.convert("L")) for frame in frames)
+    record, cine = (None, None)
+    if bundle.cine:
+        shifts = tuple(GoldenShift(2 * time, time) for time in range(bundle.cine.prompted_frames + 2))
+        loaded = LoadedDeployment.of(deployment, sessions)
+        found = run_cine(loaded, [shifted(grays[0], shift) for shift in shifts], questions[0])
+        logits, ids = found.low_res_logits.astype(np.float16).astype(np.float32), found.result.token_ids
+        record = GoldenCineRecord(0, shifts, questions[0], found.result.answer, ids, len(logits))
+        cine = GoldenCine(logits, {name: make_sketch(array, SPEC) for name, array in found.sketched.items()})
     for session in sessions.values():
         session.__exit__(None, None, None)
     reference = GoldenReference("fp32", False, bundle.provenance.checkpoint_sha256, {"vessel-rt": "of the tests"})
@@ -54,5 +68,6 @@ def make_goldens(bundle: Bundle, frames: Sequence[Image.Image], questions: Seque
         sketches=SPEC,
         frames=tuple(GoldenFrame(frame.width, frame.height, len(each.tiles)) for frame, each in zip(frames, pixels, strict=True)),
         cases=tuple(records),
+        cine=record,
     )
-    return Golden(file, tuple(np.asarray(frame.convert("L")) for frame in frames), tuple(cases))
+    return Golden(file, grays, tuple(cases), cine)

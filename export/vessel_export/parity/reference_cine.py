@@ -49,15 +49,22 @@ class CineResult:
 
 
 @torch.inference_mode()
-def segment_cine(reference: Reference, frames: Sequence[Image.Image], question: str, *, max_new_tokens: int = MAX_NEW_TOKENS) -> CineResult:
-    """Answer `question` about the cine, and predict a mask on every frame for each [SEG] of the answer."""
+def segment_cine(
+    reference: Reference,
+    frames: Sequence[Image.Image],
+    question: str,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    draft: Sequence[int] = (),
+) -> CineResult:
+    """Answer `question` about the cine, and predict a mask on every frame for each [SEG] of the answer; `draft` is as in `segment`."""
     frames = [frame.convert("RGB") for frame in frames]
     size = reference.tile_size
     seen = [frame.resize((size, size), Image.Resampling.BICUBIC) for frame in frames[:PROMPTED_FRAMES]]
     embeds = reference.encode_tiles(to_pixel_values(seen).to(reference.device, reference.dtype))  # [frames, 256, hidden]
     text = "\n".join([FRAME.format(image_tokens="<IMG_CONTEXT>" * embeds.shape[1])] * len(seen))
     prompt_ids = torch.tensor(reference.tokenizer.encode(CINE_PROMPT.format(frames=text, question=question)), device=reference.device)
-    answer_ids, _, seg_states = reference.generate(reference.embed(prompt_ids, embeds), max_new_tokens)
+    answer_ids, _, seg_states = reference.generate(reference.embed(prompt_ids, embeds), max_new_tokens, draft)
     side = reference.sam2.image_size
     squares = [to_pixel_values([frame.resize((side, side))]).to(reference.device, reference.dtype) for frame in frames]
     low_res = [track(reference, squares, state, range(len(seen))) for state in seg_states]

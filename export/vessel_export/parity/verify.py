@@ -136,6 +136,7 @@ def _verify_and_record(deployment: Deployment, reference: Reference, threads: in
 
     report = verify_cases(deployment, reference, cases, threads=threads, keep=keep)
     recorder.add_unrelated()
+    recorder.add_cine()
     recorder.golden().save(deployment.bundle)
     return report
 

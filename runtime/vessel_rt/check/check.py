@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
+from vessel_rt.check.cine import check_cine
 from vessel_rt.check.loading import load
 from vessel_rt.check.machine import check_gpu, check_machine
 from vessel_rt.check.memory import check_memory
@@ -209,5 +210,7 @@ class _Check:
                 check_determinism(record, segmenter, images, question)
                 check_speed(record, segmenter, shared, first_ms)
                 check_memory(record, shared, watch)
+                with record.attempt("cines", "run"):
+                    check_cine(record, shared, self._golden)
                 soaked = [*images, *(golden_images(self._golden) if self._golden else ())]
                 check_endurance(record, segmenter, soaked, question, options.minutes, device, watch)

@@ -31,10 +31,10 @@ Tap: TypeAlias = "Callable[[str, Mapping[str, Any]], object]"
 
 
 class _Shared(Session):
-    """A session that someone else owns: leaving it frees nothing."""
+    """A session that someone watches. Unless it is `owned`, it belongs to someone else: leaving it frees nothing."""
 
-    def __init__(self, session: Session, tap: Callable[[Mapping[str, Any]], object] | None) -> None:
-        self._shared, self._tap = session, tap
+    def __init__(self, session: Session, tap: Callable[[Mapping[str, Any]], object] | None, *, owned: bool) -> None:
+        self._shared, self._tap, self._owned = session, tap, owned
         self.placement = session.placement
 
     @property
@@ -42,7 +42,8 @@ class _Shared(Session):
         return self._shared.signature
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        pass
+        if self._owned:
+            self._shared.__exit__(kind, error, traceback)
 
     def run(self, feeds: Mapping[str, Value], *, keep: Collection[str] = (), into: Mapping[str, OrtValue] | None = None) -> dict[str, Any]:
         outputs = self._shared.run(feeds, keep=keep, into=into)
@@ -72,9 +73,10 @@ class LoadedDeployment(Deployment):
         return dataclasses.replace(self, tap=tap)
 
     def session(self, stage: str, threads: int = 0) -> Session:
-        """The session of a stage, whatever `threads`."""
-        tap = self.tap
-        return _Shared(self.loaded[stage], (lambda outputs: tap(stage, outputs)) if tap else None)
+        """The session of a stage that is loaded, whatever `threads`; one of another stage belongs to who asks for it."""
+        tap, shared = self.tap, self.loaded.get(stage)
+        session = shared or super().session(stage, threads)
+        return _Shared(session, (lambda outputs: tap(stage, outputs)) if tap else None, owned=shared is None)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.record import Record
-from vessel_rt.check.schema import StageError
+from vessel_rt.check.schema import GradeName, StageError
 from vessel_rt.check.tolerances import SOURCES, Tolerances, error_limit, tolerances_of
 from vessel_rt.formats.golden import SKETCHED, Golden, GoldenCase
 from vessel_rt.model.result import Answer
 from vessel_rt.model.segmenter import Segmenter
 
-__all__ = ["Outputs", "check_parity", "golden_images"]
+__all__ = ["Outputs", "as_array", "check_parity", "decided_iou", "golden_images", "judge_stages", "stage_error"]
 
 _OR_A_KERNEL = ", or a kernel of this device computes it wrongly: compare with --device cpu"
 _LEAST_BATCH = 2  # images, where the device's own batch is one
@@ -57,7 +57,7 @@ def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden) -
                     bar.update()
     stages = errors.worst(deployment)
     record.stages += stages
-    _judge_stages(record, stages)
+    judge_stages(record, "parity", stages, SKETCHED, "no golden case has a mask, so it did not run")
     record.judged("parity", "answers", answers.told_ids, answers.id_fault)
     record.judged("parity", "masks", answers.told_masks, answers.mask_fault)
 
@@ -102,11 +102,11 @@ class Outputs:
         }
         if self._runs["sam2_image_encoder"]:  # without a mask it is not run on a CPU
             [features] = self._runs["sam2_image_encoder"]
-            found |= {name: _array(features[name]) for name in SKETCHED["sam2_image_encoder"]}
+            found |= {name: as_array(features[name]) for name in SKETCHED["sam2_image_encoder"]}
         return found
 
 
-def _array(value: Any) -> npt.NDArray[Any]:
+def as_array(value: Any) -> npt.NDArray[Any]:
     """An output that may still be on the device."""
     array: npt.NDArray[Any] = value if isinstance(value, np.ndarray) else value.numpy()
     return array
@@ -133,27 +133,33 @@ class _Errors:
             for name in names:
                 if errors := self._found[name]:
                     error, case = max(errors, key=lambda each: math.inf if math.isnan(each[0]) else each[0])
-                    told = float(f"{error:.3g}") if math.isfinite(error) else None
-                    found.append(StageError(str(deployment.device), stage, name, told, error_limit(deployment.bundle, stage), case))
+                    found.append(stage_error(deployment, stage, name, error, case))
         return found
 
 
-def _judge_stages(record: Record, errors: Sequence[StageError]) -> None:
-    """A line for each stage. Of stages that are off, only one whose inputs are right is at fault itself."""
-    off: set[str] = set()
-    for stage in SKETCHED:
+def stage_error(deployment: LoadedDeployment, stage: str, output: str, error: float, case: int | None) -> StageError:
+    """The error of an output, with its tolerance; `case` None: of the cine."""
+    told = float(f"{error:.3g}") if math.isfinite(error) else None
+    return StageError(str(deployment.device), stage, output, told, error_limit(deployment.bundle, stage), case)
+
+
+def judge_stages(record: Record, grade: GradeName, errors: Sequence[StageError], stages: Iterable[str], idle: str) -> None:
+    """A line for each of `stages`; `idle` says why one did not run. Of stages that are off, only one whose inputs are right is at fault
+    itself: the record has the errors of all of them."""
+    off = {each.stage for each in record.stages if each.device == record.device and _is_off(each)}
+    for stage in stages:
         of_stage = [each for each in errors if each.stage == stage]
         if not of_stage:
-            record.skipped("parity", stage, "no golden case has a mask, so it did not run")
+            record.skipped(grade, stage, idle)
             continue
         figure = ", ".join(f"{each.output} {_told(each.error)}" for each in of_stage) + f" (at most {of_stage[0].limit:g})"
-        worse = [each for each in of_stage if each.error is None or each.error > each.limit]
+        worse = [each for each in of_stage if _is_off(each)]
         inherited = [source for source in SOURCES.get(stage, ()) if source in off]
         if not worse:
-            record.passed("parity", stage, figure)
+            record.passed(grade, stage, figure)
             continue
-        off.add(stage)
-        which = f"{', '.join(each.output for each in worse)} of case {worse[0].case}"
+        case = worse[0].case
+        which = f"{', '.join(each.output for each in worse)} of {'the cine' if case is None else f'case {case}'}"
         if inherited:
             fault = f"{which}: its inputs are off already ({', '.join(inherited)})"
         else:
@@ -161,7 +167,11 @@ def _judge_stages(record: Record, errors: Sequence[StageError]) -> None:
                 f"{which}: the first stage that is off, since its inputs are right. Its graph or weights are not those that the goldens "
                 f"were recorded for{_OR_A_KERNEL if record.device != 'cpu' else ''}"
             )
-        record.failed("parity", stage, fault, figure)
+        record.failed(grade, stage, fault, figure)
+
+
+def _is_off(error: StageError) -> bool:
+    return error.error is None or error.error > error.limit
 
 
 def _told(error: float | None) -> str:
@@ -189,7 +199,7 @@ class _Answers:
             self.overlaps.append((0.0, place))
             return
         for ours, theirs in zip(answer.low_res_logits, case.low_res_logits, strict=True):
-            self.overlaps.append((_iou(ours, theirs, self.limits.undecided), place))
+            self.overlaps.append((decided_iou(ours, theirs, self.limits.undecided), place))
 
     @property
     def told_ids(self) -> str:
@@ -223,7 +233,7 @@ class _Answers:
         return sum(overlap for overlap, _ in self.overlaps) / len(self.overlaps)
 
 
-def _iou(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32], undecided: float) -> float:
+def decided_iou(ours: npt.NDArray[np.float32], theirs: npt.NDArray[np.float32], undecided: float) -> float:
     """IoU of two low-res masks [side, side], logits above 0, where the reference's logit is decided. 1 if both are empty."""
     decided = np.abs(theirs) >= undecided * np.abs(theirs).max(initial=0.0)
     a, b = (ours > 0) & decided, (theirs > 0) & decided

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -26,8 +26,8 @@ __all__ = [
 CHECK_FILE = "check.json"
 SCHEMA = 1
 
-GradeName = Literal["machine", "bundle", "providers", "loading", "parity", "determinism", "speed", "memory", "endurance"]
-GRADES: tuple[GradeName, ...] = ("machine", "bundle", "providers", "loading", "parity", "determinism", "speed", "memory", "endurance")
+GradeName = Literal["machine", "bundle", "providers", "loading", "parity", "determinism", "speed", "memory", "cines", "endurance"]
+GRADES: tuple[GradeName, ...] = get_args(GradeName)
 Outcome = Literal["pass", "fail", "skip"]
 
 
@@ -62,7 +62,7 @@ class CheckedBundle(BundleFacts, frozen=True):
 
 
 class StageError(Struct, frozen=True):
-    """The largest error of a stage's output over all golden cases.
+    """The largest error of a stage's output over all golden cases, or that of the golden cine.
 
     Attributes:
         device: the device.
@@ -70,7 +70,7 @@ class StageError(Struct, frozen=True):
         output: the output.
         error: an estimate of the L2 norm of the difference over that of the reference; null if it is not a number.
         limit: the tolerance.
-        case: the golden case with that error, by its position.
+        case: the golden case with that error, by its position; null: the cine.
     """
 
     device: Text
@@ -78,7 +78,7 @@ class StageError(Struct, frozen=True):
     output: Text
     error: Measured | None
     limit: Measured
-    case: Count
+    case: Count | None
 
 
 class StepTime(Struct, frozen=True):

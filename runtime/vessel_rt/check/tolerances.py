@@ -8,7 +8,13 @@ from vessel_rt.formats.bundle import Bundle
 
 __all__ = ["SOURCES", "Tolerances", "error_limit", "tolerances_of"]
 
-SOURCES = {"language_model": ("vision_encoder",), "sam2_mask_decoder": ("language_model", "sam2_image_encoder")}
+SOURCES = {
+    "language_model": ("vision_encoder",),
+    "sam2_mask_decoder": ("language_model", "sam2_image_encoder"),
+    "sam2_memory_encoder": ("sam2_image_encoder", "sam2_mask_decoder"),
+    "sam2_memory_attention": ("sam2_image_encoder", "sam2_memory_encoder"),
+    "sam2_tracking_decoder": ("sam2_image_encoder", "sam2_memory_attention"),
+}
 """The stages that a stage takes its inputs from."""
 
 

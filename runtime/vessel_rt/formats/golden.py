@@ -1,4 +1,4 @@
-"""What the PyTorch reference made of a few generated frames: `golden.json` and `golden.npz` of a bundle, and sketches of arrays.
+"""What the PyTorch reference made of a few generated frames and a cine: `golden.json` and `golden.npz` of a bundle, and sketches of arrays.
 
 The exporter writes them, so that a bundle can be checked where there is neither PyTorch nor the checkpoint. bundle.json has the hashes of
 both files (`Bundle.golden`); nothing but a check reads them. NumPy only. Does not know how the outputs are computed.
@@ -33,6 +33,7 @@ from vessel_rt.formats.schema import Items, NewerSchemaError, Sha256, Table, Tex
 from vessel_rt.io.files import read_regular, replacing
 
 __all__ = [
+    "CINE_SKETCHED",
     "GOLDEN_ARRAYS",
     "GOLDEN_FILE",
     "GOLDEN_SCHEMA",
@@ -41,16 +42,20 @@ __all__ = [
     "Golden",
     "GoldenCase",
     "GoldenCaseRecord",
+    "GoldenCine",
+    "GoldenCineRecord",
     "GoldenFile",
     "GoldenFrame",
     "GoldenReference",
+    "GoldenShift",
     "Sketch",
     "SketchSpec",
     "make_sketch",
+    "shifted",
 ]
 
 GOLDEN_FILE, GOLDEN_ARRAYS = "golden.json", "golden.npz"
-GOLDEN_SCHEMA = 1
+GOLDEN_SCHEMA = 2  # 2 added `cine`
 MOST_GOLDEN_BYTES = 8_000_000  # of both files together
 SKETCHED: dict[str, tuple[str, ...]] = {
     "vision_encoder": ("image_embeds",),
@@ -64,6 +69,13 @@ Shapes are those of docs/architecture.md, for one image: `image_embeds` [tiles, 
 [1, ...]; `low_res_logits` [masks, side, side]. Of language_model's hidden_states, `prompt_state` [hidden] is at the prompt's last token (it
 gives the answer's first token), and `seg_states` [masks, hidden] are those that the mask decoder takes.
 """
+CINE_SKETCHED: dict[str, tuple[str, ...]] = {
+    "sam2_memory_encoder": ("memory",),
+    "sam2_memory_attention": ("conditioned_features",),
+    "sam2_tracking_decoder": ("low_res_logits",),
+}
+"""As SKETCHED, of the stages of cines and of the first object: its `memory` [1, ...] of the first frame, and the `conditioned_features`
+[1, ...] and `low_res_logits` [side, side] of the first frame that it is tracked to. Later frames have the errors of those before."""
 _OF_FRAMES = frozenset((*SKETCHED["vision_encoder"], *SKETCHED["sam2_image_encoder"]))  # the question does not change them
 
 _MOST_UNPACKED = 64 << 20  # bytes of all arrays
@@ -71,6 +83,7 @@ _AT_ONCE = 1 << 20  # values sketched at a time: a multiple of four
 
 _Side = Annotated[int, Meta(ge=1, le=4096)]
 _Few = Annotated[int, Meta(ge=0, le=256)]
+_Shift = Annotated[int, Meta(ge=-256, le=256)]
 
 
 class GoldenFrame(Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,6 +116,38 @@ class GoldenCaseRecord(Struct, frozen=True, forbid_unknown_fields=True):
     answer: Text
     token_ids: Items[Annotated[int, Meta(ge=0, le=2**20)]]
     masks: _Few
+
+
+class GoldenShift(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a frame of a cine lies.
+
+    Attributes:
+        x: how far it is moved to the right, in pixels.
+        y: how far it is moved down, in pixels.
+    """
+
+    x: _Shift
+    y: _Shift
+
+
+class GoldenCineRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """A cine, a question about it, and the reference's answer, on the video path of Sa2VA's inference.
+
+    Attributes:
+        frame: the frame that moves, by its position in `frames`.
+        shifts: where it lies at each time; what comes into view has the values of its edge.
+        question: the question.
+        answer: the text of the answer, with special tokens, without the stop token.
+        token_ids: the ids of the answer, without the stop token.
+        masks: the number of objects: one for each [SEG] of the answer.
+    """
+
+    frame: _Few
+    shifts: Items[GoldenShift]
+    question: Text
+    answer: Text
+    token_ids: Items[Annotated[int, Meta(ge=0, le=2**20)]]
+    masks: Annotated[int, Meta(ge=1, le=256)]
 
 
 class GoldenReference(Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +187,8 @@ class GoldenFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         sketches: how outputs are sketched.
         frames: the frames.
         cases: the questions about them, and the answers.
+        cine: the cine; null if the bundle has no graphs for cines, if the reference found no object in it, or if an older version recorded
+            the goldens.
     """
 
     schema: Annotated[int, Meta(ge=1, le=GOLDEN_SCHEMA)] = GOLDEN_SCHEMA
@@ -149,6 +196,7 @@ class GoldenFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sketches: SketchSpec
     frames: Items[GoldenFrame]
     cases: Items[GoldenCaseRecord]
+    cine: GoldenCineRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,6 +235,13 @@ def make_sketch(array: npt.NDArray[Any], spec: SketchSpec) -> Sketch:
     return Sketch(sums.astype(np.float32), math.sqrt(squares))
 
 
+def shifted(frame: npt.NDArray[np.uint8], shift: GoldenShift) -> npt.NDArray[np.uint8]:
+    """A frame of the cine: uint8 [height, width], `frame` where `shift` puts it."""
+    height, width = frame.shape
+    rows, columns = np.arange(height) - shift.y, np.arange(width) - shift.x
+    return frame[np.clip(rows, 0, height - 1)[:, None], np.clip(columns, 0, width - 1)]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class GoldenCase:
     """A question about a frame, and what the reference computed.
@@ -206,12 +261,23 @@ class GoldenCase:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class GoldenCine:
+    """What the reference computed of the cine: `low_res_logits` float32 [masks, frames, side, side] were stored as float16; `sketches` has
+    one for each output in CINE_SKETCHED."""
+
+    low_res_logits: npt.NDArray[np.float32]
+    sketches: Mapping[str, Sketch]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Golden:
-    """The goldens of a bundle: golden.json, the frames (uint8 [height, width], gray), and the cases in the order of golden.json."""
+    """The goldens of a bundle: golden.json, the frames (uint8 [height, width], gray), the cases in the order of golden.json, and what was
+    computed of its cine, if it has one."""
 
     file: GoldenFile
     frames: tuple[npt.NDArray[np.uint8], ...]
     cases: tuple[GoldenCase, ...]
+    cine: GoldenCine | None = None
 
     @classmethod
     def load(cls, bundle: Bundle) -> Golden | None:
@@ -232,7 +298,8 @@ class Golden:
             file = decode(parse_json(document), GoldenFile, GOLDEN_SCHEMA)
             if file.reference.checkpoint_sha256 != bundle.provenance.checkpoint_sha256:
                 raise ValueError("is of another checkpoint")
-            if any(case.frame >= len(file.frames) for case in file.cases) or not file.cases:
+            asked = (*file.cases, *((file.cine,) if file.cine else ()))
+            if any(each.frame >= len(file.frames) for each in asked) or not file.cases:
                 raise ValueError("has no cases, or a case without a frame")
             path = bundle.folder / GOLDEN_ARRAYS
             return cls._from(file, _unpacked(packed), bundle.mask.low_res_size)
@@ -268,7 +335,12 @@ class Golden:
             for i, case in enumerate(file.cases)
         )
         frames = tuple(take(f"frame_{i}", np.uint8, frame.height, frame.width) for i, frame in enumerate(file.frames))
-        return cls(file, frames, cases)
+        cine = None
+        if file.cine:
+            logits = take("cine.low_res_logits", np.float16, file.cine.masks, len(file.cine.shifts), side, side)
+            sketches = {name: sketch(f"cine.{name}") for names in CINE_SKETCHED.values() for name in names}
+            cine = GoldenCine(logits.astype(np.float32), sketches)
+        return cls(file, frames, cases, cine)
 
     def sketch(self, array: npt.NDArray[Any]) -> Sketch:
         """The sketch of an output, to be compared with one of `cases`."""
@@ -286,6 +358,10 @@ class Golden:
             arrays[f"case_{i}.iou"], arrays[f"case_{i}.object_score"] = case.iou, case.object_score
             for name, place in _places(i, case.frame):
                 arrays[f"{place}.sketch"], arrays[f"{place}.norm"] = case.sketches[name].sums, np.array(case.sketches[name].norm)
+        if self.cine:
+            arrays["cine.low_res_logits"] = self.cine.low_res_logits.astype(np.float16)
+            for name, one in self.cine.sketches.items():
+                arrays[f"cine.{name}.sketch"], arrays[f"cine.{name}.norm"] = one.sums, np.array(one.norm)
         files = {GOLDEN_FILE: to_json(self.file).encode(), GOLDEN_ARRAYS: _packed(arrays)}
         if (size := sum(map(len, files.values()))) > MOST_GOLDEN_BYTES:
             raise ValueError(f"the goldens have {size} bytes, more than {MOST_GOLDEN_BYTES}")

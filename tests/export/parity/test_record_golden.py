@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -18,12 +19,14 @@ from vessel_export.parity import verify
 from vessel_export.parity.golden_frames import golden_frames
 from vessel_export.parity.record_golden import GoldenRecorder
 from vessel_export.parity.reference import Reference
+from vessel_rt.check.cine import run_cine
+from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.device.deployment import deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluation.metrics import iou
 from vessel_rt.formats.bundle import Bundle
-from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE, MOST_GOLDEN_BYTES, SKETCHED, Golden
+from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE, MOST_GOLDEN_BYTES, SKETCHED, Golden, shifted
 from vessel_rt.model.preprocess import tile_pixels
 from vessel_rt.model.segmenter import Segmenter
 
@@ -85,6 +88,26 @@ def test_the_bundle_agrees_with_its_goldens(bundle: Bundle, golden: Golden) -> N
                 assert golden.sketch(array).error(case.sketches[name]) < 1e-4, name
             assert golden.sketch(embeds * 1.01).error(case.sketches["image_embeds"]) == pytest.approx(0.01, rel=0.2)
             assert case.sketches.keys() == {name for names in SKETCHED.values() for name in names}
+
+
+def test_the_bundle_agrees_with_its_golden_cine(bundle: Bundle, golden: Golden) -> None:
+    cine = golden.file.cine
+    assert cine is not None
+    assert golden.cine is not None
+    assert len(cine.shifts) == 8
+    deployment = deploy(bundle, Device("cpu"))
+    with ExitStack() as stack:
+        sessions = {stage: stack.enter_context(deployment.session(stage, 1)) for stage in bundle.stages}
+        loaded = LoadedDeployment.of(deployment, sessions)
+        found = run_cine(loaded, [shifted(golden.frames[0], shift) for shift in cine.shifts], cine.question)
+    assert (found.result.token_ids, found.result.answer) == (cine.token_ids, cine.answer)
+    assert found.low_res_logits.shape == golden.cine.low_res_logits.shape == (1, 8, 128, 128)
+    for ours, theirs in zip(found.low_res_logits[0] > 0, golden.cine.low_res_logits[0] > 0, strict=True):
+        assert theirs.sum() > 100
+        assert iou(ours, theirs) > 0.99
+    assert found.sketched.keys() == golden.cine.sketches.keys()
+    for name, array in found.sketched.items():
+        assert golden.sketch(array).error(golden.cine.sketches[name]) < 1e-4, name
 
 
 def test_a_streamed_reference_records_the_same(tiny: Tiny, golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

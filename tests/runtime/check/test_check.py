@@ -21,15 +21,18 @@ from tests.support.engine_files import TARGET, write_engines
 from tests.support.fake_gpu import install_gpu
 from tests.support.tampering import change_tensor, rehash
 from vessel_rt.check import check as check_module
+from vessel_rt.check.cine import check_cine
+from vessel_rt.check.loading import LoadedDeployment
+from vessel_rt.check.record import Record
 from vessel_rt.check.schema import CHECK_FILE, GRADES, CheckFile, CheckLine
 from vessel_rt.device import host_memory, providers
 from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.memory_plan import make_plan
-from vessel_rt.device.providers import PROVIDERS
+from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.device.session import Session
 from vessel_rt.errors import GraphError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
-from vessel_rt.formats.golden import GOLDEN_ARRAYS, GOLDEN_FILE
+from vessel_rt.formats.golden import CINE_SKETCHED, GOLDEN_ARRAYS, GOLDEN_FILE, Golden
 from vessel_rt.formats.schema import decode
 from vessel_rt.measure import memory
 from vessel_rt.model.result import Pixels
@@ -60,6 +63,8 @@ def test_a_good_bundle_passes(golden_tiny: Path, run_check: Check, tmp_path: Pat
     seen = list(dict.fromkeys(each.grade for each in found.lines))
     assert seen == list(GRADES)
     assert {each.name for each in found.lines if each.grade == "parity"} == {*STAGES, "answers", "masks"}
+    assert {each.name for each in found.lines if each.grade == "cines"} == {*CINE_SKETCHED, "answer", "masks"}
+    assert line(found, "cines", "masks").figure == "7 frames: least IoU 1.0000 (at least 1), of the last frame 1.0000"
     assert line(found, "parity", "answers").figure == "8 of 8 identical"  # 2 cases, alone and in batches, with drafts and without
     assert {each.error for each in found.stages} == {0.0}
     assert {(each.tiles, each.step) for each in found.times} >= {(1, "total"), (5, "total"), (5, "vision_encoder")}
@@ -110,6 +115,64 @@ def test_a_weight_changed_and_rehashed_is_found_in_its_stage(copy: Path, run_che
             assert f"its inputs are off already ({stage}" in each.reason
     assert found.verdict.startswith(f"FAIL: parity: {stage} on cpu")
     assert {"determinism: twice", "memory: peak"} <= of(found, "pass")  # it goes on
+
+
+@pytest.mark.parametrize(
+    ("stage", "file", "tensor"),
+    [
+        ("sam2_memory_encoder", "sam2_memory_encoder", "sam2_memory_encoder.memory_encoder.out_proj.weight"),
+        ("sam2_memory_attention", "sam2_memory_attention", "sam2_memory_attention.norm.weight"),
+        ("sam2_tracking_decoder", "sam2_tracking_decoder", "sam2_tracking_decoder.cat_1"),
+    ],
+)
+def test_a_changed_weight_of_a_stage_of_cines_is_found_in_it(copy: Path, run_check: Check, stage: str, file: str, tensor: str) -> None:
+    change_tensor(copy, f"weights/{file}.safetensors", tensor, _scaled)
+    found = run_check(copy)
+    first = next(each for each in found.lines if each.outcome == "fail")
+    assert (first.grade, first.name) == ("cines", stage)
+    assert "of the cine: the first stage that is off" in first.reason
+    stages = list(CINE_SKETCHED)
+    for each in found.lines:
+        if each.outcome == "fail" and each is not first and each.name in CINE_SKETCHED:
+            assert "its inputs are off already (" in each.reason
+            assert stages.index(each.name) > stages.index(stage)
+    assert found.verdict.startswith(f"FAIL: cines: {stage} on cpu")
+
+
+def test_a_stage_of_cines_that_cannot_be_loaded(copy: Path, run_check: Check) -> None:
+    shutil.copyfile(copy / "sam2_mask_decoder.onnx", copy / "sam2_memory_encoder.onnx")
+    _record_anew(copy, "sam2_memory_encoder.onnx")
+    found = run_check(copy)
+    assert of(found, "fail") == {"cines: run"}
+    assert "sam2_memory_encoder.onnx: its inputs and outputs are not those of bundle.json" in line(found, "cines", "run").reason
+
+
+def test_a_bundle_or_goldens_from_before_cines(golden_tiny: Path, tmp_path: Path, run_check: Check) -> None:
+    copied = Path(shutil.copytree(golden_tiny, tmp_path / "bundle"))
+    golden = Golden.load(Bundle.load(copied))
+    assert golden
+    dataclasses.replace(golden, file=msgspec.structs.replace(golden.file, cine=None), cine=None).save(Bundle.load(copied))
+    found = run_check(copied)
+    assert found.passed
+    assert "the goldens have no cine" in line(found, "cines", "run").reason
+    lines: list[CheckLine] = []
+    older = msgspec.structs.replace(Bundle.load(copied), cine=None)
+    check_cine(Record(str, lines.append, lambda _: None), LoadedDeployment.of(Deployment(older, Device("cpu"), {}, 1), {}), golden)
+    assert [(each.outcome, each.reason.split(":")[0]) for each in lines] == [("skip", "the bundle has no graphs for cines")]
+
+
+def test_no_memory_left_for_the_stages_of_cines(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Session.run
+
+    def full(self: Session, *arguments: Any, **options: Any) -> Any:
+        if self._path.stem == "sam2_memory_attention":
+            raise OutOfMemory("sam2_memory_attention fails on cuda:0: out of memory")
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "run", full)
+    found = run_check(golden_tiny)
+    assert found.passed
+    assert "no memory is left for it" in line(found, "cines", "run").reason
 
 
 def test_a_graph_replaced_by_one_that_computes_something_else(copy: Path, run_check: Check) -> None:

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from vessel_export.parity.emulate import emulate
+from vessel_rt.check.cine import check_cine
 from vessel_rt.check.loading import LoadedDeployment
-from vessel_rt.check.parity import Outputs, _batches, _iou, _judge_stages, check_parity, golden_images
+from vessel_rt.check.parity import Outputs, _batches, check_parity, decided_iou, golden_images, judge_stages
 from vessel_rt.check.record import Record
 from vessel_rt.check.schema import CheckLine, StageError
 from vessel_rt.check.tolerances import error_limit, tolerances_of
 from vessel_rt.device.deployment import Deployment, deploy
 from vessel_rt.device.providers import Device
 from vessel_rt.formats.bundle import Bundle, Quantization
-from vessel_rt.formats.golden import SKETCHED, Golden
+from vessel_rt.formats.golden import CINE_SKETCHED, SKETCHED, Golden
 from vessel_rt.model.segmenter import Segmenter
 
 
@@ -25,8 +26,9 @@ def judged(**errors: float | None) -> dict[str, CheckLine]:
     """The lines for these errors of outputs, of which 0.1 is permitted; all others are 0."""
     lines: list[CheckLine] = []
     record = Record(str, lines.append, lambda found: None)
-    rows = [StageError("cpu", stage, name, errors.get(name, 0.0), 0.1, 3) for stage, names in SKETCHED.items() for name in names]
-    _judge_stages(record, rows)
+    record.device = "cpu"
+    record.stages += [StageError("cpu", stage, name, errors.get(name, 0.0), 0.1, 3) for stage, names in SKETCHED.items() for name in names]
+    judge_stages(record, "parity", record.stages, SKETCHED, "it did not run")
     return {line.name: line for line in lines}
 
 
@@ -51,10 +53,10 @@ def test_two_stages_can_be_at_fault() -> None:
 def test_masks_are_compared_where_the_reference_is_sure() -> None:
     theirs = np.array([[4.0, 0.001], [-4.0, -0.001]], np.float32)
     ours = np.array([[4.0, -0.001], [-4.0, 0.001]], np.float32)
-    assert _iou(ours, theirs, undecided=1e-3) == 1.0
-    assert _iou(ours, theirs, undecided=0.0) == 1 / 3
-    assert _iou(-ours, theirs, undecided=1e-3) == 0.0
-    assert _iou(np.full((2, 2), -1, np.float32), np.full((2, 2), -1, np.float32), undecided=0.0) == 1.0
+    assert decided_iou(ours, theirs, undecided=1e-3) == 1.0
+    assert decided_iou(ours, theirs, undecided=0.0) == 1 / 3
+    assert decided_iou(-ours, theirs, undecided=1e-3) == 0.0
+    assert decided_iou(np.full((2, 2), -1, np.float32), np.full((2, 2), -1, np.float32), undecided=0.0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,13 @@ def test_every_type_of_the_trained_bundle_is_within_its_tolerances(request: pyte
     bundle = Bundle.load(request.getfixturevalue(f"{made.split()[0]}_bundle"))
     deployment = emulate(bundle) if "emulated" in made else deploy(bundle, Device("cpu"))
     lines: list[CheckLine] = []
-    check_parity(Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1)), golden)
+    record, loaded = Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1))
+    record.device = str(loaded.device)
+    check_parity(record, loaded, golden)
     assert {line.name: line.outcome for line in lines} == dict.fromkeys((*SKETCHED, "answers", "masks"), "pass"), lines
+    del lines[:]
+    check_cine(record, loaded, golden)
+    assert {line.name: line.outcome for line in lines} == dict.fromkeys((*CINE_SKETCHED, "answer", "masks"), "pass"), lines
 
 
 def test_a_long_prompt_in_chunks_has_the_same_states(golden_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

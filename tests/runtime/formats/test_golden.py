@@ -15,17 +15,23 @@ import pytest
 from vessel_rt.errors import BundleError
 from vessel_rt.formats.bundle import BUNDLE_FILE, Bundle
 from vessel_rt.formats.golden import (
+    CINE_SKETCHED,
     GOLDEN_ARRAYS,
     GOLDEN_FILE,
+    GOLDEN_SCHEMA,
     SKETCHED,
     Golden,
     GoldenCase,
     GoldenCaseRecord,
+    GoldenCine,
+    GoldenCineRecord,
     GoldenFile,
     GoldenFrame,
     GoldenReference,
+    GoldenShift,
     SketchSpec,
     make_sketch,
+    shifted,
 )
 from vessel_rt.formats.schema import to_json
 
@@ -45,6 +51,15 @@ def _golden(bundle: Bundle, masks: int = 2) -> Golden:
         (random.integers(0, 256, (30, 40), np.uint8),),
         (GoldenCase(0, record.question, record.answer, record.token_ids, logits, scores, -scores, sketches),) * 2,
     )
+
+
+def _with_cine(golden: Golden) -> Golden:
+    """The goldens with a cine of two frames."""
+    random = np.random.default_rng(1)
+    record = GoldenCineRecord(0, (GoldenShift(0, 0), GoldenShift(3, -2)), "Where?", "[SEG][SEG]", (3, 3), masks=2)
+    logits = np.stack([case.low_res_logits for case in golden.cases], axis=1)
+    sketches = {name: make_sketch(random.normal(size=100), SPEC) for outputs in CINE_SKETCHED.values() for name in outputs}
+    return dataclasses.replace(golden, file=msgspec.structs.replace(golden.file, cine=record), cine=GoldenCine(logits, sketches))
 
 
 @pytest.fixture
@@ -95,6 +110,47 @@ def test_a_case_without_masks(copy: Bundle) -> None:
     assert read.sketch(np.ones(3)).error(empty) == math.inf
 
 
+def test_a_cine(copy: Bundle) -> None:
+    written = _with_cine(_golden(copy))
+    read = Golden.load(written.save(copy))
+    assert read is not None
+    assert read.file == written.file
+    assert read.cine is not None
+    assert written.cine is not None
+    np.testing.assert_array_equal(read.cine.low_res_logits, written.cine.low_res_logits)
+    assert read.cine.sketches.keys() == written.cine.sketches.keys()
+    assert all(read.cine.sketches[name].error(sketch) == 0 for name, sketch in written.cine.sketches.items())
+    assert read.to_files() == written.to_files()
+
+
+def test_goldens_of_an_older_version_have_no_cine(copy: Bundle) -> None:
+    golden = _golden(copy)
+    document = json.loads(golden.to_files()[GOLDEN_FILE])
+    del document["cine"]
+    file = json.dumps(document | {"schema": 1}).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        good = golden.to_files()
+        patch.setattr(Golden, "to_files", lambda _: good | {GOLDEN_FILE: file})
+        bundle = golden.save(copy)
+    read = Golden.load(bundle)
+    assert read is not None
+    assert (read.cine, read.file.cine, read.file.schema) == (None, None, 1)
+
+
+def test_a_frame_of_a_cine_that_is_not_there(copy: Bundle) -> None:
+    golden = _with_cine(_golden(copy))
+    assert golden.file.cine
+    cine = msgspec.structs.replace(golden.file.cine, frame=1)
+    assert "a case without a frame" in _refused(copy, golden, file=to_json(msgspec.structs.replace(golden.file, cine=cine)).encode())
+
+
+def test_a_shifted_frame() -> None:
+    frame = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    np.testing.assert_array_equal(shifted(frame, GoldenShift(1, 0)), [[0, 0, 1, 2], [4, 4, 5, 6], [8, 8, 9, 10]])
+    np.testing.assert_array_equal(shifted(frame, GoldenShift(0, -2)), [[8, 9, 10, 11]] * 3)
+    np.testing.assert_array_equal(shifted(frame, GoldenShift(100, 100)), np.zeros((3, 4)))
+
+
 def test_goldens_are_not_needed_to_run(copy: Bundle) -> None:
     bundle = _golden(copy).save(copy)
     (bundle.folder / GOLDEN_ARRAYS).unlink()
@@ -134,7 +190,7 @@ def test_goldens_of_another_checkpoint(copy: Bundle) -> None:
 
 def test_a_newer_schema(copy: Bundle) -> None:
     golden = _golden(copy)
-    document = json.loads(golden.to_files()[GOLDEN_FILE]) | {"schema": 2}
+    document = json.loads(golden.to_files()[GOLDEN_FILE]) | {"schema": GOLDEN_SCHEMA + 1}
     assert "upgrade vessel-rt" in _refused(copy, golden, file=json.dumps(document).encode())
 
 
