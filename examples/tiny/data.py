@@ -7,13 +7,15 @@ Preprocessing follows Sa2VA's inference code (modeling_sa2va_chat.py: dynamic_pr
 from __future__ import annotations
 
 import dataclasses
+import io
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from generator import CONCEPTS, Frame, generate
+from generator import CONCEPTS, Frame, generate, generate_cine
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
@@ -25,6 +27,8 @@ __all__ = [
     "MASK_SIDE",
     "Pool",
     "Sample",
+    "cine_pool",
+    "compressed",
     "generated_pool",
     "mask_pixels",
     "rasterize",
@@ -141,6 +145,41 @@ def generated_pool(seed: int, count: int, side: int, processes: int) -> Pool:
         return workers.map(_generate, [(seed, index, side) for index in range(count)], chunksize=16)
 
 
+def compressed(rng: np.random.Generator, frames: list[Image.Image]) -> list[Image.Image]:
+    """The frames of a cine after JPEG, JPEG 2000 or nothing, all of them at the same quality."""
+    options: dict[str, Any] = {"format": "JPEG", "quality": int(rng.integers(25, 95))}
+    if rng.random() < 0.5:
+        options = {"format": "JPEG2000", "irreversible": True, "quality_mode": "rates", "quality_layers": [float(rng.uniform(8, 80))]}
+    if rng.random() < 0.2:
+        return frames
+    streams = [io.BytesIO() for _ in frames]
+    for frame, stream in zip(frames, streams, strict=True):
+        frame.save(stream, **options)
+    return [Image.open(stream) for stream in streams]
+
+
+def _cine_samples(task: tuple[int, int, int]) -> list[Sample]:
+    """Six frames of a cine, as coarse as those that SAM2's memory learns from: two without vessels, and four of the others."""
+    seed, index, side = task
+    rng = np.random.default_rng([seed, 6, index])
+    short = 300 if rng.random() < 0.5 else int(rng.integers(300, 420))
+    frames = generate_cine(rng, 24, short, short, f"S{index:04d}")
+    empty = [place for place, frame in enumerate(frames) if not frame.polygons["vessel"]]
+    filled = [place for place, frame in enumerate(frames) if frame.polygons["vessel"]]
+    chosen = [*rng.choice(empty, min(2, len(empty)), replace=False), *rng.choice(filled, 4, replace=False)]
+    images = compressed(rng, [Image.fromarray(frames[place].image) for place in chosen])
+    shown = [dataclasses.replace(frames[place], image=np.asarray(image)) for place, image in zip(chosen, images, strict=True)]
+    return [_sample(frame, side) for frame in shown]
+
+
+def cine_pool(seed: int, count: int, side: int, processes: int) -> Pool:
+    """Frames of `count` generated cines, a third of them from before the contrast: the same for the same seed."""
+    with multiprocessing.get_context("spawn").Pool(processes) as workers:
+        return [
+            sample for samples in workers.map(_cine_samples, [(seed, i, side) for i in range(count)], chunksize=4) for sample in samples
+        ]
+
+
 def read_real(folder: Path, side: int) -> dict[int, Sample]:
     """The real frames N.png with N_gt.png of `folder`; only vessels are annotated there."""
     samples = {}
@@ -153,12 +192,17 @@ def read_real(folder: Path, side: int) -> dict[int, Sample]:
     return samples
 
 
-def warp(rng: np.random.Generator, sample: Sample, turn: float, zoom: float) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """The sample flipped, turned by up to `turn` degrees, zoomed by up to a factor `zoom`, with another tone: gray and masks (0 to 1)."""
+def warp(
+    rng: np.random.Generator, sample: Sample, turn: float, zoom: float, stretch: float = 1.0
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The sample flipped, turned by up to `turn` degrees, zoomed by up to a factor `zoom`, stretched one way by up to a factor `stretch`,
+    with another tone: gray and masks (0 to 1)."""
     gray, masks = sample.gray.astype(np.float32), sample.masks.astype(np.float32) / 255
     if turn or zoom > 1:
         angle, factor = np.deg2rad(rng.uniform(-turn, turn)), zoom ** rng.uniform(-1, 1)
         matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
+        if stretch > 1:
+            matrix = matrix @ np.diag([stretch ** rng.uniform(-1, 1), 1])
         centre = rng.uniform(0.4, 0.6, 2)
         gray = _affine(gray, matrix, centre, "nearest")
         masks = np.stack([_affine(mask, matrix, centre, "constant") for mask in masks])

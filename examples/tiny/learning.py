@@ -71,7 +71,7 @@ class MaskLoss:
     @property
     def total(self) -> Tensor:
         """Sa2VA's weights for its two losses; small ones for what it leaves as pretrained."""
-        return 3.0 * self.cross_entropy + 1.0 * self.dice + 0.1 * self.others + 0.5 * self.iou + 0.05 * self.score
+        return 3.0 * self.cross_entropy + 1.0 * self.dice + 0.1 * self.others + 0.5 * self.iou + 0.5 * self.score
 
 
 def mask_loss(logits: Tensor, iou: Tensor, score: Tensor, target: Tensor) -> MaskLoss:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from cines import write_cines
 from conversation import IGNORE, SEG, Turn, batch_of, image_turn, segmentation_turn
-from data import HELD_OUT, Pool, Sample, generated_pool, mask_pixels, rasterize, read_real, simplified, tile_pixels, warp
+from data import HELD_OUT, Pool, Sample, cine_pool, generated_pool, mask_pixels, rasterize, read_real, simplified, tile_pixels, warp
 from evaluate import evaluate
 from formats import load_base, load_sam2, load_tokenizer, save_base, save_finetuned, save_sam2, write_tokenizer
 from generator import CONCEPTS, generate
@@ -43,19 +43,25 @@ class Schedule:
     """How long and how fast each stage learns. `batch` counts images."""
 
     pool: int = 2000
+    cines: int = 200
     sam2_steps: int = 1600
     sam2_batch: int = 4
     sam2_rate: float = 1.5e-3
+    refine_steps: tuple[int, ...] = (2000, 1200)
+    refine_rate: float = 1e-3
     base_steps: int = 600
     base_batch: int = 16
     base_rate: float = 1e-3
+    prompt_steps: int = 900
+    prompt_batch: int = 16
+    prompt_rate: float = 1e-3
     finetune_steps: int = 1000
     finetune_batch: int = 6
     finetune_rate: float = 5e-4
-    real_share: float = 0.6
+    real_share: float = 0.5
 
 
-QUICK = Schedule(pool=16, sam2_steps=2, base_steps=2, finetune_steps=3)
+QUICK = Schedule(pool=16, cines=2, sam2_steps=2, refine_steps=(1, 1), base_steps=2, prompt_steps=2, finetune_steps=3)
 
 _FRAMES = ((512, 512),) * 9 + ((640, 480), (480, 640), (768, 512), (1024, 768), (512, 512))
 """Width and height of the frames that are shipped."""
@@ -66,16 +72,25 @@ _FRAMES = ((512, 512),) * 9 + ((640, 480), (480, 640), (768, 512), (1024, 768), 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What every stage needs: sizes, lengths, where randomness comes from, and the generated frames."""
+    """What every stage needs: sizes, lengths, where randomness comes from, and the frames: generated ones, those of generated cines, and
+    real ones (none if there are no data)."""
 
     config: TinyConfig
     schedule: Schedule
     rng: np.random.Generator
     pool: Pool
+    cines: Pool
+    real: Pool
 
     def pick(self, pool: Pool, count: int) -> list[Sample]:
         """`count` samples, drawn with replacement."""
         return [pool[int(i)] for i in self.rng.integers(len(pool), size=count)]
+
+    def mixed(self, count: int) -> list[Sample]:
+        """`count` samples of all kinds: `real_share` of them real, the others half and half."""
+        real = int((self.rng.random(count) < self.schedule.real_share).sum()) if self.real else 0
+        cines = int((self.rng.random(count - real) < 0.5).sum())
+        return self.pick(self.real, real) + self.pick(self.cines, cines) + self.pick(self.pool, count - real - cines)
 
 
 def concept_prompts(hidden: int) -> Tensor:
@@ -139,6 +154,41 @@ def train_sam2(setup: Setup, yaml: str) -> Any:
     return sam2
 
 
+def refine_sam2(setup: Setup, sam2: Any) -> None:
+    """`sam2` goes on to learn from the real frames too, and from frames of cines, of which some have no vessels; in rounds, each of which
+    warms up and ends with small steps."""
+    sam2.to(memory_format=torch.channels_last)
+    for steps in setup.schedule.refine_steps:
+        _refine(setup, sam2, steps)
+    sam2.to(memory_format=torch.contiguous_format)
+
+
+def _refine(setup: Setup, sam2: Any, steps: int) -> None:
+    schedule, rng = setup.schedule, setup.rng
+    branch = MaskBranch(sam2)
+    concepts = concept_prompts(sam2.hidden_dim)
+    optimizer = optimizer_of(sam2.parameters(), schedule.refine_rate)
+    rates = rates_of(optimizer, steps)
+    progress = Progress("refine", steps)
+    for _ in range(steps):
+        picked = setup.mixed(schedule.sam2_batch)
+        warped = [warp(rng, sample, turn=45.0, zoom=1.4, stretch=1.2) for sample in picked]
+        features = branch.encode(_pixels([gray for gray, _ in warped], sam2.image_size).to(memory_format=torch.channels_last))
+        wanted = [(i, c) for i, sample in enumerate(picked) for c, known in enumerate(sample.annotated) if known]
+        image, concept = torch.tensor(wanted).unbind(dim=1)
+        target = torch.from_numpy(np.stack([warped[i][1][c] for i, c in wanted]))
+        prompts = concepts[concept] + 0.1 * torch.randn(len(wanted), sam2.hidden_dim)
+        logits, iou, score = branch.decode(features, prompts, image)
+        loss = mask_loss(logits, iou, score, target)
+        descend(loss.total, optimizer, rates)
+        found = {f"{name} dice": float(loss.chosen_dice[concept == c].nanmean()) for c, name in enumerate(CONCEPTS)}
+        real = torch.tensor([not all(picked[i].annotated) for i, _ in wanted])
+        found |= {"real dice": float(loss.chosen_dice[real].nanmean()), "loss_score": loss.score.item()}
+        absent = score[(~(target > 0.5).flatten(1).any(dim=1)) & (concept == 0)]
+        found |= {"no vessel found": float((absent <= 0).float().mean())}
+        progress.add({"loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item(), **found})
+
+
 # Stage 2: the vision-language model.
 
 
@@ -178,9 +228,38 @@ def _turn(rng: np.random.Generator, sample: Sample) -> Turn:
     draw = rng.random()
     if draw < 0.12:
         return image_turn(rng, sample)
-    if not all(sample.annotated) or draw < 0.5:
+    if not all(sample.annotated) or draw < 0.4:
         return segmentation_turn(rng, (0,))
     return segmentation_turn(rng, (1,) if draw < 0.7 else (0, 1) if draw < 0.85 else (1, 0))
+
+
+def learn_prompts(setup: Setup, tokenizer: Any, model: VisionLanguageModel, fcs: nn.Module) -> None:
+    """Let the states of [SEG] become the prompts that SAM2 knows, one for each concept, in the order of the question. Without this, the
+    decoder would learn from prompts that say too little, and find vessels where a catheter is asked for."""
+    config, schedule, rng = setup.config, setup.schedule, setup.rng
+    image_token, seg = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), tokenizer.convert_tokens_to_ids(SEG)
+    concepts = concept_prompts(fcs[-1].out_features)
+    optimizer = optimizer_of([*model.parameters(), *fcs.parameters()], schedule.prompt_rate)
+    rates = rates_of(optimizer, schedule.prompt_steps)
+    progress = Progress("prompts", schedule.prompt_steps)
+    for _ in range(schedule.prompt_steps):
+        picked = setup.pick(setup.pool, schedule.prompt_batch)
+        turns = [_turn(rng, sample) for sample in picked]
+        ids, mask, labels = batch_of(tokenizer, turns, [config.tokens_per_tile] * len(turns))
+        with torch.no_grad():
+            patches = model.patches(_tile_batch([sample.gray for sample in picked], config.image_size))
+        embeds = model.embed(ids, patches, image_token)
+        output = model.language_model(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+        answer = _answer_loss(output.logits, labels)
+        wanted = [c for turn in turns for c in turn.concepts]
+        nearness = _far(fcs(output.hidden_states[-1][ids == seg]), concepts[wanted])
+        descend(answer + nearness, optimizer, rates)
+        progress.add({"llm_loss": answer.item(), "nearness": nearness.item()})
+
+
+def _far(prompts: Tensor, concepts: Tensor) -> Tensor:
+    """How much farther than it may be each prompt [masks, d_model] is from its concept: near enough to be told apart from the other."""
+    return F.relu((prompts - concepts).square().mean(dim=1) - 0.1).mean()
 
 
 def _shown(rng: np.random.Generator, gray: np.ndarray[Any, Any], several_tiles: bool) -> Image.Image:
@@ -189,7 +268,7 @@ def _shown(rng: np.random.Generator, gray: np.ndarray[Any, Any], several_tiles: 
     return image.resize(((640, 480), (480, 640), (768, 512), (1024, 768))[rng.integers(4)]) if several_tiles else image
 
 
-def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageModel, sam2: Any) -> tuple[nn.Module, list[dict[str, float]]]:
+def finetune(setup: Setup, tokenizer: Any, model: VisionLanguageModel, sam2: Any) -> tuple[nn.Module, list[dict[str, float]]]:
     """Join the two: `model` gets LoRA, `sam2` a language prompt. Returns text_hidden_fcs and the losses of every step."""
     config, schedule, rng = setup.config, setup.schedule, setup.rng
     model.requires_grad_(False)
@@ -198,6 +277,7 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
     model.mlp1.requires_grad_(True)
     sam2.sam_mask_decoder.requires_grad_(True)
     fcs = prompt_head(config.hidden, sam2.hidden_dim)
+    learn_prompts(setup, tokenizer, model, fcs)
     branch = MaskBranch(sam2)
     optimizer = optimizer_of([*model.parameters(), *fcs.parameters(), *sam2.parameters()], schedule.finetune_rate)
     rates = rates_of(optimizer, schedule.finetune_steps)
@@ -207,8 +287,7 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
     for step in range(schedule.finetune_steps):
         several_tiles = step % 12 == 11
         count = 2 if several_tiles else schedule.finetune_batch
-        from_real = int((rng.random(count) < schedule.real_share).sum()) if real else 0
-        picked = setup.pick(real, from_real) + setup.pick(setup.pool, count - from_real)
+        picked = setup.mixed(count)
         warped = [warp(rng, sample, turn=25.0, zoom=1.3) for sample in picked]
         turns = [_turn(rng, sample) for sample in picked]
         with torch.no_grad():
@@ -225,9 +304,7 @@ def finetune(setup: Setup, real: Pool, tokenizer: Any, model: VisionLanguageMode
             prompts = fcs(output.hidden_states[-1][ids == seg])
             target = torch.from_numpy(np.stack([warped[i][1][c] for i, c in wanted]))
             loss = mask_loss(*branch.decode(features, prompts, torch.tensor([i for i, _ in wanted])), target)
-            # early on the prompts are drawn to where SAM2 learned to find them
-            nearness = F.mse_loss(prompts, concepts[[c for _, c in wanted]]) * max(1 - 4 * step / schedule.finetune_steps, 0)
-            total = total + loss.total + nearness
+            total = total + loss.total + _far(prompts, concepts[[c for _, c in wanted]])
             values |= {"loss_mask": loss.cross_entropy.item(), "loss_dice": loss.dice.item(), "loss_iou": loss.iou.item()}
         descend(total, optimizer, rates)
         progress.add(values)
@@ -289,14 +366,19 @@ def make(out: Path, data: Path | None, schedule: Schedule, seed: int, reuse_base
     write_cines(made, seed)
     print(f"frames and cines written  {time.time() - start:.0f} s", flush=True)
     pool = generated_pool(seed, schedule.pool, 512, os.cpu_count() or 1)
-    print(f"{len(pool)} generated frames  {time.time() - start:.0f} s", flush=True)
-    setup = Setup(config, schedule, np.random.default_rng(seed), pool)
+    cines = cine_pool(seed, schedule.cines, 512, os.cpu_count() or 1)
+    print(f"{len(pool)} generated frames, {len(cines)} of generated cines  {time.time() - start:.0f} s", flush=True)
+    frames = read_real(data / "angiograms", 512) if data else {}
+    real = [sample for number, sample in frames.items() if number not in HELD_OUT]
+    setup = Setup(config, schedule, np.random.default_rng(seed), pool, cines, real)
     if reuse_base:
         shutil.rmtree(made / "base")
         shutil.copytree(out / "base", made / "base")
         shutil.copy(out / "sam2_tiny.pt", made)
     else:
-        save_sam2(made / "sam2_tiny.pt", train_sam2(setup, yaml))
+        sam2 = train_sam2(setup, yaml)
+        refine_sam2(setup, sam2)
+        save_sam2(made / "sam2_tiny.pt", sam2)
         write_tokenizer(made / "base", merges=320)
         tokenizer = load_tokenizer(made / "base", finetuned=False)
         save_base(made / "base", train_base(setup, tokenizer), config, tokenizer)
@@ -305,9 +387,7 @@ def make(out: Path, data: Path | None, schedule: Schedule, seed: int, reuse_base
     sam2, model = build_sam2(yaml), load_base(made / "base", config)
     load_sam2(made / "sam2_tiny.pt", sam2)
     tokenizer = load_tokenizer(made / "base", finetuned=True)
-    frames = read_real(data / "angiograms", sam2.image_size) if data else {}
-    real = [sample for number, sample in frames.items() if number not in HELD_OUT]
-    fcs, losses = finetune(setup, real, tokenizer, model, sam2)
+    fcs, losses = finetune(setup, tokenizer, model, sam2)
     save_finetuned(made / f"iter_{len(losses)}.pth", model, fcs, sam2, config, losses, seed)
     publish(made, out)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import pytest
 import torch
 
 from tests.support.paths import Tiny
+from tests.support.tampering import change_tensor
 from vessel_export.cli import main
 from vessel_export.parity.inputs import read_samples
 from vessel_export.parity.reference import Reference
@@ -23,10 +27,15 @@ def reference(tiny: Tiny) -> Reference:
     return Reference.load(tiny.checkpoint, tiny.base, tiny.sam2)
 
 
-def test_one_key_matrix_stands_out_and_the_reference_is_left_as_it_was(tiny: Tiny, int4_bundle: Path, reference: Reference) -> None:
+def test_a_bad_matrix_stands_out_and_the_reference_is_left_as_it_was(
+    tiny: Tiny, int4_bundle: Path, reference: Reference, tmp_path: Path
+) -> None:
+    bad = "layers.1.mlp.down_proj.weight"
+    shutil.copytree(int4_bundle, tmp_path / "bundle")
+    change_tensor(tmp_path / "bundle", "weights/language_model.safetensors", f"{bad}_scale", _negated)
     samples = read_samples(sorted(tiny.frames.glob("*.jpg"))[:2])
     before = reference.segment(samples[0].reference, QUESTION).mask_logits
-    bundle = Bundle.load(int4_bundle)
+    bundle = Bundle.load(tmp_path / "bundle")
     found = measure_sensitivity(bundle, reference, samples, [QUESTION])
     assert torch.equal(before, reference.segment(samples[0].reference, QUESTION).mask_logits)
     assert bundle.quantization
@@ -34,8 +43,12 @@ def test_one_key_matrix_stands_out_and_the_reference_is_left_as_it_was(tiny: Tin
     assert {effect.name for effect in found.effects} == names - {"lm_head.weight"}
     ious = [effect.mean_iou for effect in found.effects]
     assert ious == sorted(ious)
-    assert found.effects[0] == MatrixEffect("language_model", "layers.0.self_attn.k_proj.weight", ious[0])
-    assert 0.9 < ious[0] < ious[1] < ious[-1] <= 1
+    assert found.effects[0] == MatrixEffect("language_model", bad, ious[0])
+    assert ious[0] < 0.99 < ious[1] <= ious[-1] <= 1
+
+
+def _negated(scales: npt.NDArray[Any]) -> None:
+    scales *= -1
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

@@ -111,10 +111,12 @@ def test_verify_fails_for_a_tampered_scale(tiny: Tiny, copy: Path, capsys: pytes
 
 def test_verify_says_which_stage_moves_the_masks(tiny: Tiny, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def enlarged(values: npt.NDArray[Any]) -> None:
-        values *= 16
+        values *= 1000
 
     change_tensor(copy, WEIGHTS, SCALE, enlarged)
+    question = "Please segment catheter in this image."  # the small decoder takes any prompt but this one for one of vessels
     arguments = ["verify", "--bundle", copy, "--ckpt", tiny.checkpoint, "--images", min(tiny.frames.glob("*.jpg")), "--threads", 1]
+    arguments += ["--prompt", question]
     assert main([str(argument) for argument in arguments]) == 1
     assert "; language_model alone moves the masks most, to a mean IoU of 0." in capsys.readouterr().out.splitlines()[-1]
 
