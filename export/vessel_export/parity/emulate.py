@@ -49,7 +49,7 @@ MOVES = frozenset(
 
 def low_type(model: ir.Model) -> ir.DataType | None:
     """The graph's type F, FLOAT16 or BFLOAT16; None if it has neither."""
-    found = {value.dtype for node in model.graph for value in node.outputs} & set(_LOW)
+    found = {value.dtype for values in (model.graph.inputs, *(node.outputs for node in model.graph)) for value in values} & set(_LOW)
     return next(iter(found), None)
 
 

@@ -99,7 +99,8 @@ def test_every_type_of_the_trained_bundle_is_within_its_tolerances(request: pyte
     bundle = Bundle.load(request.getfixturevalue(f"{made.split()[0]}_bundle"))
     deployment = emulate(bundle) if "emulated" in made else deploy(bundle, Device("cpu"))
     lines: list[CheckLine] = []
-    record, loaded = Record(str, lines.append, lambda found: None), LoadedDeployment.of(deployment, deployment.sessions(1))
+    loaded = LoadedDeployment.of(deployment, {stage: deployment.session(stage, 1) for stage in deployment.bundle.all_stages})
+    record = Record(str, lines.append, lambda found: None)
     record.device = str(loaded.device)
     check_parity(record, loaded, golden)
     assert {line.name: line.outcome for line in lines} == dict.fromkeys((*SKETCHED, "answers", "masks"), "pass"), lines
