@@ -154,9 +154,8 @@ class _Check:
                 self._golden, made = golden, golden.file.reference
                 self._record.bundle = msgspec.structs.replace(self._record.bundle, cases=len(golden.cases))
                 torch = f"PyTorch {made.versions.get('torch', 'of an unknown version')}"
-                self._record.passed(
-                    "bundle", "goldens", f"{len(golden.cases)} cases on {len(golden.frames)} frames, by {torch} in {made.precision}"
-                )
+                cases = f"{len(golden.cases)} cases on {len(golden.frames)} frames{' and a cine' if golden.cine else ''}"
+                self._record.passed("bundle", "goldens", f"{cases}, by {torch} in {made.precision}")
 
     def _fits(self, bundle: Bundle, device: Device) -> bool:
         """Whether the bundle fits in the memory of the device, with one image at once."""
