@@ -32,7 +32,7 @@ def check_cine(record: Record, deployment: LoadedDeployment, golden: Golden | No
         record.skipped("cines", "run", "the bundle has no graphs for cines: an older version exported it")
         return
     if golden is None or golden.cine is None or told is None:
-        record.skipped("cines", "run", "the goldens have no cine: record them again with `vessel-export verify --record`")
+        record.skipped("cines", "run", "there is no golden cine: record the goldens with `vessel-export verify --record`")
         return
     try:
         found = run_cine(deployment, [shifted(golden.frames[told.frame], shift) for shift in told.shifts], told.question)

@@ -151,7 +151,7 @@ def test_a_bundle_or_goldens_from_before_cines(golden_tiny: Path, tmp_path: Path
     dataclasses.replace(golden, file=msgspec.structs.replace(golden.file, cine=None), cine=None).save(Bundle.load(copied))
     found = run_check(copied)
     assert found.passed
-    assert "the goldens have no cine" in line(found, "cines", "run").reason
+    assert "there is no golden cine" in line(found, "cines", "run").reason
     lines: list[CheckLine] = []
     older = msgspec.structs.replace(Bundle.load(copied), cine=None)
     check_cine(Record(str, lines.append, lambda _: None), LoadedDeployment.of(Deployment(older, Device("cpu"), {}, 1), {}), golden)
