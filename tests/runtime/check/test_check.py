@@ -95,45 +95,36 @@ def _scaled(values: npt.NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "file", "tensor"),
+    ("grade", "stage", "file", "tensor"),
     [
-        ("vision_encoder", "projector", "projector.linear_2.weight"),
-        ("language_model", "language_model", "layers.2.mlp.down_proj.weight"),
-        ("sam2_image_encoder", "sam2_image_encoder", "sam2_image_encoder.image_encoder.trunk.blocks.8.norm2.bias"),
-        ("sam2_mask_decoder", "sam2_mask_decoder", "sam2_mask_decoder.mask_decoder.conv_s0.weight"),
+        ("parity", "vision_encoder", "projector", "projector.linear_2.weight"),
+        ("parity", "language_model", "language_model", "layers.2.mlp.down_proj.weight"),
+        ("parity", "sam2_image_encoder", "sam2_image_encoder", "sam2_image_encoder.image_encoder.trunk.blocks.8.norm2.bias"),
+        ("parity", "sam2_mask_decoder", "sam2_mask_decoder", "sam2_mask_decoder.mask_decoder.conv_s0.weight"),
+        ("cines", "sam2_memory_encoder", "sam2_memory_encoder", "sam2_memory_encoder.memory_encoder.out_proj.weight"),
+        ("cines", "sam2_memory_attention", "sam2_memory_attention", "sam2_memory_attention.norm.weight"),
+        ("cines", "sam2_tracking_decoder", "sam2_tracking_decoder", "sam2_tracking_decoder.cat_1"),
     ],
 )
-def test_a_weight_changed_and_rehashed_is_found_in_its_stage(copy: Path, run_check: Check, stage: str, file: str, tensor: str) -> None:
+def test_a_weight_changed_and_rehashed_is_found_in_its_stage(
+    copy: Path, run_check: Check, grade: str, stage: str, file: str, tensor: str
+) -> None:
     change_tensor(copy, f"weights/{file}.safetensors", tensor, _scaled)
     found = run_check(copy)
     assert line(found, "bundle", "files").outcome == "pass"
-    assert_at_fault(found, "parity", stage)
-    assert {"determinism: twice", "memory: peak"} <= of(found, "pass")  # it goes on
-
-
-def assert_at_fault(found: CheckFile, grade: str, stage: str) -> None:
-    """The first check that failed is that of `stage`; every other stage that is off takes its inputs from one that is."""
     first = next(each for each in found.lines if each.outcome == "fail")
     assert (first.grade, first.name) == (grade, stage)
     assert "the first stage that is off" in first.reason
-    others = [each for each in found.lines if each.outcome == "fail" and each is not first and each.name in (*STAGES, *CINE_SKETCHED)]
-    assert all("its inputs are off already (" in each.reason for each in others)
+    assert ("of the cine" in first.reason) == (grade == "cines")
+    stages = [*STAGES, *CINE_SKETCHED]
+    for each in found.lines:
+        if each.outcome == "fail" and each is not first and each.name in stages:
+            assert "its inputs are off already (" in each.reason
+            assert stages.index(each.name) > stages.index(stage)
+            if each.name in STAGES:
+                assert f"its inputs are off already ({stage}" in each.reason
     assert found.verdict.startswith(f"FAIL: {grade}: {stage} on cpu")
-
-
-@pytest.mark.parametrize(
-    ("stage", "file", "tensor"),
-    [
-        ("sam2_memory_encoder", "sam2_memory_encoder", "sam2_memory_encoder.memory_encoder.out_proj.weight"),
-        ("sam2_memory_attention", "sam2_memory_attention", "sam2_memory_attention.norm.weight"),
-        ("sam2_tracking_decoder", "sam2_tracking_decoder", "sam2_tracking_decoder.cat_1"),
-    ],
-)
-def test_a_changed_weight_of_a_stage_of_cines_is_found_in_it(copy: Path, run_check: Check, stage: str, file: str, tensor: str) -> None:
-    change_tensor(copy, f"weights/{file}.safetensors", tensor, _scaled)
-    found = run_check(copy)
-    assert_at_fault(found, "cines", stage)
-    assert "of the cine" in line(found, "cines", stage).reason
+    assert {"determinism: twice", "memory: peak"} <= of(found, "pass")  # it goes on
 
 
 def test_a_stage_of_cines_that_cannot_be_loaded(copy: Path, run_check: Check) -> None:
