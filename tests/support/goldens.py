@@ -52,14 +52,14 @@ def make_goldens(bundle: Bundle, frames: Sequence[Image.Image], questions: Seque
                 cases.append(GoldenCase(index, question, text, ids, logits, answer.iou, answer.object_score, sketches))
                 records.append(GoldenCaseRecord(index, question, text, ids, len(logits)))
     grays = tuple(np.asarray(frame.convert("L")) for frame in frames)
-    record, cine = (None, None)
+    cine = None
     if bundle.cine:
         shifts = tuple(GoldenShift(2 * time, time) for time in range(bundle.cine.prompted_frames + 2))
         loaded = LoadedDeployment.of(deployment, sessions)
         found = run_cine(loaded, [shifted(grays[0], shift) for shift in shifts], questions[0])
         logits, ids = found.low_res_logits.astype(np.float16).astype(np.float32), found.result.token_ids
         record = GoldenCineRecord(0, shifts, questions[0], found.result.answer, ids, len(logits))
-        cine = GoldenCine(logits, {name: make_sketch(array, SPEC) for name, array in found.sketched.items()})
+        cine = GoldenCine(record, logits, {name: make_sketch(array, SPEC) for name, array in found.sketched.items()})
     for session in sessions.values():
         session.__exit__(None, None, None)
     reference = GoldenReference("fp32", False, bundle.provenance.checkpoint_sha256, {"vessel-rt": "of the tests"})
@@ -68,6 +68,6 @@ def make_goldens(bundle: Bundle, frames: Sequence[Image.Image], questions: Seque
         sketches=SPEC,
         frames=tuple(GoldenFrame(frame.width, frame.height, len(each.tiles)) for frame, each in zip(frames, pixels, strict=True)),
         cases=tuple(records),
-        cine=record,
+        cine=cine.record if cine else None,
     )
     return Golden(file, grays, tuple(cases), cine)

@@ -61,7 +61,7 @@ class GoldenRecorder:
         self.cases: Sequence[tuple[int, str]] = ((0, question), (0, _OTHER_QUESTION), *((i, question) for i in range(1, len(self.frames))))
         self._tiles: dict[int, int] = {}
         self._recorded: list[tuple[GoldenCaseRecord, GoldenCase]] = []
-        self._cine: tuple[GoldenCineRecord, GoldenCine] | None = None
+        self._cine: GoldenCine | None = None
         self._spec = SketchSpec()
 
     def image(self, frame: int) -> Image.Image:
@@ -112,10 +112,9 @@ class GoldenRecorder:
         outputs["low_res_logits"] = low_res[0, self._bundle.cine.prompted_frames]
         ids, half = self.answer_of(result), _half(low_res, "the golden cine")
         text = self._reference.tokenizer.decode(ids, skip_special_tokens=False).strip()
-        self._cine = (
-            GoldenCineRecord(frame=0, shifts=shifts, question=question, answer=text, token_ids=ids, masks=len(half)),
-            GoldenCine(half.astype(np.float32), {name: make_sketch(array, self._spec) for name, array in outputs.items()}),
-        )
+        record = GoldenCineRecord(frame=0, shifts=shifts, question=question, answer=text, token_ids=ids, masks=len(half))
+        sketches = {name: make_sketch(array, self._spec) for name, array in outputs.items()}
+        self._cine = GoldenCine(record, half.astype(np.float32), sketches)
 
     def answer_of(self, result: ReferenceResult | CineResult) -> tuple[int, ...]:
         """The answer's ids without the stop token."""
@@ -132,9 +131,9 @@ class GoldenRecorder:
         )
         records, cases = zip(*self._recorded, strict=True)
         frames = tuple(GoldenFrame(frame.shape[1], frame.shape[0], self._tiles[i]) for i, frame in enumerate(self.frames))
-        record, cine = self._cine or (None, None)
-        file = GoldenFile(reference=reference, sketches=self._spec, frames=frames, cases=records, cine=record)
-        return Golden(file, tuple(self.frames), cases, cine)
+        cine = self._cine.record if self._cine else None
+        file = GoldenFile(reference=reference, sketches=self._spec, frames=frames, cases=records, cine=cine)
+        return Golden(file, tuple(self.frames), cases, self._cine)
 
 
 def record_golden(bundle: Bundle, reference: Reference, progress: Callable[[int], object] = lambda _: None) -> Bundle:

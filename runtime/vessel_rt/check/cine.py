@@ -27,29 +27,29 @@ _DECODERS = ("sam2_mask_decoder", "sam2_tracking_decoder")
 
 def check_cine(record: Record, deployment: LoadedDeployment, golden: Golden | None) -> None:
     """A line for each stage of cines, one for the answer and one for the masks. The stages are loaded for this check alone."""
-    bundle, told = deployment.bundle, golden.file.cine if golden else None
-    if bundle.cine is None:
+    cine = golden.cine if golden else None
+    if deployment.bundle.cine is None:
         record.skipped("cines", "run", "the bundle has no graphs for cines: an older version exported it")
         return
-    if golden is None or golden.cine is None or told is None:
+    if golden is None or cine is None:
         record.skipped("cines", "run", "there is no golden cine: record the goldens with `vessel-export verify --record`")
         return
+    told = cine.record
     try:
         found = run_cine(deployment, [shifted(golden.frames[told.frame], shift) for shift in told.shifts], told.question)
     except OutOfMemory as e:
         record.skipped("cines", "run", f"no memory is left for it beside all that was loaded before: {e}")
         return
     errors = [
-        stage_error(deployment, stage, name, golden.sketch(found.sketched[name]).error(golden.cine.sketches[name]), None)
-        for stage, names in CINE_SKETCHED.items()
-        for name in names
+        stage_error(deployment, stage, name, golden.sketch(found.sketched[name]).error(cine.sketches[name]), None)
+        for stage, name in CINE_SKETCHED.items()
         if name in found.sketched
     ]
     record.stages += errors
     judge_stages(record, "cines", errors, CINE_SKETCHED, "no object was found, so it did not run")
     same = found.result.token_ids == told.token_ids
     record.judged("cines", "answer", "identical" if same else "", None if same else "other token ids than the reference's")
-    _judge_masks(record, deployment, found.low_res_logits, golden.cine.low_res_logits)
+    _judge_masks(record, deployment, found.low_res_logits, cine.low_res_logits)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def run_cine(deployment: LoadedDeployment, frames: Sequence[npt.NDArray[np.uint8
         return CineOutputs(first, np.empty((0, len(frames), side, side), np.float32), {})
     # A decoder runs for each object of each frame, in this order.
     logits: npt.NDArray[np.float32] = np.concatenate([run["low_res_logits"] for stage in _DECODERS for run in runs[stage]])
-    sketched = {name: as_array(runs[stage][0][name]) for stage, names in CINE_SKETCHED.items() for name in names}
+    sketched = {name: as_array(runs[stage][0][name]) for stage, name in CINE_SKETCHED.items()}
     return CineOutputs(first, logits.reshape(len(frames), -1, *logits.shape[1:]).swapaxes(0, 1), sketched)
 
 

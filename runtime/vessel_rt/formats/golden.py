@@ -69,13 +69,14 @@ Shapes are those of docs/architecture.md, for one image: `image_embeds` [tiles, 
 [1, ...]; `low_res_logits` [masks, side, side]. Of language_model's hidden_states, `prompt_state` [hidden] is at the prompt's last token (it
 gives the answer's first token), and `seg_states` [masks, hidden] are those that the mask decoder takes.
 """
-CINE_SKETCHED: dict[str, tuple[str, ...]] = {
-    "sam2_memory_encoder": ("memory",),
-    "sam2_memory_attention": ("conditioned_features",),
-    "sam2_tracking_decoder": ("low_res_logits",),
+CINE_SKETCHED = {
+    "sam2_memory_encoder": "memory",
+    "sam2_memory_attention": "conditioned_features",
+    "sam2_tracking_decoder": "low_res_logits",
 }
-"""As SKETCHED, of the stages of cines and of the first object: its `memory` [1, ...] of the first frame, and the `conditioned_features`
-[1, ...] and `low_res_logits` [side, side] of the first frame that it is tracked to. Later frames have the errors of those before."""
+"""The output of each stage of cines that has a sketch, of the first object: its `memory` [1, ...] of the first frame, and the
+`conditioned_features` [1, ...] and `low_res_logits` [side, side] of the first frame that it is tracked to. Later
+frames have the errors of those before."""
 _OF_FRAMES = frozenset((*SKETCHED["vision_encoder"], *SKETCHED["sam2_image_encoder"]))  # the question does not change them
 
 _MOST_UNPACKED = 64 << 20  # bytes of all arrays
@@ -262,9 +263,10 @@ class GoldenCase:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GoldenCine:
-    """What the reference computed of the cine: `low_res_logits` float32 [masks, frames, side, side] were stored as float16; `sketches` has
-    one for each output in CINE_SKETCHED."""
+    """The cine of golden.json, and what the reference computed: `low_res_logits` float32 [masks, frames, side, side] were stored as
+    float16; `sketches` has one for each output in CINE_SKETCHED."""
 
+    record: GoldenCineRecord
     low_res_logits: npt.NDArray[np.float32]
     sketches: Mapping[str, Sketch]
 
@@ -338,8 +340,8 @@ class Golden:
         cine = None
         if file.cine:
             logits = take("cine.low_res_logits", np.float16, file.cine.masks, len(file.cine.shifts), side, side)
-            sketches = {name: sketch(f"cine.{name}") for names in CINE_SKETCHED.values() for name in names}
-            cine = GoldenCine(logits.astype(np.float32), sketches)
+            sketches = {name: sketch(f"cine.{name}") for name in CINE_SKETCHED.values()}
+            cine = GoldenCine(file.cine, logits.astype(np.float32), sketches)
         return cls(file, frames, cases, cine)
 
     def sketch(self, array: npt.NDArray[Any]) -> Sketch:

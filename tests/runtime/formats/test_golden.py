@@ -58,8 +58,8 @@ def _with_cine(golden: Golden) -> Golden:
     random = np.random.default_rng(1)
     record = GoldenCineRecord(0, (GoldenShift(0, 0), GoldenShift(3, -2)), "Where?", "[SEG][SEG]", (3, 3), masks=2)
     logits = np.stack([case.low_res_logits for case in golden.cases], axis=1)
-    sketches = {name: make_sketch(random.normal(size=100), SPEC) for outputs in CINE_SKETCHED.values() for name in outputs}
-    return dataclasses.replace(golden, file=msgspec.structs.replace(golden.file, cine=record), cine=GoldenCine(logits, sketches))
+    sketches = {name: make_sketch(random.normal(size=100), SPEC) for name in CINE_SKETCHED.values()}
+    return dataclasses.replace(golden, file=msgspec.structs.replace(golden.file, cine=record), cine=GoldenCine(record, logits, sketches))
 
 
 @pytest.fixture
