@@ -6,6 +6,7 @@ __all__ = [
     "EngineError",
     "GraphError",
     "ImageError",
+    "LoadMemoryError",
     "OutOfMemory",
     "PlacementError",
     "RecipeError",
@@ -39,6 +40,10 @@ class ImageError(VesselError):
 
 class OutOfMemory(ImageError):
     """A device without enough memory: a smaller batch may fit."""
+
+
+class LoadMemoryError(VesselError):
+    """A device without enough memory to load a graph."""
 
 
 class PlacementError(VesselError):

@@ -15,7 +15,7 @@ from vessel_rt.check.loading import LoadedDeployment
 from vessel_rt.check.parity import as_array, decided_iou, judge_stages, stage_error
 from vessel_rt.check.record import Record
 from vessel_rt.check.tolerances import tolerances_of
-from vessel_rt.errors import OutOfMemory
+from vessel_rt.errors import LoadMemoryError, OutOfMemory
 from vessel_rt.formats.golden import CINE_SKETCHED, Golden, shifted
 from vessel_rt.model.cine import CineSegmenter
 from vessel_rt.model.result import Result
@@ -37,7 +37,7 @@ def check_cine(record: Record, deployment: LoadedDeployment, golden: Golden | No
     told = cine.record
     try:
         found = run_cine(deployment, [shifted(golden.frames[told.frame], shift) for shift in told.shifts], told.question)
-    except OutOfMemory as e:
+    except (LoadMemoryError, OutOfMemory) as e:
         record.skipped("cines", "run", f"no memory is left for it beside all that was loaded before: {e}")
         return
     errors = [

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vessel_rt.device.providers import PROVIDERS, Device, EngineCache, failure, onnxruntime
-from vessel_rt.errors import GraphError, OutOfMemory, PlacementError, VesselError
+from vessel_rt.errors import GraphError, LoadMemoryError, OutOfMemory, PlacementError, VesselError
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -66,6 +66,7 @@ class Session:
 
     Raises:
         VesselError: ONNX Runtime cannot load the graph.
+        LoadMemoryError: a GPU has no memory for it.
         PlacementError: it leaves all of the graph, or more than arithmetic of shapes, to the CPU. (`rtx` leaves nothing there.)
     """
 
@@ -95,7 +96,7 @@ class Session:
             session = self._load(path, options, provider.choose(options, device, cache))
         except Exception as e:  # ONNX Runtime's errors share no base class
             if device.kind != "cpu" and _is_out_of_memory(e):
-                raise VesselError(
+                raise LoadMemoryError(
                     f"{path}: {device} has no memory for this graph: end other programs on the GPU (nvidia-smi lists them), or export with "
                     "8-bit weights; vessel-rt plan shows what the bundle takes"
                 ) from e

@@ -30,7 +30,7 @@ from vessel_rt.device.deployment import Deployment
 from vessel_rt.device.memory_plan import make_plan
 from vessel_rt.device.providers import PROVIDERS, Device
 from vessel_rt.device.session import Session
-from vessel_rt.errors import GraphError, OutOfMemory, VesselError
+from vessel_rt.errors import GraphError, LoadMemoryError, OutOfMemory, VesselError
 from vessel_rt.formats.bundle import BUNDLE_FILE, STAGES, Bundle
 from vessel_rt.formats.golden import CINE_SKETCHED, GOLDEN_ARRAYS, GOLDEN_FILE, Golden
 from vessel_rt.formats.schema import decode
@@ -149,15 +149,19 @@ def test_a_bundle_or_goldens_from_before_cines(golden_tiny: Path, tmp_path: Path
     assert [(each.outcome, each.reason.split(":")[0]) for each in lines] == [("skip", "the bundle has no graphs for cines")]
 
 
-def test_no_memory_left_for_the_stages_of_cines(golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Session.run
+@pytest.mark.parametrize(("method", "error"), [("run", OutOfMemory), ("__init__", LoadMemoryError)])
+def test_no_memory_left_for_the_stages_of_cines(
+    golden_tiny: Path, run_check: Check, monkeypatch: pytest.MonkeyPatch, method: str, error: type[VesselError]
+) -> None:
+    unchanged = getattr(Session, method)
 
     def full(self: Session, *arguments: Any, **options: Any) -> Any:
-        if self._path.stem == "sam2_memory_attention":
-            raise OutOfMemory("sam2_memory_attention fails on cuda:0: out of memory")
-        return run(self, *arguments, **options)
+        path = arguments[0] if method == "__init__" else self._path
+        if path.stem == "sam2_memory_attention":
+            raise error("sam2_memory_attention fails on cuda:0: out of memory")
+        return unchanged(self, *arguments, **options)
 
-    monkeypatch.setattr(Session, "run", full)
+    monkeypatch.setattr(Session, method, full)
     found = run_check(golden_tiny)
     assert found.passed
     assert "no memory is left for it" in line(found, "cines", "run").reason
