@@ -45,7 +45,6 @@ def check_cine(record: Record, deployment: LoadedDeployment, golden: Golden | No
         for stage, name in CINE_SKETCHED.items()
         if name in found.sketched
     ]
-    record.stages += errors
     judge_stages(record, "cines", errors, CINE_SKETCHED, "no object was found, so it did not run")
     same = found.result.token_ids == told.token_ids
     record.judged("cines", "answer", "identical" if same else "", None if same else "other token ids than the reference's")

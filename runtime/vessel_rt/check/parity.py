@@ -55,9 +55,7 @@ def check_parity(record: Record, deployment: LoadedDeployment, golden: Golden) -
                     for case, [answer] in zip(batch, found, strict=True):
                         answers.add(f"{len(batch)} images at once, {drafts}", case, answer)
                     bar.update()
-    stages = errors.worst(deployment)
-    record.stages += stages
-    judge_stages(record, "parity", stages, SKETCHED, "no golden case has a mask, so it did not run")
+    judge_stages(record, "parity", errors.worst(deployment), SKETCHED, "no golden case has a mask, so it did not run")
     record.judged("parity", "answers", answers.told_ids, answers.id_fault)
     record.judged("parity", "masks", answers.told_masks, answers.mask_fault)
 
@@ -144,8 +142,9 @@ def stage_error(deployment: LoadedDeployment, stage: str, output: str, error: fl
 
 
 def judge_stages(record: Record, grade: GradeName, errors: Sequence[StageError], stages: Iterable[str], idle: str) -> None:
-    """A line for each of `stages`; `idle` says why one did not run. Of stages that are off, only one whose inputs are right is at fault
-    itself: the record has the errors of all of them."""
+    """Put `errors` on record, and make a line for each of `stages`; `idle` says why one did not run. Of stages that are off, now or in
+    earlier lines, only one whose inputs are right is at fault itself."""
+    record.stages += errors
     off = {each.stage for each in record.stages if each.device == record.device and _is_off(each)}
     for stage in stages:
         of_stage = [each for each in errors if each.stage == stage]

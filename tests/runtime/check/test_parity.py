@@ -27,8 +27,8 @@ def judged(**errors: float | None) -> dict[str, CheckLine]:
     lines: list[CheckLine] = []
     record = Record(str, lines.append, lambda found: None)
     record.device = "cpu"
-    record.stages += [StageError("cpu", stage, name, errors.get(name, 0.0), 0.1, 3) for stage, names in SKETCHED.items() for name in names]
-    judge_stages(record, "parity", record.stages, SKETCHED, "it did not run")
+    stages = [StageError("cpu", stage, name, errors.get(name, 0.0), 0.1, 3) for stage, names in SKETCHED.items() for name in names]
+    judge_stages(record, "parity", stages, SKETCHED, "it did not run")
     return {line.name: line for line in lines}
 
 
