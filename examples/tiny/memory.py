@@ -39,7 +39,7 @@ class MemorySchedule:
     cines: int = 8
     every: int = 6
     frames: int = 24
-    steps: int = 240
+    steps: int = 1600
     batch: int = 3
     rate: float = 1e-3
     warm: int = 20
