@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md, docs/quantization.md and docs/cines.md from benchmarks/results/*.json.
+"""Writes the tables of docs/performance.md, quantization.md, cines.md and numerics.md, and the plots, from benchmarks/results/*.json.
 
     python -m benchmarks.report [--check]
 
@@ -20,10 +20,11 @@ from typing import Any
 
 from benchmarks.measure import RESULTS
 
-DOCUMENTS = (Path("docs/performance.md"), Path("docs/quantization.md"), Path("docs/cines.md"))
+DOCUMENTS = (Path("docs/performance.md"), Path("docs/quantization.md"), Path("docs/cines.md"), Path("docs/numerics.md"))
 _PLOTS = Path("docs/plots")
 _STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample", "end to end")
 _RUNS = ("vision_encoder", "prefill", "decode", "draft", "sam2_image_encoder", "sam2_mask_decoder")
+_SA2VA = {"sa2va-3-layers": "examples/tiny", "sa2va-1-layers": "full width"}
 _CINES = {"cines-fp32-3-layers": "tiny, FP32", "cines-int8-28-layers": "28 layers, INT8"}
 _CINE_STEPS = (
     "tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "sam2_memory_attention",
@@ -436,7 +437,22 @@ def _scores(found: dict[str, Any]) -> list[str]:
     return [f"{found['identical_answers']} of {found['answers']}", *numbers, f"{found['hd95']:.2f}"]
 
 
+def _sa2va() -> str:
+    head = ("", "runs", "identical answers", "masks", "differing pixels, all masks", "minimum IoU", "max difference of logits")
+    rows = []
+    for name, model in _SA2VA.items():
+        result = _result(name)
+        shown = {"images": "images", "cine": f"cine of {result['cine_frames']} frames"}
+        for run in result["runs"]:
+            case = f"{model}, {shown[run['case']]}" + (f", {run['rounded']} in BF16" if run["rounded"] else "")
+            differing = f"{run['differing_pixels']:,} of {run['pixels']:,}"
+            figures = (run["runs"], run["identical_answers"], run["masks"], differing, run["min_iou"], f"{run['max_logit_difference']:.2g}")
+            rows.append((case, *figures))
+    return _table(head, rows)
+
+
 _TABLES: dict[str, Callable[[], str]] = {
+    "sa2va": _sa2va,
     "contenders": _contenders,
     "ratios": _ratios,
     "stages": _stages,
