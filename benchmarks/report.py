@@ -24,7 +24,7 @@ DOCUMENTS = (Path("docs/performance.md"), Path("docs/quantization.md"), Path("do
 _PLOTS = Path("docs/plots")
 _STEPS = ("tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "upsample", "end to end")
 _RUNS = ("vision_encoder", "prefill", "decode", "draft", "sam2_image_encoder", "sam2_mask_decoder")
-_SA2VA = {"sa2va-3-layers": "examples/tiny", "sa2va-1-layers": "full width"}
+_SA2VA = {"sa2va-tiny": "examples/tiny", "sa2va-full-width": "full width"}
 _CINES = {"cines-fp32-3-layers": "tiny, FP32", "cines-int8-28-layers": "28 layers, INT8"}
 _CINE_STEPS = (
     "tiles", "square", "vision_encoder", "language_model", "sam2_image_encoder", "sam2_mask_decoder", "sam2_memory_attention",
@@ -444,7 +444,7 @@ def _sa2va() -> str:
         result = _result(name)
         shown = {"images": "images", "cine": f"cine of {result['cine_frames']} frames"}
         for run in result["runs"]:
-            case = f"{model}, {shown[run['case']]}" + (f", {run['rounded']} in BF16" if run["rounded"] else "")
+            case = f"{model}, {shown[run['case']]}" + (f", {' and '.join(run['rounded'])} in BF16" if run["rounded"] else "")
             differing = f"{run['differing_pixels']:,} of {run['pixels']:,}"
             figures = (run["runs"], run["identical_answers"], run["masks"], differing, run["min_iou"], f"{run['max_logit_difference']:.2g}")
             rows.append((case, *figures))

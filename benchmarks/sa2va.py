@@ -2,12 +2,11 @@
 
     python -m benchmarks.sa2va --sa2va CLONE --python PYTHON [--ckpt CKPT --base DIR --sam2 FILE] [--images DIR] [--cine 30]
 
-CLONE is a clone of github.com/bytedance/Sa2VA at 9832e1a, PYTHON that of an environment in which its code runs (its pyproject.toml; without
-flash-attn it falls back to eager attention). Sa2VA's `predict_forward` runs in a process of its own, in FP32 on the CPU; the reference runs
-after it. benchmarks/peers/sa2va_peer.py says what it sets in Sa2VA's code. FP32 takes 4 bytes for each parameter.
-Sa2VA's inference rounds two things to BF16 whatever the model's type, and the reference does not: ImageNet's mean and standard deviation
-for SAM2, and the memories of a cine. So the images run without the first and with it, the cine without the second and with it.
-The last line is JSON.
+CLONE is a clone of github.com/bytedance/Sa2VA, PYTHON that of an environment in which its code runs (its pyproject.toml; flash-attn is not
+needed). Sa2VA's `predict_forward` runs in a process of its own, in FP32 on the CPU, and the reference after it: 4 bytes for each parameter,
+and the base model's largest file. benchmarks/peers/sa2va_peer.py says what it sets in Sa2VA's code.
+Sa2VA's inference rounds two things to BF16, whatever the model's type, and the reference does not: ImageNet's mean and standard deviation
+for SAM2 (`constants`), and the memories of a cine. Images and cine run without this and with it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from vessel_export.parity.reference import Reference
 from vessel_export.parity.reference_cine import segment_cine
 from vessel_export.parity.verify_cine import drawn_cine
 from vessel_export.sources.checkpoint import open_checkpoint
+from vessel_export.sources.sam2_files import find_sam2_yaml, read_sam2_config
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluation.metrics import iou
 from vessel_rt.inputs.images import SUFFIXES
@@ -43,20 +43,24 @@ _TINY = Path("examples/tiny")
 _PEER = Path(__file__).parent / "peers" / "sa2va_peer.py"
 _QUESTIONS = ("Please segment vessel in this image.", "Please segment vessel and catheter in this image.")
 _MAX_NEW_TOKENS = 128
-_COMMIT = "9832e1a"
-_SHA256 = {  # of its files in projects/sa2va/hf/models
-    "modeling_sa2va_chat.py": "0f9516272e943b57a653199be51d6a6acb3512ef96880b02db5eafb361e4c7aa",
-    "sam2.py": "c891b540bf92e102895c5eac17de64c14b7ea6184ded6d2359f24e8b46593fcc",
+_LEAST_FRAMES = 6  # of a cine: Sa2VA prompts five, and tracks the others
+_ROUNDED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "images": ((), ("constants",)),
+    "cine": ((), ("memories",), ("constants", "memories")),
 }
+_COMMIT = "9832e1a"
+_SHA256 = "f31e1fdf4b0fde025c831552ccaabd1225984488cc2deab80098c203b678273f"
+_SOURCES = ("configuration_intern_vit", "configuration_sa2va_chat", "modeling_intern_vit", "modeling_sa2va_chat", "sam2", "templates")
+_LIBRARIES = ("torch", "transformers", "peft", "torchvision", "timm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A question about an image, or about a cine of several files."""
+    """A question about an image, or about a cine of several files. `kind` is `images` or `cine`."""
 
+    kind: str
     files: tuple[Path, ...]
     question: str
-    cine: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,38 +78,110 @@ class Found:
             return cls(str(file["answer"]), file["logits"], file["masks"])
 
 
+@dataclasses.dataclass
+class Figures:
+    """What was compared, and how it differs. Masks are compared where the answers are identical and as many masks were made.
+
+    `other_counts`: identical answers with other numbers of masks. Sa2VA makes none of a [SEG] that ends the token budget.
+    """
+
+    runs: int = 0
+    identical_answers: int = 0
+    other_counts: int = 0
+    masks: int = 0
+    pixels: int = 0
+    differing_pixels: int = 0
+    min_iou: float = 1.0
+    max_logit_difference: float = 0.0
+
+    def add(self, ours: Found, theirs: Found) -> None:
+        """Compare one answer. Raises VesselError for logits that are not finite."""
+        self.runs += 1
+        if ours.answer != theirs.answer:  # then the masks may be of other objects
+            return
+        self.identical_answers += 1
+        if len(ours.masks) != len(theirs.masks):
+            self.other_counts += 1
+            return
+        if not (np.isfinite(ours.logits).all() and np.isfinite(theirs.logits).all()):
+            raise VesselError("logits that are not finite: nothing can be compared with them")
+        for a, b in zip(ours.masks, theirs.masks, strict=True):
+            self.masks += len(a)
+            self.pixels += a.size
+            self.differing_pixels += int((a != b).sum())
+            self.min_iou = min(self.min_iou, *(iou(*pair) for pair in zip(a, b, strict=True)))
+        if len(ours.masks):
+            self.max_logit_difference = max(self.max_logit_difference, float(np.abs(ours.logits - theirs.logits).max()))
+
+    def row(self) -> dict[str, Any]:
+        """Raises VesselError if there was no mask to compare."""
+        if not self.masks:
+            raise VesselError("no mask was compared: no answer has a [SEG], or all of Sa2VA's answers differ; check --questions and --ckpt")
+        rounded = {"min_iou": round(self.min_iou, 6), "max_logit_difference": float(f"{self.max_logit_difference:.2g}")}
+        return dataclasses.asdict(self) | rounded
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sa2va", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sa2va", type=Path, required=True, metavar="CLONE", help=f"a clone of Sa2VA at {_COMMIT}")
+    parser.add_argument("--sa2va", type=Path, required=True, metavar="CLONE", help=f"a clone of Sa2VA; the documented figures: {_COMMIT}")
     parser.add_argument("--python", type=Path, required=True, metavar="PYTHON", help="the Python of an environment in which Sa2VA runs")
     parser.add_argument("--ckpt", type=Path, default=_TINY / "iter_1000.pth", metavar="CKPT")
     parser.add_argument("--base", type=Path, default=_TINY / "base", metavar="DIR", help="in InternVL3's original layout")
-    parser.add_argument("--sam2", type=Path, default=_TINY / "sam2_tiny.pt", metavar="FILE", help="without a .yaml beside it: Hiera-L")
+    parser.add_argument("--sam2", type=Path, default=_TINY / "sam2_tiny.pt", metavar="FILE")
+    parser.add_argument("--lora-alpha", type=float, metavar="A", help="in place of the checkpoint's")
     parser.add_argument("--images", type=Path, default=_TINY / "frames", metavar="DIR")
     parser.add_argument("--questions", nargs="+", default=list(_QUESTIONS), metavar="TEXT")
-    parser.add_argument("--cine", type=int, default=30, metavar="N", help="frames of the drawn cine (default: 30)")
+    parser.add_argument(
+        "--cine", type=int, default=30, metavar="N", help=f"frames of the drawn cine, at least {_LEAST_FRAMES} (default: 30)"
+    )
+    parser.add_argument("--name", default="tiny", help="of the result, results/sa2va-NAME.json (default: tiny)")
     arguments = parser.parse_args()
+    if arguments.cine < _LEAST_FRAMES:
+        parser.error(f"--cine {arguments.cine}: a cine of fewer than {_LEAST_FRAMES} frames is not tracked")
     try:
-        images = [Case((file,), text, False) for file in _images(arguments.images) for text in arguments.questions]
+        commit, versions = _commit(arguments.sa2va), _versions(arguments.python)
         with tempfile.TemporaryDirectory() as folder:
             frames = _drawn_files(Path(folder), arguments.cine)
-            cines = [Case(frames, text, True) for text in arguments.questions]
-            runs = [("images", images, None), ("images", images, "constants"), ("cine", cines, None), ("cine", cines, "memories")]
-            outputs = [_run_sa2va(arguments, cases, Path(folder, str(i)), rounded) for i, (_, cases, rounded) in enumerate(runs)]
-            reference = Reference.load(arguments.ckpt, arguments.base, arguments.sam2)  # only now: with Sa2VA's it may not fit in memory
-            layers = reference.language_model.config.num_hidden_layers
-            rows = [
-                {"case": name, "rounded": rounded, **_compare(reference, cases, output)}
-                for (name, cases, rounded), output in zip(runs, outputs, strict=True)
-            ]
+            images = [Case("images", (file,), text) for file in _images(arguments.images) for text in arguments.questions]
+            cases = [*images, *(Case("cine", frames, text) for text in arguments.questions)]
+            files = _run_sa2va(arguments, cases, Path(folder))
+            # only now: with Sa2VA's model it may not fit in memory
+            reference = Reference.load(arguments.ckpt, arguments.base, arguments.sam2, lora_alpha=arguments.lora_alpha)
+            rows = _compare(reference, cases, files)
     except VesselError as e:
         print(e, file=sys.stderr)
         return 1
-    publish(
-        f"sa2va-{layers}-layers",
-        {"sa2va": _commit(arguments.sa2va), "peer": _versions(arguments.python), "cine_frames": arguments.cine, "runs": rows},
-    )
+    used = {"layers": reference.language_model.config.num_hidden_layers, "images": len(images) // len(arguments.questions)}
+    used |= {"questions": arguments.questions, "cine_frames": arguments.cine}
+    publish(f"sa2va-{arguments.name}", {"sa2va": commit, "peer": versions, **used, "runs": rows})
     return 0
+
+
+def _commit(clone: Path) -> str | None:
+    """The commit, if its files are those of _COMMIT."""
+    folder, digest = clone / "projects" / "sa2va" / "hf" / "models", hashlib.sha256()
+    try:
+        for name in _SOURCES:
+            digest.update((folder / f"{name}.py").read_bytes())
+    except OSError as e:
+        raise VesselError(f"{clone}: not a clone of Sa2VA with {e.filename}: {e.strerror}; give --sa2va another") from e
+    if digest.hexdigest() == _SHA256:
+        return _COMMIT
+    print(f"{clone}: other files than those of {_COMMIT}; the comparison is with these", file=sys.stderr)
+    return None
+
+
+def _versions(python: Path) -> dict[str, str]:
+    """Of the libraries in Sa2VA's environment; those of files without metadata are left out."""
+    program = (
+        "import json, importlib.metadata as m; found = {d.metadata['Name']: d.version for d in m.distributions()}; print(json.dumps(found))"
+    )
+    try:
+        output = subprocess.run([python, "-c", program], capture_output=True, check=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as e:
+        raise VesselError(f"{python}: cannot be run: {e}; give --python that of Sa2VA's environment") from e
+    versions: dict[str, str] = json.loads(output)
+    return {name: versions[name] for name in _LIBRARIES if name in versions}
 
 
 def _images(folder: Path) -> list[Path]:
@@ -123,70 +199,77 @@ def _drawn_files(folder: Path, count: int) -> tuple[Path, ...]:
     return files
 
 
-def _run_sa2va(arguments: argparse.Namespace, cases: Sequence[Case], folder: Path, rounded: str | None) -> list[Path]:
-    """Run Sa2VA's code on `cases`, and return the files of what it found. Makes `folder`."""
-    checkpoint, yaml = open_checkpoint(arguments.ckpt), arguments.sam2.with_suffix(".yaml")
-    folder.mkdir()
+def _run_sa2va(arguments: argparse.Namespace, cases: Sequence[Case], folder: Path) -> dict[tuple[Case, tuple[str, ...]], Path]:
+    """Run Sa2VA's code on `cases`, and return the files in `folder` of what it found, by case and what was rounded."""
     trained, request = folder / "trained.safetensors", folder / "request.json"
-    save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, trained)
-    content = {
-        "sa2va": str(arguments.sa2va.resolve()),
-        "base": str(arguments.base.resolve()),
-        "sam2": str(arguments.sam2.resolve()),
-        "sam2_yaml": str(yaml.resolve()) if yaml.exists() else None,
-        "trained": str(trained),
-        "lora_alpha": checkpoint.lora_alpha,
-        "max_new_tokens": _MAX_NEW_TOKENS,
-        "rounded": rounded,
-        "cases": [{"files": [str(f.resolve()) for f in case.files], "question": case.question, "cine": case.cine} for case in cases],
+    runs = [(case, rounded) for case in cases for rounded in _ROUNDED[case.kind]]
+    content = _request(arguments, trained) | {
+        "cases": [
+            {"files": [str(f.resolve()) for f in case.files], "question": case.question, "cine": case.kind == "cine", "rounded": rounded}
+            for case, rounded in runs
+        ],
         "out": str(folder),
     }
     request.write_text(json.dumps(content), encoding="utf-8")
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen([arguments.python, _PEER, request], stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
+    command = [arguments.python, _PEER, request]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         lines = (line for line in process.stdout or () if line.strip().isdecimal())  # Sa2VA's code prints, too
-        for _ in tqdm(lines, desc="Sa2VA", total=len(cases), disable=None):
+        for _ in tqdm(lines, desc="Sa2VA", total=len(runs), disable=None):
             pass
-        if process.wait() != 0:
-            errors.seek(0)
-            raise VesselError(f"{arguments.python}: Sa2VA's code ended with code {process.returncode}: {errors.read()[-2000:]}")
     trained.unlink()
-    return [folder / f"{number}.npz" for number in range(len(cases))]
+    if process.returncode:
+        killed = f"was killed (signal {-process.returncode}); if it ran out of memory, use a larger machine"
+        told = killed if process.returncode < 0 else f"ended with code {process.returncode}; its message is above"
+        raise VesselError(f"{arguments.python}: Sa2VA's code {told}")
+    return {run: folder / f"{number}.npz" for number, run in enumerate(runs)}
 
 
-def _compare(reference: Reference, cases: Sequence[Case], found: Sequence[Path]) -> dict[str, Any]:
-    """The figures of all cases together. Masks are compared where the answers are identical."""
-    answers = masks = differing = pixels = 0
-    least, largest = 1.0, 0.0
-    for case, file in zip(tqdm(cases, desc="reference", disable=None), found, strict=True):
-        ours, theirs = _reference(reference, case), Found.read(file)
-        if ours.answer != theirs.answer:  # then they may not have masks of the same objects
-            continue
-        answers += 1
-        if ours.masks.shape != theirs.masks.shape:
-            raise VesselError(f"a case has masks {theirs.masks.shape} by Sa2VA's code and {ours.masks.shape} by the reference")
-        pairs = [pair for frames in zip(ours.masks, theirs.masks, strict=True) for pair in zip(*frames, strict=True)]
-        masks += len(pairs)
-        pixels += ours.masks.size
-        differing += int((ours.masks != theirs.masks).sum())
-        least = min([least, *(iou(a, b) for a, b in pairs)])
-        largest = max(largest, float(np.abs(ours.logits - theirs.logits).max(initial=0)))
+def _request(arguments: argparse.Namespace, trained: Path) -> dict[str, Any]:
+    """The model, as the peer needs it. Writes the checkpoint's tensors to `trained`.
+
+    Raises:
+        VesselError: an input that cannot be read or that Sa2VA's code does not take.
+    """
+    checkpoint, config = open_checkpoint(arguments.ckpt), arguments.base / "config.json"
+    alpha = checkpoint.lora_alpha if arguments.lora_alpha is None else arguments.lora_alpha
+    if alpha is None:
+        raise VesselError(f"{arguments.ckpt}: does not record LoRA's alpha; give it with --lora-alpha")
+    try:
+        original = json.loads(config.read_text(encoding="utf-8")).get("model_type") == "internvl_chat"
+    except (OSError, ValueError, AttributeError) as e:
+        raise VesselError(f"{config}: cannot be read: {e}; give --base InternVL3's folder") from e
+    if not original:
+        raise VesselError(
+            f"{config}: not InternVL3's original layout (model_type internvl_chat), which Sa2VA's code reads; give --base that"
+        )
+    yaml = find_sam2_yaml(arguments.sam2)
+    hiera_l = yaml.name == "sam2_hiera_l.yaml" and yaml.parent != arguments.sam2.parent  # what Sa2VA's own constructor builds
+    save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, trained)
     return {
-        "runs": len(cases),
-        "identical_answers": answers,
-        "masks": masks,
-        "pixels": pixels,
-        "differing_pixels": differing,
-        "min_iou": round(least, 6),
-        "max_logit_difference": float(f"{largest:.2g}"),
+        "sa2va": str(arguments.sa2va.resolve()),
+        "base": str(arguments.base.resolve()),
+        "sam2": str(arguments.sam2.resolve()),
+        "sam2_config": None if hiera_l else read_sam2_config(yaml),
+        "trained": str(trained),
+        "lora_alpha": alpha,
+        "lora_rank": checkpoint.lora_rank,
+        "max_new_tokens": _MAX_NEW_TOKENS,
     }
+
+
+def _compare(reference: Reference, cases: Sequence[Case], files: dict[tuple[Case, tuple[str, ...]], Path]) -> list[dict[str, Any]]:
+    """A row of figures for each kind of case and what was rounded."""
+    figures = {(kind, rounded): Figures() for kind, ways in _ROUNDED.items() for rounded in ways}
+    for case in tqdm(cases, desc="reference", disable=None):
+        ours = _reference(reference, case)
+        for rounded in _ROUNDED[case.kind]:
+            figures[case.kind, rounded].add(ours, Found.read(files[case, rounded]))
+    return [{"case": kind, "rounded": rounded, **found.row()} for (kind, rounded), found in figures.items()]
 
 
 def _reference(reference: Reference, case: Case) -> Found:
     frames = [Image.open(file).convert("RGB") for file in case.files]
-    if case.cine:
+    if case.kind == "cine":
         cine = segment_cine(reference, frames, case.question, max_new_tokens=_MAX_NEW_TOKENS)
         answer = reference.tokenizer.decode(cine.answer_ids, skip_special_tokens=False).strip()
         low_res, masks = cine.low_res_logits, cine.masks
@@ -196,20 +279,6 @@ def _reference(reference: Reference, case: Case) -> Found:
     side = reference.sam2.image_size
     logits = interpolate(low_res, size=(side, side), mode="bilinear", align_corners=False)
     return Found(answer, logits.numpy(), masks.numpy())
-
-
-def _commit(clone: Path) -> str | None:
-    """The commit, or None if it is another one."""
-    folder = clone / "projects" / "sa2va" / "hf" / "models"
-    same = all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in _SHA256.items())
-    return _COMMIT if same else None
-
-
-def _versions(python: Path) -> dict[str, str]:
-    """Of the libraries in Sa2VA's environment."""
-    program = "import json, peft, torch, transformers; print(json.dumps({m.__name__: m.__version__ for m in (peft, torch, transformers)}))"
-    versions: dict[str, str] = json.loads(subprocess.run([python, "-c", program], capture_output=True, check=True, text=True).stdout)
-    return versions
 
 
 if __name__ == "__main__":
