@@ -30,14 +30,15 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from benchmarks.measure import publish
+from vessel_export.parity.inputs import read_samples
 from vessel_export.parity.reference import Reference
 from vessel_export.parity.reference_cine import segment_cine
 from vessel_export.parity.verify_cine import drawn_cine
+from vessel_export.sources.base_config import read_json
 from vessel_export.sources.checkpoint import open_checkpoint
 from vessel_export.sources.sam2_files import find_sam2_yaml, read_sam2_config
 from vessel_rt.errors import VesselError
 from vessel_rt.evaluation.metrics import iou
-from vessel_rt.inputs.images import SUFFIXES
 
 _TINY = Path("examples/tiny")
 _PEER = Path(__file__).parent / "peers" / "sa2va_peer.py"
@@ -141,9 +142,10 @@ def main() -> int:
     try:
         commit, versions = _commit(arguments.sa2va), _versions(arguments.python)
         with tempfile.TemporaryDirectory() as folder:
-            frames = _drawn_files(Path(folder), arguments.cine)
-            images = [Case("images", (file,), text) for file in _images(arguments.images) for text in arguments.questions]
-            cases = [*images, *(Case("cine", frames, text) for text in arguments.questions)]
+            images = _saved([sample.reference for sample in read_samples([arguments.images])], Path(folder), "image")
+            frames = _saved(drawn_cine(arguments.cine), Path(folder), "frame")
+            cases = [Case("images", (file,), text) for file in images for text in arguments.questions]
+            cases += [Case("cine", frames, text) for text in arguments.questions]
             files = _run_sa2va(arguments, cases, Path(folder))
             # only now: with Sa2VA's model it may not fit in memory
             reference = Reference.load(arguments.ckpt, arguments.base, arguments.sam2, lora_alpha=arguments.lora_alpha)
@@ -151,9 +153,16 @@ def main() -> int:
     except VesselError as e:
         print(e, file=sys.stderr)
         return 1
-    used = {"layers": reference.language_model.config.num_hidden_layers, "images": len(images) // len(arguments.questions)}
-    used |= {"questions": arguments.questions, "cine_frames": arguments.cine}
-    publish(f"sa2va-{arguments.name}", {"sa2va": commit, "peer": versions, **used, "runs": rows})
+    result = {
+        "sa2va": commit,
+        "peer": versions,
+        "layers": reference.language_model.config.num_hidden_layers,
+        "images": len(images),
+        "questions": arguments.questions,
+        "cine_frames": arguments.cine,
+        "runs": rows,
+    }
+    publish(f"sa2va-{arguments.name}", result)
     return 0
 
 
@@ -184,18 +193,11 @@ def _versions(python: Path) -> dict[str, str]:
     return {name: versions[name] for name in _LIBRARIES if name in versions}
 
 
-def _images(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if not files:
-        raise VesselError(f"{folder}: no images in this folder; give --images another")
-    return files
-
-
-def _drawn_files(folder: Path, count: int) -> tuple[Path, ...]:
-    """The cine of `vessel-export verify --cine`, as PNG files."""
-    files = tuple(folder / f"frame_{number:03}.png" for number in range(count))
-    for file, frame in zip(files, drawn_cine(count), strict=True):
-        frame.save(file)
+def _saved(images: Sequence[Image.Image], folder: Path, name: str) -> tuple[Path, ...]:
+    """The images as PNG files, for both sides to read."""
+    files = tuple(folder / f"{name}_{number:03}.png" for number in range(len(images)))
+    for file, image in zip(files, images, strict=True):
+        image.save(file)
     return files
 
 
@@ -234,11 +236,7 @@ def _request(arguments: argparse.Namespace, trained: Path) -> dict[str, Any]:
     alpha = checkpoint.lora_alpha if arguments.lora_alpha is None else arguments.lora_alpha
     if alpha is None:
         raise VesselError(f"{arguments.ckpt}: does not record LoRA's alpha; give it with --lora-alpha")
-    try:
-        original = json.loads(config.read_text(encoding="utf-8")).get("model_type") == "internvl_chat"
-    except (OSError, ValueError, AttributeError) as e:
-        raise VesselError(f"{config}: cannot be read: {e}; give --base InternVL3's folder") from e
-    if not original:
+    if read_json(config).get("model_type") != "internvl_chat":
         raise VesselError(
             f"{config}: not InternVL3's original layout (model_type internvl_chat), which Sa2VA's code reads; give --base that"
         )
@@ -271,8 +269,7 @@ def _reference(reference: Reference, case: Case) -> Found:
     frames = [Image.open(file).convert("RGB") for file in case.files]
     if case.kind == "cine":
         cine = segment_cine(reference, frames, case.question, max_new_tokens=_MAX_NEW_TOKENS)
-        answer = reference.tokenizer.decode(cine.answer_ids, skip_special_tokens=False).strip()
-        low_res, masks = cine.low_res_logits, cine.masks
+        answer, low_res, masks = cine.answer, cine.low_res_logits, cine.masks
     else:
         result = reference.segment(frames[0], case.question, max_new_tokens=_MAX_NEW_TOKENS)
         answer, low_res, masks = result.answer, result.prediction.low_res_logits[:, None], result.masks[:, None]

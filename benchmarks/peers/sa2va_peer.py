@@ -99,15 +99,15 @@ def _build(chat: Any, sam2: Any, request: dict[str, Any]) -> tuple[Any, Any]:
         unset.difference_update(renamed)
 
     for file in sorted(base.glob("*.safetensors")):
-        load({name: tensor for name, tensor in load_file(file).items() if not any(f".{part}." in name for part in _TRAINED_WHOLE)})
+        load({name: tensor for name, tensor in load_file(file).items() if not _trained_whole(name)})
     load({_SAM2 + name: tensor for name, tensor in torch.load(request["sam2"], map_location="cpu", weights_only=True)["model"].items()})
     trained = load_file(request["trained"])
     load({name.removeprefix("mllm.model."): tensor for name, tensor in trained.items() if not name.startswith(_LANGUAGE_MODEL)})
 
     lora = {name.removeprefix(_LANGUAGE_MODEL): tensor for name, tensor in trained.items() if name.startswith(_LANGUAGE_MODEL)}
-    unset = {name for name in unset if not any(f".{part}." in name for part in _TRAINED_WHOLE)}
-    if unset:
-        raise SystemExit(f"neither base model, SAM2 nor checkpoint has {min(unset)}")
+    absent = sorted(name for name in unset if not _trained_whole(name))
+    if absent:
+        raise SystemExit(f"neither base model, SAM2 nor checkpoint has {absent[0]}")
     settings: dict[str, Any] = {"target_modules": list(_LORA_TARGETS), "modules_to_save": list(_TRAINED_WHOLE), "task_type": "CAUSAL_LM"}
     alpha, rank = request["lora_alpha"], request["lora_rank"]
     language_model: Any = get_peft_model(model.language_model, LoraConfig(r=rank, lora_alpha=alpha, **settings))
@@ -116,6 +116,11 @@ def _build(chat: Any, sam2: Any, request: dict[str, Any]) -> tuple[Any, Any]:
         raise SystemExit(f"peft cannot use the LoRA: unexpected {found.unexpected_keys[:1]}, missing {found.missing_keys[:1]}")
     model.language_model = language_model.merge_and_unload()
     return model.eval(), tokenizer
+
+
+def _trained_whole(name: str) -> bool:
+    """Whether the checkpoint's tensor replaces the base model's, which has another vocabulary."""
+    return any(f".{part}." in name for part in _TRAINED_WHOLE)
 
 
 def _sam2_of(sam2: Any, structure: dict[str, Any]) -> Any:

@@ -32,13 +32,14 @@ FRAME = "<img>{image_tokens}</img>"
 class CineResult:
     """The result for one cine and one question.
 
-    `prompt_ids` [prompt] and `answer_ids` [answer] are int64; the answer includes its stop token. `low_res_logits` is float32
+    `prompt_ids`, `answer_ids` and `answer` are as in ReferenceResult. `low_res_logits` is float32
     [masks, frames, 256, 256] and `mask_logits` float32 [masks, frames, height, width]; `masks` is true where their sigmoid is above one
     half.
     """
 
     prompt_ids: Tensor
     answer_ids: Tensor
+    answer: str
     low_res_logits: Tensor
     mask_logits: Tensor
 
@@ -73,6 +74,7 @@ def segment_cine(
     return CineResult(
         prompt_ids,
         answer_ids,
+        reference.tokenizer.decode(answer_ids, skip_special_tokens=False).strip(),
         torch.stack(low_res) if low_res else empty,
         torch.stack([reference.upsample(logits, height=height, width=width) for logits in low_res])
         if low_res
